@@ -1,0 +1,55 @@
+//! Collectives. `Communicator` is what training sees; a transport is one file behind it.
+//!
+//! Sums run in one fixed order, the pairwise tree over ranks (`tree`), whatever the transport, the bucket, the chunk or
+//! the timing. So every transport gives equal bits, every run gives equal bits, and all ranks hold equal bits.
+
+use crate::device::{Arena, SliceMut};
+use crate::error::Result;
+use std::ops::Range;
+use std::time::Duration;
+
+/// N ranks that call the same operations, with the same lengths, in the same order. All data is f32.
+///
+/// Every operation returns the time it spent waiting for other ranks to arrive, as opposed to moving and adding bytes.
+/// A lost or stalled peer ends the wait with an error of kind `PeerLost`; nothing waits for ever.
+pub trait Communicator: Send {
+    fn rank(&self) -> usize;
+    fn size(&self) -> usize;
+    /// `"shm"`, `"tcp"`.
+    fn transport(&self) -> &'static str;
+
+    /// Zeroed memory in which this transport reduces without a copy. Collective: all ranks ask for the same size. Other
+    /// memory works everywhere too, through staging.
+    fn allocate(&mut self, bytes: usize) -> Result<Arena>;
+
+    /// Every rank ends with the sum over ranks.
+    fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration>;
+
+    /// Rank r ends with the sum in `chunk(len, size, r)`; the rest of `data` is unspecified.
+    fn reduce_scatter(&mut self, data: SliceMut<'_>) -> Result<Duration>;
+
+    /// Rank r gives `chunk(len, size, r)`; every rank ends with all of them.
+    fn all_gather(&mut self, data: SliceMut<'_>) -> Result<Duration>;
+
+    /// Every rank ends with what `root` has.
+    fn broadcast(&mut self, data: SliceMut<'_>, root: usize) -> Result<Duration>;
+
+    /// Returns when all ranks have called it.
+    fn barrier(&mut self) -> Result<Duration>;
+}
+
+/// Elements of a buffer of `len` that belong to `rank` in reduce_scatter and all_gather. Chunks start at multiples of 16
+/// elements (a cache line), so no two ranks write one line.
+pub fn chunk(len: usize, size: usize, rank: usize) -> Range<usize> {
+    const LINE: usize = 16;
+    let lines = len.div_ceil(LINE);
+    let start = |rank: usize| (lines * rank / size * LINE).min(len);
+    start(rank)..start(rank + 1)
+}
+
+/// Where the pairwise tree over `n` values splits: the first `split(n)` are summed, then the rest, then the two sums are
+/// added. For n = 2^k * m it halves k times into blocks of m, so a rank that sums its block of micro-batches and then
+/// joins the tree over ranks gives the bits of one rank that sums all of them.
+pub fn split(n: usize) -> usize {
+    n.div_ceil(2)
+}

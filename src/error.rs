@@ -1,0 +1,83 @@
+//! The one error type. Its kind decides the exit code; its text says what, where, and what to do next.
+
+use std::fmt;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a run ends early. The numbers are the process's exit codes and part of the interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A bug or an operating-system failure that no other kind names.
+    Internal = 1,
+    /// Bad usage or configuration.
+    Usage = 2,
+    /// The data cannot be read or is not what the configuration says.
+    Data = 3,
+    /// A peer was lost or stalled past the time-out.
+    PeerLost = 4,
+    /// The loss is not finite.
+    NonFinite = 5,
+    /// Out of memory, or a device failed.
+    Device = 6,
+    /// Stopped by a signal or a deadline after a checkpoint: run again to go on.
+    Stopped = 75,
+}
+
+/// An error with the chain of what was being done when it arose, outermost first.
+#[derive(Clone, Debug)]
+pub struct Error {
+    kind: Kind,
+    message: String,
+}
+
+impl Error {
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Error { kind, message: message.into() }
+    }
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(Kind::Internal, message)
+    }
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(Kind::Usage, message)
+    }
+    pub fn data(message: impl Into<String>) -> Self {
+        Self::new(Kind::Data, message)
+    }
+    pub fn peer_lost(message: impl Into<String>) -> Self {
+        Self::new(Kind::PeerLost, message)
+    }
+    pub fn device(message: impl Into<String>) -> Self {
+        Self::new(Kind::Device, message)
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+    pub fn exit_code(&self) -> u8 {
+        self.kind as u8
+    }
+    /// Puts what was being done in front: `reading x.bin: unexpected end of file`.
+    pub fn context(mut self, what: impl fmt::Display) -> Self {
+        self.message = format!("{what}: {}", self.message);
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Turns any error into ours, naming its kind and what was being done.
+pub trait Context<T> {
+    fn or_kind(self, kind: Kind, what: impl fmt::Display) -> Result<T>;
+}
+
+impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
+    fn or_kind(self, kind: Kind, what: impl fmt::Display) -> Result<T> {
+        self.map_err(|error| Error::new(kind, format!("{what}: {error}")))
+    }
+}

@@ -1,0 +1,4 @@
+//! Who am I among the ranks (`world`), starting ranks (`spawn`), finding each other (`rendezvous`), watching each other
+//! (`watch`).
+
+pub mod watch;

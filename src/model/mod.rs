@@ -1,0 +1,139 @@
+//! The network. `Layer` is the seam between the net, which knows order, memory and parameters, and the kernels, which
+//! know their mathematics and their device. A layer is described by its section of the TOML (`LayerSpec`), which infers
+//! shapes and parameters without touching memory, and then builds the operator (`Layer`) for a device.
+
+pub mod layers;
+pub mod params;
+
+use crate::device::{Place, Slice, SliceMut};
+use crate::error::Result;
+use params::ParamSpec;
+use std::fmt;
+
+/// Shape of one sample's activation: height, width, channels. Activations are NHWC; a vector is (1, 1, C).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub h: usize,
+    pub w: usize,
+    pub c: usize,
+}
+
+impl Shape {
+    pub const fn new(h: usize, w: usize, c: usize) -> Self {
+        Shape { h, w, c }
+    }
+    pub const fn vector(c: usize) -> Self {
+        Shape { h: 1, w: 1, c }
+    }
+    /// Values a sample.
+    pub const fn len(self) -> usize {
+        self.h * self.w * self.c
+    }
+    pub const fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+    pub const fn is_vector(self) -> bool {
+        self.h == 1 && self.w == 1
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}x{}", self.h, self.w, self.c)
+    }
+}
+
+/// What a layer's section of the TOML means, before any memory exists.
+pub trait LayerSpec: Send + Sync + fmt::Debug {
+    /// Everything that follows from the input shapes. The error says which shapes do not fit and why; the caller puts
+    /// the names of both layers in front.
+    fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String>;
+
+    /// The operator for `build.place`. Called after `infer` succeeded for the same inputs.
+    fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>>;
+}
+
+/// What follows from a layer's input shapes.
+#[derive(Clone, Debug, Default)]
+pub struct Inferred {
+    pub output: Shape,
+    /// Weight first, bias second, then running statistics.
+    pub params: Vec<ParamSpec>,
+    /// Floating-point operations of forward for one sample; a multiply-add counts as two.
+    pub forward_flops: u64,
+    /// Bytes a sample that forward leaves for backward (argmax, statistics) beside input and output.
+    pub saved_bytes: usize,
+    /// Bytes that forward leaves for backward whatever the batch.
+    pub saved_bytes_fixed: usize,
+    /// What backward reads: the planner may reuse the memory of what it does not.
+    pub backward_reads_input: bool,
+    pub backward_reads_output: bool,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Shape::vector(0)
+    }
+}
+
+/// What a layer is told when it is built.
+#[derive(Clone, Debug)]
+pub struct Build<'a> {
+    pub inputs: &'a [Shape],
+    /// Samples at most in one call.
+    pub batch: usize,
+    pub place: Place,
+    /// Threads of this rank's rayon pool, for sizing per-thread scratch.
+    pub threads: usize,
+    pub seed: u64,
+    /// Number of the layer in the net: keys its random numbers.
+    pub layer: usize,
+}
+
+/// One call's circumstances.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// Samples in this call: at most `Build::batch`; the last batch of an epoch may be short.
+    pub batch: usize,
+    pub training: bool,
+    /// Position in the run of this call's first sample, counted over all ranks: keys dropout.
+    pub first_sample: u64,
+    /// This call's samples over those of the whole step: what running statistics are weighted with.
+    pub share: f32,
+}
+
+/// An operator on one device. `forward` and `backward` allocate nothing.
+pub trait Layer: Send {
+    /// Bytes of scratch that either direction needs; its contents do not survive a call.
+    fn scratch_bytes(&self) -> usize {
+        0
+    }
+    fn forward(&mut self, pass: &Pass, io: Forward<'_>) -> Result<()>;
+    /// Overwrites every gradient it is given; the net adds where several meet.
+    fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()>;
+}
+
+/// Buffers of a forward call. Activations hold `pass.batch` samples; parameters are in the order of `Inferred::params`.
+pub struct Forward<'a> {
+    pub inputs: &'a [Slice<'a>],
+    pub output: SliceMut<'a>,
+    pub params: &'a [Slice<'a>],
+    pub saved: SliceMut<'a>,
+    pub scratch: SliceMut<'a>,
+}
+
+/// Buffers of a backward call. `inputs` and `output` are empty where `Inferred` says that backward does not read them.
+pub struct Backward<'a> {
+    pub inputs: &'a [Slice<'a>],
+    pub output: Slice<'a>,
+    /// Gradient of the loss by the output. The layer may overwrite it (an activation's backward in place).
+    pub grad_output: SliceMut<'a>,
+    /// Gradient by each input; empty where nobody needs it (the data itself).
+    pub grad_inputs: &'a mut [SliceMut<'a>],
+    pub params: &'a [Slice<'a>],
+    /// Gradient by each parameter. For a running statistic: this call's value times `pass.share`, so that the sum over
+    /// micro-batches and ranks is the step's mean.
+    pub grad_params: &'a mut [SliceMut<'a>],
+    pub saved: Slice<'a>,
+    pub scratch: SliceMut<'a>,
+}

@@ -1,0 +1,115 @@
+//! Parameters: what a layer declares, how it is initialised, and how it is laid out.
+
+use crate::rng::{Purpose, Rng};
+
+/// One parameter tensor as its layer declares it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamSpec {
+    /// `weight`, `bias`, `running_mean`, `running_var`; the full name is `layer.name`.
+    pub name: &'static str,
+    /// Canonical shape, as checkpoints hold it: (F, C/groups, KH, KW) for convolutions, (out, in) for linear layers.
+    pub shape: Vec<usize>,
+    pub layout: Layout,
+    pub init: Init,
+    pub role: Role,
+}
+
+/// How a tensor lies in the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// As in the checkpoint.
+    Canonical,
+    /// A convolution's weight as (KH, KW, C/groups, F): rows in the order in which im2col walks, filters contiguous.
+    Hwio,
+}
+
+/// Initial values, drawn per element in canonical order.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    Constant(f32),
+    Normal { std: f32 },
+    Uniform { bound: f32 },
+}
+
+/// What happens to the summed gradient slot of a tensor after the all-reduce.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Role {
+    /// The optimizer updates it.
+    Trainable,
+    /// A running statistic: `value = (1 - momentum) * value + momentum * slot`. Same on all ranks, never decayed.
+    Running { momentum: f32 },
+}
+
+impl ParamSpec {
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Initial values in canonical order; `number` is the tensor's place among the net's parameters.
+    pub fn initial(&self, seed: u64, number: u32) -> Vec<f32> {
+        let draw = |index| Rng::new(seed, Purpose::Init, number, index);
+        (0..self.len() as u64)
+            .map(|index| match self.init {
+                Init::Constant(value) => value,
+                Init::Normal { std } => std * draw(index).normal(),
+                Init::Uniform { bound } => draw(index).range(-bound, bound),
+            })
+            .collect()
+    }
+
+    /// Copies from canonical order into the arena's.
+    pub fn to_arena(&self, canonical: &[f32], arena: &mut [f32]) {
+        match self.layout {
+            Layout::Canonical => arena.copy_from_slice(canonical),
+            Layout::Hwio => self.each_hwio(|oihw, hwio| arena[hwio] = canonical[oihw]),
+        }
+    }
+
+    /// Copies from the arena's order into canonical order.
+    pub fn to_canonical(&self, arena: &[f32], canonical: &mut [f32]) {
+        match self.layout {
+            Layout::Canonical => canonical.copy_from_slice(arena),
+            Layout::Hwio => self.each_hwio(|oihw, hwio| canonical[oihw] = arena[hwio]),
+        }
+    }
+
+    fn each_hwio(&self, mut visit: impl FnMut(usize, usize)) {
+        let [filters, channels, kh, kw] = self.shape[..] else { panic!("{} is not (F, C, KH, KW)", self.name) };
+        let mut oihw = 0;
+        for f in 0..filters {
+            for c in 0..channels {
+                for k in 0..kh * kw {
+                    visit(oihw, (k * channels + c) * filters + f);
+                    oihw += 1;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hwio_goes_there_and_back() {
+        let spec = ParamSpec {
+            name: "weight",
+            shape: vec![2, 3, 2, 1],
+            layout: Layout::Hwio,
+            init: Init::Constant(0.0),
+            role: Role::Trainable,
+        };
+        let canonical: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        let (mut arena, mut back) = (vec![0.0; 12], vec![0.0; 12]);
+        spec.to_arena(&canonical, &mut arena);
+        // filter 1, channel 2, kh 1: canonical 11; row (kh 1, c 2) = 5, column 1.
+        assert_eq!(arena[5 * 2 + 1], 11.0);
+        assert_eq!(arena[..4], [0.0, 6.0, 2.0, 8.0]);
+        spec.to_canonical(&arena, &mut back);
+        assert_eq!(back, canonical);
+    }
+}
