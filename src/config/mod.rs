@@ -1,1 +1,3 @@
+//! From TOML to numbers, in two stages: `raw` is the file as written, `plan` is what it means for a given world.
 
+pub mod raw;

@@ -1,0 +1,386 @@
+//! The sections of the TOML as written: one struct a section, each handed alone to the module that it configures.
+
+use crate::model::layers::Parsed;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The whole file. Read by `config::load`, which takes tagged sections (`type = `, `format = `) apart itself so that
+/// every error can name its line and key.
+pub struct Config {
+    pub run: Run,
+    pub data: Data,
+    pub batch: BatchSize,
+    pub model: Model,
+    pub loss: Loss,
+    pub optimizer: Optimizer,
+    pub schedule: Schedule,
+    pub parallel: Parallel,
+    pub checkpoint: Checkpoint,
+    pub eval: Eval,
+    pub log: Log,
+}
+
+/// `[run]`: whichever of epochs, steps, target accuracy and minutes comes first ends the run.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// Names the run's directory, `runs/<name>`.
+    pub name: String,
+    /// Seed of everything random.
+    #[serde(default)]
+    pub seed: u64,
+    pub epochs: Option<u64>,
+    pub steps: Option<u64>,
+    /// Validation (else test) accuracy, 0 to 1, at which the run ends.
+    pub target_accuracy: Option<f64>,
+    pub max_minutes: Option<f64>,
+}
+
+/// `[data]`
+#[derive(Clone, Debug)]
+pub struct Data {
+    pub format: Format,
+    /// Share of the training set that is held out for validation, 0 to 1, drawn by seed. Default 0.
+    pub validation: f64,
+    /// In this order, on training samples; evaluation keeps only `normalize`.
+    pub augment: Vec<Augment>,
+    /// Threads a rank that prepare batches. Default 1.
+    pub workers: usize,
+    /// Batches prepared ahead. Default 4.
+    pub prefetch: usize,
+}
+
+/// `[data] format = "..."` with the keys of that format.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "format", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Format {
+    /// Ten kinds of drawn figures, made from (seed, index).
+    Shapes {
+        #[serde(default = "Format::shapes_train")]
+        train: usize,
+        #[serde(default = "Format::shapes_test")]
+        test: usize,
+    },
+    /// MNIST's format: `train-images-idx3-ubyte` and so on, plain or `.gz`.
+    Idx { path: PathBuf },
+    /// CIFAR-10's binary format: `data_batch_*.bin` and `test_batch.bin`, plain, `.gz` or `.xz`.
+    Cifar { path: PathBuf },
+}
+
+impl Format {
+    fn shapes_train() -> usize {
+        20_000
+    }
+    fn shapes_test() -> usize {
+        2_000
+    }
+}
+
+/// One step of `[data] augment`: a bare name, or a table with its keys.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Augment {
+    /// Pads by `padding` zeros on each side and cuts the original size at a random place.
+    RandomCrop {
+        #[serde(default = "Augment::padding")]
+        padding: usize,
+    },
+    /// Mirrors left and right with probability one half.
+    HorizontalFlip {},
+    /// Subtracts the training set's mean and divides by its standard deviation, per channel.
+    Normalize {},
+}
+
+impl Augment {
+    fn padding() -> usize {
+        4
+    }
+}
+
+/// `[batch]`: exactly one of global and local.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BatchSize {
+    /// Samples a step over all ranks.
+    pub global: Option<usize>,
+    /// Samples a step and rank.
+    pub local: Option<usize>,
+    /// Samples a micro-batch. Makes the result the same bits for 1, 2, 4 and 8 ranks.
+    pub micro: Option<usize>,
+}
+
+/// `[model]`
+pub struct Model {
+    /// [H, W, C] of one sample.
+    pub input: [usize; 3],
+    pub layers: Vec<LayerEntry>,
+}
+
+/// One `[[model.layers]]`.
+pub struct LayerEntry {
+    /// Default: its type and number, `conv2d_1`.
+    pub name: String,
+    pub kind: &'static str,
+    /// Names of the layers (or `input`) that it reads. Default: the one before.
+    pub from: Vec<String>,
+    pub parsed: Parsed,
+}
+
+/// `[loss]`. Labels become one-hot targets; `label_smoothing` mixes in the uniform distribution.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Loss {
+    /// Of the last layer's logits.
+    SoftmaxCrossEntropy {
+        #[serde(default)]
+        label_smoothing: f32,
+        class_weights: Option<ClassWeights>,
+    },
+    /// Mean over samples and outputs of the squared difference to the one-hot target.
+    Mse {},
+    /// KL(target || softmax(logits)).
+    KlDivergence {
+        #[serde(default)]
+        label_smoothing: f32,
+    },
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum ClassWeights {
+    /// samples / (classes * samples of the class), from the training set.
+    Balanced(Balanced),
+    Given(Vec<f32>),
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Balanced {
+    Balanced,
+}
+
+/// `[optimizer]`: keys that all rules share, and the rule with its own.
+#[derive(Clone, Debug)]
+pub struct Optimizer {
+    pub rule: Rule,
+    pub shared: OptimizerShared,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerShared {
+    pub lr: f32,
+    /// L2: added to the gradient, as in PyTorch; decoupled in adamw.
+    #[serde(default)]
+    pub weight_decay: f32,
+    /// L1: lambda * sign(w) added to the gradient.
+    #[serde(default)]
+    pub l1: f32,
+    /// Scales the whole gradient down to this L2 norm.
+    pub clip_norm: Option<f32>,
+    /// Clamps every gradient value to +-this.
+    pub clip_value: Option<f32>,
+}
+
+/// `[optimizer] type = "..."`, with PyTorch's names and defaults.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Rule {
+    Sgd {
+        #[serde(default)]
+        momentum: f32,
+        #[serde(default)]
+        nesterov: bool,
+    },
+    Adam {
+        #[serde(default = "Rule::betas")]
+        betas: [f32; 2],
+        #[serde(default = "Rule::eps_1e8")]
+        eps: f32,
+    },
+    Adamw {
+        #[serde(default = "Rule::betas")]
+        betas: [f32; 2],
+        #[serde(default = "Rule::eps_1e8")]
+        eps: f32,
+    },
+    Adagrad {
+        #[serde(default = "Rule::eps_1e10")]
+        eps: f32,
+        #[serde(default)]
+        lr_decay: f32,
+    },
+    Adadelta {
+        #[serde(default = "Rule::rho")]
+        rho: f32,
+        #[serde(default = "Rule::eps_1e6")]
+        eps: f32,
+    },
+    /// You, Gitman, Ginsburg 2017.
+    Lars {
+        #[serde(default = "Rule::lars_momentum")]
+        momentum: f32,
+        #[serde(default = "Rule::trust")]
+        trust_coefficient: f32,
+        #[serde(default = "Rule::eps_1e8")]
+        eps: f32,
+    },
+}
+
+impl Rule {
+    fn betas() -> [f32; 2] {
+        [0.9, 0.999]
+    }
+    fn eps_1e8() -> f32 {
+        1e-8
+    }
+    fn eps_1e10() -> f32 {
+        1e-10
+    }
+    fn eps_1e6() -> f32 {
+        1e-6
+    }
+    fn rho() -> f32 {
+        0.9
+    }
+    fn lars_momentum() -> f32 {
+        0.9
+    }
+    fn trust() -> f32 {
+        0.001
+    }
+}
+
+/// `[schedule]`: the learning rate's shape, keys that all shapes share, and the shape with its own.
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    pub shape: ScheduleShape,
+    pub shared: ScheduleShared,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ScheduleShared {
+    /// Epochs over which the rate rises linearly from 0 (may be a fraction).
+    #[serde(default)]
+    pub warmup_epochs: f64,
+    /// The same in steps; give one of the two.
+    #[serde(default)]
+    pub warmup_steps: u64,
+    /// Multiplies `lr` by the world size (Goyal et al. 2017); meant for `[batch] local`.
+    #[serde(default)]
+    pub scale_lr_with_world: bool,
+}
+
+/// `[schedule] type = "..."`. Times are in epochs, fractions allowed; the rate is set at every step.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ScheduleShape {
+    Constant {},
+    /// Times `gamma` every `every_epochs`, or at each of `at_epochs`.
+    Step {
+        #[serde(default = "ScheduleShape::gamma")]
+        gamma: f32,
+        every_epochs: Option<f64>,
+        at_epochs: Option<Vec<f64>>,
+    },
+    /// Times `gamma` an epoch, continuously.
+    Exponential {
+        gamma: f32,
+    },
+    /// lr * (1 - t)^power + end_lr * (1 - (1 - t)^power), t from 0 to 1 over the run.
+    Polynomial {
+        #[serde(default = "ScheduleShape::power")]
+        power: f32,
+        #[serde(default)]
+        end_lr: f32,
+    },
+    /// Half a cosine from lr to end_lr over the run (Loshchilov and Hutter 2017).
+    Cosine {
+        #[serde(default)]
+        end_lr: f32,
+    },
+}
+
+impl ScheduleShape {
+    fn gamma() -> f32 {
+        0.1
+    }
+    fn power() -> f32 {
+        1.0
+    }
+}
+
+/// `[parallel]`
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Parallel {
+    pub transport: TransportChoice,
+    /// Gradients of about this many MiB are reduced together.
+    pub bucket_mib: f64,
+    /// Reduce while backward goes on.
+    pub overlap: bool,
+    /// Seconds that a rank waits for a silent peer before it gives up.
+    pub timeout: f64,
+}
+
+impl Default for Parallel {
+    fn default() -> Self {
+        Parallel { transport: TransportChoice::Auto, bucket_mib: 1.0, overlap: true, timeout: 300.0 }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TransportChoice {
+    /// shm where all ranks share a node, else tcp.
+    Auto,
+    Shm,
+    Tcp,
+}
+
+/// `[checkpoint]`: none of every_steps and every_epochs means at the end only.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Checkpoint {
+    pub every_steps: Option<u64>,
+    pub every_epochs: Option<u64>,
+    /// Newest checkpoints that are kept.
+    pub keep: usize,
+    /// Default: `checkpoints` in the run's directory.
+    pub directory: Option<PathBuf>,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Checkpoint { every_steps: None, every_epochs: Some(1), keep: 2, directory: None }
+    }
+}
+
+/// `[eval]`: on the validation split, else on the test set. At the end in any case.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Eval {
+    pub every_steps: Option<u64>,
+    pub every_epochs: Option<u64>,
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Eval { every_steps: None, every_epochs: Some(1) }
+    }
+}
+
+/// `[log]`
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    pub every_steps: u64,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Log { every_steps: 50 }
+    }
+}
