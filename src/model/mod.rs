@@ -4,6 +4,7 @@
 
 pub mod layers;
 pub mod memory;
+pub mod net;
 pub mod params;
 pub mod spec;
 
