@@ -1,7 +1,7 @@
 //! Holds a file's values against the schema and collects everything that is wrong, in words made for people. Serde
 //! reads the file afterwards; its own errors know neither the key inside a tagged table nor what would be allowed.
 
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use std::fmt;
 use toml::{Table, Value};
 
@@ -114,25 +114,7 @@ fn unknown_key(schema: &Json, key: &str, here: &Path, allowed: &[&str]) -> Probl
 /// One of several tables that differ by their tag, or one of several types.
 fn check_options(schema: &Json, options: &[Json], value: &Value, path: &Path, problems: &mut Vec<Problem>) {
     if let (Some(tag), Value::Table(table)) = (tag(options), value) {
-        let variant =
-            |option: &&Json| table.get(tag).and_then(Value::as_str) == option["properties"][tag]["const"].as_str();
-        match (options.iter().find(variant), table.get(tag)) {
-            (Some(option), _) => check_table(option, table, path, problems),
-            (None, found) => {
-                let names: Vec<&str> = options.iter().filter_map(|o| o["properties"][tag]["const"].as_str()).collect();
-                let here = path.join(tag);
-                problems.push(match found {
-                    None => {
-                        Problem::key(path, format!("{here} is missing")).help(format!("allowed: {}", names.join(", ")))
-                    }
-                    Some(Value::String(found)) => Problem::value(&here, format!("{here} = \"{found}\" is not known"))
-                        .allowed("allowed", found, &names),
-                    Some(other) => Problem::value(&here, format!("{here} is {}, expected a string", describe(other)))
-                        .help(format!("allowed: {}", names.join(", "))),
-                });
-            }
-        }
-        return;
+        return check_tagged(schema, tag, table, path, problems);
     }
     let fitting = options.iter().filter(|option| accepts(option, value));
     let attempts = fitting.map(|option| {
@@ -143,6 +125,26 @@ fn check_options(schema: &Json, options: &[Json], value: &Value, path: &Path, pr
     match attempts.min_by_key(Vec::len) {
         Some(found) => problems.extend(found),
         None => problems.push(unexpected(schema, value, path)),
+    }
+}
+
+fn check_tagged(schema: &Json, tag: &str, table: &Table, path: &Path, problems: &mut Vec<Problem>) {
+    let here = path.join(tag);
+    let variants =
+        || options(schema).into_iter().flatten().map(|variant| (variant["properties"][tag]["const"].as_str(), variant));
+    let names: Vec<&str> = variants().filter_map(|(name, _)| name).collect();
+    let given = match table.get(tag) {
+        Some(Value::String(name)) => Some(name.as_str()),
+        Some(_) => None,
+        None => schema["default"][tag].as_str(),
+    };
+    if let Some((_, variant)) = variants().find(|(name, _)| given.is_some() && *name == given) {
+        check_table(variant, table, path, problems);
+    } else if let Some(value) = table.get(tag) {
+        check(&json!({ "type": "string", "enum": names }), value, &here, problems);
+    } else {
+        let allowed = format!("allowed: {}", names.join(", "));
+        problems.push(Problem::key(path, format!("{here} is missing")).help(allowed));
     }
 }
 

@@ -47,11 +47,11 @@ fn sections(file: Value) -> Result<Config, Problem> {
     let optimizer = raw::Optimizer { rule, shared };
 
     let (schedule, path) = take("schedule");
-    let (shape, shared) = tagged(with_default_type(schedule, "constant"), &path)?;
+    let (shape, shared) = tagged(with_default_type(schedule, raw::ScheduleShape::DEFAULT), &path)?;
     let schedule = raw::Schedule { shape, shared };
 
     let (loss, path) = take("loss");
-    let loss = section((with_default_type(loss, "softmax_cross_entropy"), path))?;
+    let loss = section((with_default_type(loss, raw::Loss::DEFAULT), path))?;
 
     let mut config = Config {
         run: section(take("run"))?,

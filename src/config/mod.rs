@@ -5,6 +5,7 @@
 
 mod check;
 mod load;
+mod resolved;
 mod rules;
 mod schema;
 mod source;
@@ -12,6 +13,7 @@ mod source;
 pub mod raw;
 
 pub use load::load;
+pub use resolved::difference;
 pub use schema::schema;
 
 #[cfg(test)]

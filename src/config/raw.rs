@@ -180,6 +180,11 @@ pub enum Loss {
     },
 }
 
+impl Loss {
+    /// The type where `[loss]` gives none.
+    pub const DEFAULT: &str = "softmax_cross_entropy";
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum ClassWeights {
@@ -369,6 +374,9 @@ pub enum ScheduleShape {
 }
 
 impl ScheduleShape {
+    /// The type where `[schedule]` gives none.
+    pub const DEFAULT: &str = "constant";
+
     fn gamma() -> f32 {
         0.1
     }

@@ -27,16 +27,15 @@ fn build() -> Json {
         "data": section::<raw::Format, raw::DataShared>(g),
         "batch": object::<raw::BatchSize>(g),
         "model": model(g),
-        "loss": object::<raw::Loss>(g),
+        "loss": with_default(raw::Loss::DEFAULT, object::<raw::Loss>(g)),
         "optimizer": section::<raw::Rule, raw::OptimizerShared>(g),
-        "schedule": section::<raw::ScheduleShape, raw::ScheduleShared>(g),
+        "schedule": with_default(raw::ScheduleShape::DEFAULT, section::<raw::ScheduleShape, raw::ScheduleShared>(g)),
         "parallel": object::<raw::Parallel>(g),
         "checkpoint": object::<raw::Checkpoint>(g),
         "eval": object::<raw::Eval>(g),
         "log": object::<raw::Log>(g),
     });
-    let augment = &mut sections["data"]["oneOf"];
-    for format in augment.as_array_mut().into_iter().flatten() {
+    for format in sections["data"]["oneOf"].as_array_mut().into_iter().flatten() {
         allow_bare_names(&mut format["properties"]["augment"]["items"]);
     }
     let mut whole = json!({
@@ -68,6 +67,19 @@ fn section<Tagged: JsonSchema, Shared: JsonSchema>(g: &mut SchemaGenerator) -> J
         add_keys(variant, &shared);
     }
     tagged
+}
+
+/// Says which variant is meant where a section gives no `type`.
+fn with_default(name: &str, mut section: Json) -> Json {
+    for variant in section["oneOf"].as_array_mut().into_iter().flatten() {
+        if variant["properties"]["type"]["const"] == name
+            && let Some(required) = variant["required"].as_array_mut()
+        {
+            required.retain(|key| key != "type");
+        }
+    }
+    section["default"] = json!({ "type": name });
+    section
 }
 
 fn model(g: &mut SchemaGenerator) -> Json {

@@ -1,3 +1,4 @@
+use super::difference;
 use super::load::read;
 use super::raw::{Augment, Config, Format, Loss, ScheduleShape, TransportChoice};
 use super::source::Source;
@@ -173,6 +174,39 @@ fn what_is_not_given_has_its_default() {
     let augment = "data.augment=[\"horizontal_flip\", { type = \"random_crop\" }]";
     let augment = parse(MINIMAL, &[augment]).unwrap().data.shared.augment;
     assert_eq!(augment, [Augment::HorizontalFlip {}, Augment::RandomCrop { padding: 4 }]);
+}
+
+#[test]
+fn the_resolved_form_reads_back_as_itself_and_shows_floats_as_written() {
+    let sets =
+        ["optimizer={ type = \"adam\", lr = 0.1, eps = 1e-7 }", "data.augment=[\"random_crop\"]", "eval.every_steps=7"];
+    let resolved = parse(MINIMAL, &sets).unwrap().resolved();
+    let text = resolved.to_string();
+    for line in [
+        "lr = 0.1\n",
+        "betas = [0.9, 0.999]\n",
+        "eps = 0.0000001\n",
+        "padding = 4",
+        "type = \"constant\"",
+        "from = [\"first\"]",
+    ] {
+        assert!(text.contains(line), "{line:?} is not in:\n{text}");
+    }
+    assert_eq!(parse(&text, &[]).unwrap().resolved(), resolved);
+}
+
+#[test]
+fn the_difference_names_what_matters_for_going_on() {
+    let resolved = |sets: &[&str]| parse(MINIMAL, sets).unwrap().resolved();
+    let base = resolved(&[]);
+    let free = ["run.epochs=9", "run.max_minutes=1", "parallel.transport=tcp", "log.every_steps=1", "data.workers=3"];
+    assert_eq!(difference(&base, &resolved(&free)), [""; 0]);
+    let strict = ["run.seed=1", "batch.global=128", "model.layers.1.type=relu", "data.validation=0.5"];
+    assert_eq!(
+        difference(&base, &resolved(&strict)),
+        ["batch.global", "data.validation", "model.layers.1.name", "model.layers.1.type", "run.seed"]
+    );
+    assert_ne!(parse(MINIMAL, &[]).unwrap().digest(), parse(MINIMAL, &["run.seed=1"]).unwrap().digest());
 }
 
 proptest! {
