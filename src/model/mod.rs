@@ -5,6 +5,7 @@
 pub mod init;
 pub mod layers;
 pub mod params;
+pub mod simd;
 
 use crate::device::{Place, Slice, SliceMut};
 use crate::error::Result;

@@ -2,8 +2,10 @@
 //! Adding a layer: its folder, and one line of `REGISTRY`.
 
 mod activation;
+mod window;
 
 pub use activation::Activation;
+pub use window::{Axis, NamedPadding, Padding, Window};
 
 use super::{LayerSpec, Shape};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
