@@ -4,6 +4,7 @@
 
 pub mod init;
 pub mod layers;
+pub mod loss;
 pub mod params;
 pub mod simd;
 
