@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 pub const STOP: [i32; 4] = [SIGTERM, SIGUSR1, SIGHUP, SIGINT];
 /// A second SIGINT within this time is the same one.
 pub const REPEAT: Duration = Duration::from_millis(300);
+/// Exit code of a rank that has saved and left.
+pub const STOPPED: i32 = Kind::Stopped as i32;
 /// Exit code after a second Ctrl-C: 128 + SIGINT, as shells have it.
 pub const INTERRUPTED: u8 = 130;
 

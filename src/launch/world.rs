@@ -5,9 +5,9 @@
 //! meant. Slurm is the exception: `mpirun` in a job starts its daemons, one a node, as a Slurm step, and the ranks
 //! inherit the daemon's SLURM_PROCID; so Slurm counts only where nobody else speaks, or says the same.
 
+use super::lifeline;
 use super::rendezvous::Control;
-use super::spawn;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use std::fmt;
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ impl World {
     pub fn detect() -> Result<World> {
         let world = World::from_env(|name| std::env::var(name).ok())?;
         if world.launcher == Launcher::Lockstep {
-            spawn::tie_to_launcher()?;
+            lifeline::tie_to_launcher()?;
         }
         Ok(world)
     }
@@ -89,6 +89,21 @@ impl World {
         }
         let meeting = meeting(first, local_size == size, &lookup)?;
         Ok(World { rank, size, local_rank, local_size, launcher: first.launcher, meeting })
+    }
+
+    /// Meets the other ranks. Two stars: one to set up collectives, one for the watch.
+    pub fn connect(&self) -> Result<(Control, Control)> {
+        let World { rank, size, .. } = *self;
+        let star: Box<dyn Fn() -> Result<Control>> = match &self.meeting {
+            Meeting::Inherited => return lifeline::receive_stars(rank, size),
+            Meeting::Alone => Box::new(|| Control::from_fds(0, 1, Vec::new())),
+            Meeting::Node { job } => {
+                let name = socket_name(job.as_deref())?;
+                Box::new(move || Control::abstract_unix(rank, size, &name, MEETING_TIMEOUT))
+            }
+            Meeting::Tcp { host, port } => Box::new(move || Control::tcp(rank, size, host, *port, MEETING_TIMEOUT)),
+        };
+        Ok((star()?, star()?))
     }
 
     /// One process on its own.
@@ -190,7 +205,11 @@ pub fn foreign_variables() -> impl Iterator<Item = &'static str> {
     SOURCES
         .iter()
         .filter(|source| !matches!(source.launcher, Launcher::Lockstep | Launcher::Slurm))
-        .flat_map(|source| [source.rank, source.local_rank, source.local_size, source.nodes].into_iter().chain(source.size.iter().copied()))
+        .flat_map(|source| {
+            [source.rank, source.local_rank, source.local_size, source.nodes]
+                .into_iter()
+                .chain(source.size.iter().copied())
+        })
         .filter(|name| !name.is_empty())
 }
 
@@ -278,7 +297,9 @@ impl Claim {
 fn number(name: &'static str, lookup: &impl Fn(&str) -> Option<String>) -> Result<Option<Var>> {
     let Some(text) = lookup(name) else { return Ok(None) };
     let value = text.trim().parse().map_err(|_| {
-        Error::usage(format!("{name} = \"{text}\" is not a number from 0 up; the launcher sets it, so unset or correct it"))
+        Error::usage(format!(
+            "{name} = \"{text}\" is not a number from 0 up; the launcher sets it, so unset or correct it"
+        ))
     })?;
     Ok(Some(Var { name, value }))
 }
@@ -316,6 +337,24 @@ fn meeting(claim: &Claim, one_node: bool, lookup: &impl Fn(&str) -> Option<Strin
     // torchrun's own agent listens at MASTER_PORT.
     let taken = lookup("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value.eq_ignore_ascii_case("true"));
     Ok(Meeting::Tcp { host, port: if taken { port.checked_add(1).unwrap_or(port - 1) } else { port } })
+}
+
+/// Equal for the ranks of one job on one node, different for others: from the user and the job's id, or else the common
+/// parent, which its start time tells from an earlier process of the same number.
+fn socket_name(job: Option<&str>) -> Result<String> {
+    let user = rustix::process::getuid().as_raw();
+    let job = match job {
+        Some(job) => job.to_string(),
+        None => {
+            let parent = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+            let stat = std::fs::read_to_string(format!("/proc/{parent}/stat"))
+                .or_kind(Kind::Internal, "finding the launcher, by which the ranks of this node meet")?;
+            // The second field is the name, in brackets, and may hold anything; the 22nd is the start time.
+            let start = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(19)).unwrap_or("0");
+            format!("parent {parent} {start}")
+        }
+    };
+    Ok(format!("lockstep-{}", blake3::hash(format!("{user} {job}").as_bytes()).to_hex()))
 }
 
 impl fmt::Display for Launcher {
