@@ -2,6 +2,8 @@
 //! Adding a layer: its folder, and one line of `REGISTRY`.
 
 mod activation;
+mod conv2d;
+mod linear;
 mod window;
 
 pub use activation::Activation;
@@ -38,8 +40,13 @@ const fn kind<T: LayerSpec + Serialize + DeserializeOwned + JsonSchema + 'static
 }
 
 /// All layer types, in the order in which the documentation lists them.
-pub static REGISTRY: &[Kind] =
-    &[kind::<activation::Relu>("relu"), kind::<activation::Sigmoid>("sigmoid"), kind::<activation::Tanh>("tanh")];
+pub static REGISTRY: &[Kind] = &[
+    kind::<conv2d::Conv2d>("conv2d"),
+    kind::<linear::Linear>("linear"),
+    kind::<activation::Relu>("relu"),
+    kind::<activation::Sigmoid>("sigmoid"),
+    kind::<activation::Tanh>("tanh"),
+];
 
 pub fn find(name: &str) -> Option<&'static Kind> {
     REGISTRY.iter().find(|kind| kind.name == name)

@@ -100,7 +100,7 @@ fn a_row_of_c_has_the_same_bits_wherever_m_is_cut() {
     for kernel in Kernel::available() {
         let mut packed = vec![0.0; packed_len(kernel, k, n)];
         pack(kernel, Right { data: &b, rows: &b_rows, step: 1, n }, None, &mut packed);
-        let mut product = |cut: usize| {
+        let product = |cut: usize| {
             let mut c = vec![0.0; m * n];
             for rows in [&rows[..cut], &rows[cut..]].into_iter().zip([0..cut, cut..m]) {
                 let left = Left { data: &a, rows: rows.0, cols: &cols };
