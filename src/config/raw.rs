@@ -246,16 +246,16 @@ pub enum Rule {
     },
     Adam {
         #[serde(default = "Rule::betas")]
-        #[schemars(extend("items" = { "type": "number", "format": "float", "minimum": 0, "exclusiveMaximum": 1 }))]
-        betas: [f32; 2],
+        #[schemars(extend("items" = { "type": "number", "format": "double", "minimum": 0, "exclusiveMaximum": 1 }))]
+        betas: [f64; 2],
         #[serde(default = "Rule::eps_1e8")]
         #[schemars(range(min = 0))]
         eps: f32,
     },
     Adamw {
         #[serde(default = "Rule::betas")]
-        #[schemars(extend("items" = { "type": "number", "format": "float", "minimum": 0, "exclusiveMaximum": 1 }))]
-        betas: [f32; 2],
+        #[schemars(extend("items" = { "type": "number", "format": "double", "minimum": 0, "exclusiveMaximum": 1 }))]
+        betas: [f64; 2],
         #[serde(default = "Rule::eps_1e8")]
         #[schemars(range(min = 0))]
         eps: f32,
@@ -291,7 +291,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    fn betas() -> [f32; 2] {
+    fn betas() -> [f64; 2] {
         [0.9, 0.999]
     }
     fn eps_1e8() -> f32 {
