@@ -119,10 +119,9 @@ impl Gradient {
         self.tree(self.micros, 0, true, work)
     }
 
-    /// Waits until a bucket holds the sum over all ranks; buckets are waited for in order. Returns for how long other ranks
-    /// were waited for meanwhile.
+    /// Waits until a bucket holds the sum over all ranks. Returns for how long other ranks were waited for meanwhile.
     pub fn wait(&mut self, bucket: usize) -> Result<Duration> {
-        self.outbox.reducer.wait(bucket)
+        Ok(self.outbox.reducer.wait(bucket)?.for_peers)
     }
 
     /// The elements of a bucket and, after `wait`, their sums.
@@ -203,7 +202,7 @@ impl Outbox {
         while let Some(bucket) = self.buckets.get(self.started).filter(|bucket| bucket.end <= elements) {
             (0..depth).rev().for_each(|depth| join(arenas, depth, bucket));
             // SAFETY: this rank leaves the bucket alone until `wait` has returned it.
-            self.reducer.start(unsafe { arenas[0].slice_mut(bytes(bucket)) })?;
+            unsafe { self.reducer.start(self.started, arenas[0].slice_mut(bytes(bucket))) }?;
             self.started += 1;
         }
         Ok(())
