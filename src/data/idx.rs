@@ -53,10 +53,13 @@ fn read_labels(mut file: DataFile) -> Result<Vec<u8>> {
 
 fn read_header<const DIMS: usize>(file: &mut DataFile, magic: u32, what: &str) -> Result<[u32; DIMS]> {
     let header = file.exactly(4 + 4 * DIMS as u64, "idx header")?;
-    let word = |at: usize| u32::from_be_bytes([header[4 * at], header[4 * at + 1], header[4 * at + 2], header[4 * at + 3]]);
+    let word =
+        |at: usize| u32::from_be_bytes([header[4 * at], header[4 * at + 1], header[4 * at + 2], header[4 * at + 3]]);
     if word(0) != magic {
         let found = word(0);
-        return Err(file.error(format!("wrong magic number {found:#010x}; an idx file of {what} begins with {magic:#010x}")));
+        return Err(
+            file.error(format!("wrong magic number {found:#010x}; an idx file of {what} begins with {magic:#010x}"))
+        );
     }
     Ok(std::array::from_fn(|dim| word(1 + dim)))
 }
@@ -136,8 +139,12 @@ mod tests {
         let (images, labels) = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte");
         let [(_, good_images), ..] = good();
         for (file, bytes, expected) in [
-            (images, idx(LABELS, &[3, 2, 5], &[0; 30]), "wrong magic number 0x00000801; an idx file of images begins with"),
-            (images, vec![0, 0, 8], "truncated: 4 bytes of"),
+            (
+                images,
+                idx(LABELS, &[3, 2, 5], &[0; 30]),
+                "wrong magic number 0x00000801; an idx file of images begins with",
+            ),
+            (images, vec![0, 0, 8], "16 bytes of idx header were expected; a file of 3 bytes cannot hold them"),
             (images, idx(IMAGES, &[3, 2, 5], &[0; 29]), "truncated: 30 bytes of images were expected, 29 are there"),
             (images, idx(IMAGES, &[3, 2, 5], &[0; 31]), "oversized"),
             (images, idx(IMAGES, &[u32::MAX; 3], &[0; 30]), "overflow"),
