@@ -19,6 +19,13 @@ fn sections() -> Vec<Section> {
         inputs: inputs.to_vec(),
     };
     vec![
+        section("conv2d", "filters = 4\nkernel = 3", &[image]),
+        section("conv2d", "filters = 5\nkernel = 3\nstride = 2\npadding = 1\nactivation = \"relu\"", &[image]),
+        section("conv2d", "filters = 4\nkernel = 2\npadding = \"same\"\ngroups = 2\nbias = false", &[wide]),
+        section("conv2d", "filters = 18\nkernel = 1\nactivation = \"tanh\"", &[wide]),
+        section("linear", "units = 7", &[Shape::vector(12)]),
+        section("linear", "units = 18\nactivation = \"relu\"", &[Shape::vector(5)]),
+        section("linear", "units = 1\nactivation = \"sigmoid\"\nbias = false", &[Shape::vector(6)]),
         section("max_pool", "size = 2", &[image]),
         section("max_pool", "size = 3\nstride = 2\npadding = 1", &[image]),
         section("max_pool", "size = 2\nstride = 1\npadding = \"same\"", &[wide]),

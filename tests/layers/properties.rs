@@ -96,6 +96,8 @@ fn broken_values_are_passed_on() {
 fn large_buffers_do_not_depend_on_threads() {
     let image = Shape::new(33, 35, 21);
     for (kind, keys, inputs) in [
+        ("conv2d", "filters = 9\nkernel = 3\npadding = 1", vec![image]),
+        ("linear", "units = 700", vec![Shape::vector(900)]),
         ("max_pool", "size = 3\nstride = 2\npadding = 1", vec![image]),
         ("avg_pool", "size = 3\nstride = 2\npadding = 1", vec![image]),
         ("global_avg_pool", "", vec![image]),
