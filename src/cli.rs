@@ -3,13 +3,17 @@
 mod info;
 mod plan;
 
-use crate::config::{self, raw::TransportChoice};
+use crate::comm;
+use crate::config;
+use crate::config::raw::{Config, Parallel, TransportChoice};
 use crate::error::{Error, Result};
+use crate::launch::spawn;
+use crate::launch::world::{Launcher, World};
+use crate::train::{self, Resume};
 use clap::{Args, Parser, Subcommand};
 use std::convert::Infallible;
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
-use std::str::FromStr;
 
 /// Trains a neural network on N ranks in lock step.
 #[derive(Debug, Parser)]
@@ -72,29 +76,11 @@ pub struct TrainArgs {
     #[command(flatten)]
     pub experiment: Experiment,
     /// Go on from the run's newest checkpoint (auto), none, or PATH
-    #[arg(long, value_name = "PATH", default_value = "auto", hide_default_value = true)]
+    #[arg(long, value_name = "PATH", default_value = "auto", hide_default_value = true, value_parser = resume)]
     pub resume: Resume,
     /// The run's directory [default: runs/<name>]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Resume {
-    Auto,
-    None,
-    Path(PathBuf),
-}
-
-impl FromStr for Resume {
-    type Err = Infallible;
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(match text {
-            "auto" => Resume::Auto,
-            "none" => Resume::None,
-            path => Resume::Path(path.into()),
-        })
-    }
 }
 
 /// Show what a run would do: layers, memory, buckets, bytes
@@ -123,55 +109,77 @@ pub struct EvalArgs {
 #[command(after_help = "\
 Examples:
   trainer -n 2 bench-comm --transport shm
-  trainer -n 4 bench-comm --transport tcp --max 1048576 --json")]
+  trainer -n 4 bench-comm --transport tcp --max-bytes 1048576 --json")]
 pub struct BenchArgs {
     /// auto, shm or tcp
     #[arg(long, value_enum, default_value_t = TransportChoice::Auto, hide_possible_values = true)]
     pub transport: TransportChoice,
-    /// One JSON object a size instead of a table
-    #[arg(long)]
-    pub json: bool,
-    /// Bytes of the smallest buffer
-    #[arg(long, value_name = "BYTES", default_value_t = 8)]
-    pub min: usize,
-    /// Bytes of the largest buffer
-    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
-    pub max: usize,
-    /// Iterations a size [default: more for small sizes]
-    #[arg(long, value_name = "N")]
-    pub iters: Option<usize>,
-    /// Bind every rank to a core of its own
-    #[arg(long)]
-    pub pin: bool,
+    #[command(flatten)]
+    pub options: comm::bench::Options,
 }
 
-impl Cli {
-    /// What `report::log::init` takes.
-    pub fn verbosity(&self) -> i8 {
-        if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) }
+impl Experiment {
+    fn load(&self) -> Result<Config> {
+        config::load(&self.config, &self.sets)
     }
 }
 
-/// Does what was asked.
-pub fn run(cli: Cli) -> Result<()> {
+/// Does what was asked; the value is the exit code.
+pub fn run(cli: Cli) -> Result<u8> {
     match (&cli.command, &cli.train) {
         (Some(_), Some(_)) => Err(Error::usage(
             "--config, --set, --resume and --out of a training run stand before a subcommand; put them behind it",
         )),
-        (Some(Command::Plan(args)), None) => print(&plan::describe(args, args.np.or(cli.ranks).unwrap_or(1))?),
+        (Some(Command::Plan(args)), None) => {
+            let ranks = args.np.or(cli.ranks).unwrap_or(1);
+            print(&plan::describe(&args.experiment.load()?, ranks)?)
+        }
         (Some(Command::Info), None) => print(&info::describe()),
         (Some(Command::Schema), None) => print(&format!("{:#}\n", config::schema())),
-        (command, _) => Err(Error::internal(format!("{command:?} is not connected"))),
+        (Some(Command::Eval(args)), None) => {
+            let config = args.experiment.load()?;
+            cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, cli.verbosity()))
+        }
+        (Some(Command::BenchComm(args)), None) => cli.on_every_rank(|| bench(args, cli.verbosity())),
+        (None, Some(args)) => {
+            let config = args.experiment.load()?;
+            let options =
+                train::Options { resume: args.resume.clone(), out: args.out.clone(), verbosity: cli.verbosity() };
+            cli.on_every_rank(|| train::run(&config, &options))
+        }
+        (None, None) => Err(Error::usage("nothing to do; give --config FILE, or see --help")),
     }
 }
 
+impl Cli {
+    /// With `-n`, starts this program again as so many ranks, and the work is theirs; else does it as the rank that this
+    /// process is.
+    fn on_every_rank(&self, work: impl FnOnce() -> Result<()>) -> Result<u8> {
+        let is_rank = World::from_env(|name| std::env::var(name).ok())?.launcher == Launcher::Lockstep;
+        match self.ranks {
+            Some(size) if !is_rank => spawn::run(size),
+            _ => work().map(|()| 0),
+        }
+    }
+
+    /// -1 quiet, 0 normal, 1 and 2 more.
+    fn verbosity(&self) -> i8 {
+        if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) }
+    }
+}
+
+fn bench(args: &BenchArgs, verbosity: i8) -> Result<()> {
+    let parallel = Parallel { transport: args.transport, ..Parallel::default() };
+    train::join(&parallel, verbosity, |_, comm| comm::bench::run(comm, &args.options))
+}
+
 /// Writes to stdout; a reader that has gone, as in `trainer schema | head`, is no error.
-fn print(text: &str) -> Result<()> {
+fn print(text: &str) -> Result<u8> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Error::internal(format!("writing to stdout: {error}")))
         }
-        _ => Ok(()),
+        _ => Ok(0),
     }
 }
 
@@ -182,4 +190,12 @@ fn ranks(text: &str) -> Result<usize, String> {
         Err(_) if text == "gpus" => Err("this build has no GPU support; give a number of ranks, such as -n 2".into()),
         Err(_) => Err("give a number of ranks, such as 2".into()),
     }
+}
+
+fn resume(text: &str) -> Result<Resume, Infallible> {
+    Ok(match text {
+        "auto" => Resume::Auto,
+        "none" => Resume::Never,
+        path => Resume::From(path.into()),
+    })
 }

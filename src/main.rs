@@ -1,12 +1,13 @@
 use clap::Parser;
 use lockstep::cli::{self, Cli};
+use lockstep::launch::lifeline;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     match cli::run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: {error}");
+            lifeline::report(&error);
             ExitCode::from(error.exit_code())
         }
     }

@@ -1,21 +1,19 @@
 //! `trainer plan`: what a run on N ranks would compute, hold and send, without running it.
 
-use super::PlanArgs;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
 use crate::config::raw::Config;
-use crate::data::{self, order};
 use crate::error::Result;
 use crate::model::params::{ParamTable, Role};
 use crate::model::spec::{NetSpec, Node};
+use crate::train::setup::Parts;
 use comfy_table::{CellAlignment, Table, presets};
 use std::fmt::Write;
 
-pub fn describe(args: &PlanArgs, ranks: usize) -> Result<String> {
-    let config = crate::config::load(&args.experiment.config, &args.experiment.sets)?;
+pub fn describe(config: &Config, ranks: usize) -> Result<String> {
     let net = NetSpec::new(&config.model)?;
-    let samples = samples(&config)?;
+    let samples = Parts::open(config)?.samples();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let plan = Plan::new(&config, Ranks { size: ranks, local_size: ranks, cores }, samples)?;
+    let plan = Plan::new(config, Ranks { size: ranks, local_size: ranks, cores }, samples)?;
     let params = ParamTable::new(&net);
 
     let mut text = format!("# Configuration, defaults filled in\n\n{}", config.resolved());
@@ -24,16 +22,6 @@ pub fn describe(args: &PlanArgs, ranks: usize) -> Result<String> {
     let _ = write!(text, "\n# A step and rank\n\n{}", traffic(&params, &plan));
     let _ = write!(text, "\n# The run\n\n{}", run(&plan, samples));
     Ok(text)
-}
-
-fn samples(config: &Config) -> Result<Samples> {
-    let sets = data::open(&config.data.format, config.run.seed)?;
-    let (train, validation) = order::split_validation(&sets.train, config.data.shared.validation, config.run.seed)?;
-    Ok(Samples {
-        train: data::Dataset::len(&train),
-        validation: data::Dataset::len(&validation),
-        test: sets.test.len(),
-    })
 }
 
 fn layers(net: &NetSpec, plan: &Plan) -> Table {
