@@ -2,8 +2,15 @@
 //! know their mathematics and their device. A layer is described by its section of the TOML (`LayerSpec`), which infers
 //! shapes and parameters without touching memory, and then builds the operator (`Layer`) for a device.
 
+pub mod init;
+pub mod kernels;
 pub mod layers;
+pub mod loss;
+pub mod memory;
+pub mod net;
 pub mod params;
+pub mod simd;
+pub mod spec;
 
 use crate::device::{Place, Slice, SliceMut};
 use crate::error::Result;
