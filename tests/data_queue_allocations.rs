@@ -1,9 +1,10 @@
 //! Once the queue is warm, batches come and go without a heap allocation, in any thread, over the epochs' borders too.
 
 use lockstep::config::raw::{Augment, Format};
+use lockstep::data;
 use lockstep::data::augment::Augmenter;
 use lockstep::data::partition::Batching;
-use lockstep::data::{self, DataQueue, Loader, Position};
+use lockstep::data::queue::{DataQueue, Loader, Position};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 

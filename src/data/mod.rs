@@ -11,10 +11,8 @@ mod idx;
 mod memory;
 pub mod order;
 pub mod partition;
-mod queue;
+pub mod queue;
 mod shapes;
-
-pub use queue::{DataQueue, Loader, Position};
 
 use crate::config::raw::Format;
 use crate::error::{Error, Result};
