@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that need PyTorch. Sets PYTHON to an interpreter that has what requirements.txt names:
 # the caller's $PYTHON if given, else a virtual environment under target/, made on first use (about 1 GB).
 
