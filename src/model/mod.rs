@@ -3,7 +3,10 @@
 //! shapes and parameters without touching memory, and then builds the operator (`Layer`) for a device.
 
 pub mod layers;
+pub mod memory;
+pub mod net;
 pub mod params;
+pub mod spec;
 
 use crate::device::{Place, Slice, SliceMut};
 use crate::error::Result;

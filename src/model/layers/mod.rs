@@ -8,6 +8,7 @@ pub use activation::Activation;
 use super::{LayerSpec, Shape};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Serialize, de::DeserializeOwned};
+use std::sync::Arc;
 
 /// One `type` of `[[model.layers]]`.
 pub struct Kind {
@@ -19,7 +20,7 @@ pub struct Kind {
 }
 
 pub struct Parsed {
-    pub spec: Box<dyn LayerSpec>,
+    pub spec: Arc<dyn LayerSpec>,
     pub resolved: toml::Table,
 }
 
@@ -29,7 +30,7 @@ const fn kind<T: LayerSpec + Serialize + DeserializeOwned + JsonSchema + 'static
         parse: |table| {
             let spec: T = serde_path_to_error::deserialize(table)?;
             let resolved = toml::Table::try_from(&spec).expect("a layer's keys can be written as TOML");
-            Ok(Parsed { spec: Box::new(spec), resolved })
+            Ok(Parsed { spec: Arc::new(spec), resolved })
         },
         schema: |generator| generator.subschema_for::<T>(),
     }
