@@ -195,13 +195,13 @@ pub enum Rule {
     },
     Adam {
         #[serde(default = "Rule::betas")]
-        betas: [f32; 2],
+        betas: [f64; 2],
         #[serde(default = "Rule::eps_1e8")]
         eps: f32,
     },
     Adamw {
         #[serde(default = "Rule::betas")]
-        betas: [f32; 2],
+        betas: [f64; 2],
         #[serde(default = "Rule::eps_1e8")]
         eps: f32,
     },
@@ -229,7 +229,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    fn betas() -> [f32; 2] {
+    fn betas() -> [f64; 2] {
         [0.9, 0.999]
     }
     fn eps_1e8() -> f32 {
