@@ -15,7 +15,7 @@ main() {
     if have shellcheck || apt_install shellcheck; then
         step shellcheck -x .ci/run scripts/*.sh scripts/*/*.sh
     fi
-    if have python3; then
+    if have python3 || skip python3; then
         step python3 -c 'import glob
 for path in glob.glob("scripts/**/*.py", recursive=True): compile(open(path).read(), path, "exec")'
     fi
@@ -40,7 +40,7 @@ step() {
 time_limit_s=1700
 skipped=""
 set -m
-trap 'kill "$running"; exit 130' INT TERM
+trap 'kill ${running:-}; exit 130' INT TERM
 
 have() {
     command -v "$1" >/dev/null
