@@ -4,9 +4,11 @@
 
 pub mod init;
 pub mod layers;
+pub mod loss;
 pub mod memory;
 pub mod net;
 pub mod params;
+pub mod simd;
 pub mod spec;
 
 use crate::device::{Place, Slice, SliceMut};

@@ -1,1 +1,3 @@
+//! The loop: forward, backward, all-reduce, step; evaluation; checkpoints.
 
+pub mod checkpoint;

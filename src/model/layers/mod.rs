@@ -2,8 +2,21 @@
 //! Adding a layer: its folder, and one line of `REGISTRY`.
 
 mod activation;
+mod add;
+mod avg_pool;
+mod batch_norm;
+mod concat;
+mod dropout;
+mod flatten;
+mod global_avg_pool;
+mod global_max_pool;
+mod lrn;
+mod max_pool;
+mod softmax;
+mod window;
 
 pub use activation::Activation;
+pub use window::{Axis, NamedPadding, Padding, Window};
 
 use super::{LayerSpec, Shape};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -37,8 +50,22 @@ const fn kind<T: LayerSpec + Serialize + DeserializeOwned + JsonSchema + 'static
 }
 
 /// All layer types, in the order in which the documentation lists them.
-pub static REGISTRY: &[Kind] =
-    &[kind::<activation::Relu>("relu"), kind::<activation::Sigmoid>("sigmoid"), kind::<activation::Tanh>("tanh")];
+pub static REGISTRY: &[Kind] = &[
+    kind::<max_pool::MaxPool>("max_pool"),
+    kind::<avg_pool::AvgPool>("avg_pool"),
+    kind::<global_avg_pool::GlobalAvgPool>("global_avg_pool"),
+    kind::<global_max_pool::GlobalMaxPool>("global_max_pool"),
+    kind::<lrn::Lrn>("lrn"),
+    kind::<batch_norm::BatchNorm>("batch_norm"),
+    kind::<dropout::Dropout>("dropout"),
+    kind::<flatten::Flatten>("flatten"),
+    kind::<activation::Relu>("relu"),
+    kind::<activation::Sigmoid>("sigmoid"),
+    kind::<activation::Tanh>("tanh"),
+    kind::<softmax::Softmax>("softmax"),
+    kind::<add::Add>("add"),
+    kind::<concat::Concat>("concat"),
+];
 
 pub fn find(name: &str) -> Option<&'static Kind> {
     REGISTRY.iter().find(|kind| kind.name == name)
@@ -50,4 +77,17 @@ pub(crate) fn single(inputs: &[Shape]) -> Result<Shape, String> {
         [shape] => Ok(*shape),
         _ => Err(format!("takes one input, but `from` names {}", inputs.len())),
     }
+}
+
+/// The first of two or more inputs.
+pub(crate) fn several(inputs: &[Shape]) -> Result<Shape, String> {
+    match inputs {
+        [first, _, ..] => Ok(*first),
+        _ => Err("takes two or more inputs: name them, from = [\"one\", \"other\"]".to_owned()),
+    }
+}
+
+/// Rows of so many values (or operations) each that make a task worth a thread's while.
+pub(crate) fn rows_per_task(row: usize) -> usize {
+    (16 * 1024 / row.max(1)).max(1)
 }
