@@ -46,7 +46,10 @@ fn readme_names_no_key_that_is_gone() {
         let known = names_of(keys);
         for line in reference(section).lines() {
             let Some(name) = line.strip_prefix("| `").and_then(|rest| rest.split('`').next()) else { continue };
-            assert!(name == "type" || known.contains(name), "README.md's [{section}] names `{name}`, which is not in the schema");
+            assert!(
+                name == "type" || known.contains(name),
+                "README.md's [{section}] names `{name}`, which is not in the schema"
+            );
         }
     }
 }

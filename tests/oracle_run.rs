@@ -9,6 +9,7 @@ use lockstep::device::{Arena, Place};
 use lockstep::error::Result;
 use lockstep::model::Pass;
 use lockstep::model::layers;
+use lockstep::model::loss::Loss;
 use lockstep::model::net::{Net, Options};
 use lockstep::model::params::{Param, Role};
 use lockstep::model::spec::NetSpec;
@@ -18,6 +19,8 @@ use serde_json::Value as Json;
 
 /// Of losses, absolute; of weights, relative to the tensor's largest value.
 const TOLERANCE: f32 = 1e-4;
+
+const CROSS_ENTROPY: raw::Loss = raw::Loss::SoftmaxCrossEntropy { label_smoothing: 0.0, class_weights: None };
 
 #[test]
 fn a_chain_of_layers_follows_pytorch() {
@@ -66,6 +69,7 @@ struct Run {
     net: Net,
     pass: Pass,
     grads: Arena,
+    loss: Loss,
     optimizer: Box<dyn Optimizer>,
     lr: f32,
     momentum: Vec<f32>,
@@ -79,6 +83,7 @@ impl Run {
         Run {
             pass: Pass { batch, training: true, first_sample: 0, share: 1.0 },
             grads: Arena::host(net.table().len_with_tail() * size_of::<f32>()).unwrap(),
+            loss: Loss::new(&CROSS_ENTROPY, net.spec().output().c, None).unwrap(),
             optimizer: optim::new(&config).unwrap(),
             lr: config.shared.lr,
             momentum: vec![0.0; net.table().len()],
@@ -95,8 +100,9 @@ impl Run {
 
     fn step(&mut self, step: usize, images: &[f32], labels: &[u32]) -> Result<f32> {
         self.net.forward(&self.pass, images)?;
-        let (logits, mut gradient) = self.net.output_and_gradient(&self.pass);
-        let loss = cross_entropy(logits.f32(), labels, gradient.f32());
+        let (outputs, gradient) = self.net.output_and_gradient(&self.pass);
+        let count = labels.len() as f32;
+        let loss = self.loss.forward_backward(outputs, labels, 1.0 / count, gradient).loss_sum / count;
         self.net.backward(&self.pass, images, &self.grads, |_| Ok(()))?;
         // SAFETY: backward is over.
         let grads = unsafe { self.grads.slice(0..self.grads.bytes()) }.f32();
@@ -114,22 +120,6 @@ impl Run {
         }
         Ok(loss)
     }
-}
-
-/// Mean cross-entropy of the softmax of `logits` (N, K), and its gradient.
-fn cross_entropy(logits: &[f32], labels: &[u32], gradient: &mut [f32]) -> f32 {
-    let (count, classes) = (labels.len(), logits.len() / labels.len());
-    let mut loss = 0.0;
-    for (sample, &label) in labels.iter().enumerate() {
-        let row = &logits[sample * classes..][..classes];
-        let sum: f32 = row.iter().map(|x| x.exp()).sum();
-        loss += sum.ln() - row[label as usize];
-        for (class, gradient) in gradient[sample * classes..][..classes].iter_mut().enumerate() {
-            let target = f32::from(class == label as usize);
-            *gradient = (row[class].exp() / sum - target) / count as f32;
-        }
-    }
-    loss / count as f32
 }
 
 fn net_spec(about: &Json) -> NetSpec {

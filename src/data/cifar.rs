@@ -48,7 +48,8 @@ fn read(parts: Vec<DataFile>) -> Result<Arc<dyn Dataset>> {
                 return Err(file.error(format!("record {index} has label {label}; labels go from 0 to {last}")));
             }
             labels.push(label);
-            images.extend((0..PLANE).flat_map(|pixel| [planes[pixel], planes[PLANE + pixel], planes[2 * PLANE + pixel]]));
+            images
+                .extend((0..PLANE).flat_map(|pixel| [planes[pixel], planes[PLANE + pixel], planes[2 * PLANE + pixel]]));
         }
     }
     Ok(Arc::new(InMemory::new(SHAPE, CLASSES, images, labels)))

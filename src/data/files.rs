@@ -29,7 +29,9 @@ impl DataFile {
         let candidates = names.iter().flat_map(|name| [name.to_string(), format!("{name}.gz"), format!("{name}.xz")]);
         match candidates.into_iter().find(|name| listing.contains(name)) {
             Some(name) => DataFile::open(&folder.join(name)),
-            None => Err(Error::data(format!("{}: {} holds {}", advice(names, fetch), folder.display(), summary(&listing)))),
+            None => {
+                Err(Error::data(format!("{}: {} holds {}", advice(names, fetch), folder.display(), summary(&listing))))
+            }
         }
     }
 
@@ -71,7 +73,9 @@ impl DataFile {
         let most = self.most();
         let bytes = self.up_to(most + 1)?;
         if bytes.len() as u64 > most {
-            return Err(self.error(format!("{} bytes expand to more than {most}; this is no set of images", self.stored)));
+            return Err(
+                self.error(format!("{} bytes expand to more than {most}; this is no set of images", self.stored))
+            );
         }
         Ok(bytes)
     }

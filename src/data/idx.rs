@@ -53,10 +53,13 @@ fn read_labels(mut file: DataFile) -> Result<Vec<u8>> {
 
 fn read_header<const DIMS: usize>(file: &mut DataFile, magic: u32, what: &str) -> Result<[u32; DIMS]> {
     let header = file.exactly(4 + 4 * DIMS as u64, "idx header")?;
-    let word = |at: usize| u32::from_be_bytes([header[4 * at], header[4 * at + 1], header[4 * at + 2], header[4 * at + 3]]);
+    let word =
+        |at: usize| u32::from_be_bytes([header[4 * at], header[4 * at + 1], header[4 * at + 2], header[4 * at + 3]]);
     if word(0) != magic {
         let found = word(0);
-        return Err(file.error(format!("wrong magic number {found:#010x}; an idx file of {what} begins with {magic:#010x}")));
+        return Err(
+            file.error(format!("wrong magic number {found:#010x}; an idx file of {what} begins with {magic:#010x}"))
+        );
     }
     Ok(std::array::from_fn(|dim| word(1 + dim)))
 }

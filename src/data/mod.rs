@@ -51,7 +51,9 @@ pub fn open(format: &Format, seed: u64) -> Result<Sets> {
     }?;
     let (train, test) = (sets.train.shape(), sets.test.shape());
     if train != test {
-        return Err(Error::data(format!("the training images are {train}, the test images {test}; both must be one shape")));
+        return Err(Error::data(format!(
+            "the training images are {train}, the test images {test}; both must be one shape"
+        )));
     }
     Ok(sets)
 }

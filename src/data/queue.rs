@@ -85,7 +85,11 @@ impl DataQueue {
     /// This rank's micro-batches from `start` on, epoch after epoch until `epochs` are over: in every step one batch for
     /// each of `batching.micros()`, empty where a short step has no samples for it.
     pub fn train(
-        dataset: Arc<dyn Dataset>, loader: Loader, batching: Batching, start: Position, epochs: u32,
+        dataset: Arc<dyn Dataset>,
+        loader: Loader,
+        batching: Batching,
+        start: Position,
+        epochs: u32,
     ) -> Result<DataQueue> {
         batching.check()?;
         let samples = dataset.len();
@@ -111,7 +115,13 @@ impl DataQueue {
 
     /// This rank's contiguous share of the set, once, in order, in batches of `batch`; the last may be smaller. `rank` of
     /// `size`; the number of batches may differ by one between ranks.
-    pub fn eval(dataset: Arc<dyn Dataset>, loader: Loader, batch: usize, rank: usize, size: usize) -> Result<DataQueue> {
+    pub fn eval(
+        dataset: Arc<dyn Dataset>,
+        loader: Loader,
+        batch: usize,
+        rank: usize,
+        size: usize,
+    ) -> Result<DataQueue> {
         assert!(batch > 0, "evaluation in batches of 0");
         let evaluation = Evaluation { left: share(dataset.len(), rank, size), batch, step: 0 };
         let loader = Loader { augmenter: loader.augmenter.without_randomness(), ..loader };
@@ -119,7 +129,10 @@ impl DataQueue {
     }
 
     fn start(
-        dataset: Arc<dyn Dataset>, loader: Loader, schedule: Box<dyn Schedule>, largest: usize,
+        dataset: Arc<dyn Dataset>,
+        loader: Loader,
+        schedule: Box<dyn Schedule>,
+        largest: usize,
     ) -> Result<DataQueue> {
         let workers = loader.workers.max(1);
         let ahead = loader.prefetch.max(workers);

@@ -24,7 +24,9 @@ const FIGURES: [Distance; 10] = [disc, ring, square, frame, triangle, cross, sta
 
 pub fn open(train: usize, test: usize, seed: u64) -> Result<Sets> {
     if train == 0 || test == 0 || train.max(test) > u32::MAX as usize {
-        return Err(Error::data(format!("shapes with {train} training and {test} test images: give at least one of each")));
+        return Err(Error::data(format!(
+            "shapes with {train} training and {test} test images: give at least one of each"
+        )));
     }
     let part = |len, part| Arc::new(Shapes { len, part, seed });
     Ok(Sets { train: part(train, 0), test: part(test, 1) })
@@ -198,7 +200,8 @@ mod tests {
     /// Each figure lies in its frame, and each outline is where the distance says: the gradient is 1 almost everywhere.
     #[test]
     fn figures_stay_in_the_unit_disc_and_distances_are_distances() {
-        let grid = |n: i32| (-n..=n).flat_map(move |y| (-n..=n).map(move |x| (x as f32 / n as f32, y as f32 / n as f32)));
+        let grid =
+            |n: i32| (-n..=n).flat_map(move |y| (-n..=n).map(move |x| (x as f32 / n as f32, y as f32 / n as f32)));
         for (kind, distance) in FIGURES.iter().enumerate() {
             let outside = |x: f32, y: f32| x.hypot(y) > 1.0;
             assert!(grid(60).all(|(x, y)| !outside(x, y) || distance(x, y) > -1e-6), "kind {kind}");
