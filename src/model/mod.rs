@@ -3,6 +3,7 @@
 //! shapes and parameters without touching memory, and then builds the operator (`Layer`) for a device.
 
 pub mod init;
+pub mod kernels;
 pub mod layers;
 pub mod loss;
 pub mod memory;

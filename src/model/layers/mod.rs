@@ -6,10 +6,12 @@ mod add;
 mod avg_pool;
 mod batch_norm;
 mod concat;
+mod conv2d;
 mod dropout;
 mod flatten;
 mod global_avg_pool;
 mod global_max_pool;
+mod linear;
 mod lrn;
 mod max_pool;
 mod softmax;
@@ -51,6 +53,8 @@ const fn kind<T: LayerSpec + Serialize + DeserializeOwned + JsonSchema + 'static
 
 /// All layer types, in the order in which the documentation lists them.
 pub static REGISTRY: &[Kind] = &[
+    kind::<conv2d::Conv2d>("conv2d"),
+    kind::<linear::Linear>("linear"),
     kind::<max_pool::MaxPool>("max_pool"),
     kind::<avg_pool::AvgPool>("avg_pool"),
     kind::<global_avg_pool::GlobalAvgPool>("global_avg_pool"),

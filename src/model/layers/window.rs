@@ -102,7 +102,7 @@ pub struct Axis {
 
 impl Axis {
     /// None where not even one window fits.
-    fn new(input: usize, size: usize, stride: usize, padding: Padding) -> Option<Axis> {
+    pub fn new(input: usize, size: usize, stride: usize, padding: Padding) -> Option<Axis> {
         let (output, before) = match padding {
             Padding::Named(NamedPadding::Same) => {
                 let output = input.div_ceil(stride);

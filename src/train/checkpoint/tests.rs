@@ -181,6 +181,7 @@ fn kill_9_in_the_middle_of_saving_leaves_a_checkpoint_to_go_on_from() {
             .unwrap();
         // Each child starts again at step 1, so a newest step of `round` or more is its own.
         while list(folder.path()).unwrap().first().is_none_or(|(step, _)| *step < 2 + round) {
+            assert!(child.try_wait().unwrap().is_none(), "the saving process ended by itself");
             std::thread::yield_now();
         }
         child.kill().unwrap();

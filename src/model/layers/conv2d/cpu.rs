@@ -1,0 +1,404 @@
+//! Convolution as an implicit GEMM: 2 * OH * OW * F * taps FLOP a sample in each of the three products
+//! (taps = KH * KW * C / groups), whose rows are
+//!
+//!     forward            y  (pixels, F)    = im2col(x) (pixels, taps)  W (taps, F)
+//!     backward, weight   dW (taps, F)      = im2col(x)^T (taps, pixels)  dy (pixels, F)
+//!     backward, data     dx (pixels, C)    = im2col(dy) (pixels, KH * KW * F)  flipped W^T (KH * KW * F, C)
+//!
+//! None of the im2col matrices is written down: the image is copied once with zeros around it, and an element's place in
+//! the copy is the sum of what its pixel and what its tap contributes, which is how `gemm` addresses its left matrix.
+//! The copy costs a read and a write an input value against KH * KW * F / groups multiply-adds.
+//!
+//! With strides (sh, sw), an input pixel (ih, iw) meets only the taps with kh = ih + before (mod sh), and likewise kw: the
+//! input falls into sh * sw phases, each a stride-1 correlation of dy with every sh-th, sw-th tap of the kernel.
+//!
+//! Images are worked on in blocks that fit L2, so that in backward dy is read from memory once for both products. Weight
+//! gradients are summed within each of at most `PARTS` parts of the batch, then over the parts in order. Blocks and parts
+//! depend on shapes alone: the sums have the same bits for any number of threads.
+
+use super::super::super::kernels::gemm::{self, Kernel, Left, Out, Right, Store, strided};
+use super::super::super::{Backward, Build, Forward, Layer, Pass};
+use super::super::Activation;
+use super::Geometry;
+use super::padded::Padded;
+use crate::error::Result;
+use rayon::prelude::*;
+
+/// Bytes of a block's padded input, at most, where that leaves a block at least one image.
+const BLOCK_BYTES: usize = 128 << 10;
+/// Parts of the batch whose weight gradients are summed on their own: as many threads can work in backward.
+const PARTS: usize = 16;
+/// Bytes of all parts' weight gradients, at most.
+const PARTIAL_BYTES: usize = 32 << 20;
+/// f32 values of a cache line.
+const LINE: usize = 16;
+
+pub struct Conv2d {
+    kernel: &'static Kernel,
+    geometry: Geometry,
+    bias: bool,
+    activation: Activation,
+    threads: usize,
+    batch: usize,
+    /// Images of a block, and of a part.
+    block: usize,
+    part: usize,
+    /// The input with zeros around it.
+    input: Padded,
+    /// In the padded input: of each output pixel of a block (its first tap), of each tap relative to that.
+    pixels: Vec<u32>,
+    taps: Vec<u32>,
+    /// Rows of (pixels, F) and of (taps, F).
+    output_rows: Vec<u32>,
+    weight_rows: Vec<u32>,
+    /// dy with zeros around it.
+    grad: Padded,
+    phases: Vec<Phase>,
+}
+
+/// The input pixels of a block that meet the same taps.
+struct Phase {
+    /// In the padded dy: of each input pixel (its first tap), of each (tap, filter) relative to that.
+    pixels: Vec<u32>,
+    taps: Vec<u32>,
+    /// In the weight: of each (tap, filter), for channel 0.
+    weights: Vec<u32>,
+    /// In dx: of each input pixel.
+    input_rows: Vec<u32>,
+}
+
+impl Conv2d {
+    pub fn new(geometry: Geometry, bias: bool, activation: Activation, build: &Build<'_>) -> Conv2d {
+        let Geometry { input, output, rows, columns, .. } = geometry;
+        let padded = Padded::of_input(&geometry);
+        let block = (BLOCK_BYTES / (4 * padded.len())).clamp(1, build.batch.div_ceil(PARTS).max(1));
+        let parts = (PARTIAL_BYTES / (4 * (geometry.taps() + 1) * output.c)).clamp(1, PARTS);
+        let part = build.batch.div_ceil(parts).next_multiple_of(block);
+
+        let (mut pixels, mut taps) = (Vec::new(), Vec::new());
+        for (image, oh, ow) in each(block, output.h, output.w) {
+            pixels.push(padded.at(image, oh * rows.stride, ow * columns.stride, 0));
+        }
+        for (kh, kw, c) in each(rows.size, columns.size, geometry.channels()) {
+            taps.push(padded.at(0, kh, kw, c));
+        }
+        let grad = Padded::of_grad(&geometry);
+        let phases = each(1, rows.stride.min(input.h), columns.stride.min(input.w));
+        Conv2d {
+            kernel: Kernel::best(),
+            bias,
+            activation,
+            threads: build.threads.max(1),
+            batch: build.batch,
+            block,
+            part,
+            input: padded,
+            output_rows: strided(pixels.len(), output.c),
+            weight_rows: strided(taps.len(), output.c),
+            pixels,
+            taps,
+            phases: phases.map(|(_, first_h, first_w)| Phase::new(&geometry, &grad, block, first_h, first_w)).collect(),
+            grad,
+            geometry,
+        }
+    }
+
+    /// f32 values of the weight's gradient and the bias's.
+    fn partial_len(&self) -> usize {
+        (self.geometry.taps() + usize::from(self.bias)) * self.geometry.output.c
+    }
+
+    fn packed_weight_len(&self) -> usize {
+        gemm::packed_len(self.kernel, self.taps.len(), self.geometry.filters())
+    }
+    fn packed_phase_len(&self, phase: &Phase) -> usize {
+        gemm::packed_len(self.kernel, phase.taps.len(), self.geometry.channels())
+    }
+    fn packed_phases_len(&self) -> usize {
+        self.geometry.groups * self.phases.iter().map(|phase| self.packed_phase_len(phase)).sum::<usize>()
+    }
+    fn packed_grad_len(&self) -> usize {
+        gemm::packed_len(self.kernel, self.pixels.len(), self.geometry.filters())
+    }
+
+    /// Scratch of one thread, in whole cache lines.
+    fn forward_worker_len(&self) -> usize {
+        (self.block * self.input.copy_len()).max(1).next_multiple_of(LINE)
+    }
+    fn backward_worker_len(&self) -> usize {
+        let copies = self.block * (self.input.copy_len() + self.grad.copy_len());
+        (self.packed_grad_len() + copies).next_multiple_of(LINE)
+    }
+
+    /// Images that a thread works on: whole multiples of `unit`, in as few threads as there are.
+    fn share(&self, images: usize, unit: usize) -> usize {
+        images.div_ceil(unit).div_ceil(self.threads).max(1) * unit
+    }
+
+    /// x (images, H, W, C) to y (images, OH, OW, F), at most `block` images.
+    fn forward_block(&self, x: &[f32], packed: &[f32], y: &mut [f32], copy: &mut [f32]) {
+        let Geometry { input, output, groups, .. } = self.geometry;
+        let x = self.input.copy(x, copy);
+        let rows = y.len() / output.c;
+        let store = Store { accumulate: false, relu: self.activation == Activation::Relu };
+        for (group, packed) in packed.chunks_exact(self.packed_weight_len()).enumerate() {
+            let (channel, filter) = (group * input.c / groups, group * output.c / groups);
+            let left = Left { data: &x[channel..], rows: &self.pixels[..rows], cols: &self.taps };
+            let out = Out { data: &mut y[filter..], rows: &self.output_rows[..rows] };
+            gemm::multiply(self.kernel, left, packed, self.geometry.filters(), out, store);
+        }
+        if self.activation != Activation::Relu {
+            self.activation.apply(y);
+        }
+    }
+}
+
+impl Layer for Conv2d {
+    fn scratch_bytes(&self) -> usize {
+        let forward = self.geometry.groups * self.packed_weight_len() + self.threads * self.forward_worker_len();
+        let partials = self.batch.div_ceil(self.part) * self.partial_len();
+        let backward = self.packed_phases_len() + partials + self.threads * self.backward_worker_len();
+        4 * forward.max(backward)
+    }
+
+    fn forward(&mut self, pass: &Pass, io: Forward<'_>) -> Result<()> {
+        let Geometry { input, output, groups, .. } = self.geometry;
+        let (x, weight) = (io.inputs[0].f32(), io.params[0].f32());
+        let (packed, workers) = io.scratch.into_f32().split_at_mut(groups * self.packed_weight_len());
+        for (group, packed) in packed.chunks_exact_mut(self.packed_weight_len()).enumerate() {
+            let filters = group * self.geometry.filters();
+            let right =
+                Right { data: &weight[filters..], rows: &self.weight_rows, step: 1, n: self.geometry.filters() };
+            let bias = self.bias.then(|| &io.params[1].f32()[filters..]);
+            gemm::pack_parallel(self.kernel, right, bias, packed);
+        }
+
+        let (layer, packed) = (&*self, &*packed);
+        let share = self.share(pass.batch, self.block);
+        let shares = x.par_chunks(share * input.len()).zip(io.output.into_f32().par_chunks_mut(share * output.len()));
+        shares.zip(workers.par_chunks_mut(self.forward_worker_len())).for_each(|((x, y), copy)| {
+            let blocks = x.chunks(layer.block * input.len()).zip(y.chunks_mut(layer.block * output.len()));
+            blocks.for_each(|(x, y)| layer.forward_block(x, packed, y, copy));
+        });
+        Ok(())
+    }
+
+    fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()> {
+        let Geometry { groups, .. } = self.geometry;
+        let [grad_input] = io.grad_inputs else { unreachable!("infer takes one input") };
+        let grad_input = grad_input.f32();
+        let (packed, scratch) = io.scratch.into_f32().split_at_mut(self.packed_phases_len());
+        if !grad_input.is_empty() {
+            let weight = io.params[0].f32();
+            let mut rest = &mut *packed;
+            for (phase, group) in self.phases.iter().flat_map(|phase| (0..groups).map(move |group| (phase, group))) {
+                let (packed, after) = rest.split_at_mut(self.packed_phase_len(phase));
+                phase.pack(self.kernel, &self.geometry, &weight[group * self.geometry.filters()..], packed);
+                rest = after;
+            }
+        }
+
+        let parts = pass.batch.div_ceil(self.part);
+        let (partials, workers) = scratch.split_at_mut(parts * self.partial_len());
+        let workers = &mut workers[..self.threads * self.backward_worker_len()];
+        let shared = Shared { layer: self, packed };
+        shared.run(Job {
+            images: pass.batch,
+            x: io.inputs[0].f32(),
+            y: io.output.f32(),
+            dy: io.grad_output.into_f32(),
+            dx: grad_input,
+            partials,
+            workers,
+        });
+
+        let weight_len = self.geometry.taps() * self.geometry.output.c;
+        let (partials, partial_len) = (&*partials, self.partial_len());
+        for (number, grad) in io.grad_params.iter_mut().enumerate() {
+            sum_parts(partials, partial_len, number * weight_len, grad.f32());
+        }
+        Ok(())
+    }
+}
+
+/// grad(i) = sum over parts of partials(part, first + i), in order.
+fn sum_parts(partials: &[f32], partial_len: usize, first: usize, grad: &mut [f32]) {
+    const CHUNK: usize = 4096;
+    grad.par_chunks_mut(CHUNK).enumerate().for_each(|(number, grad)| {
+        let first = first + number * CHUNK;
+        grad.fill(0.0);
+        for partial in partials.chunks_exact(partial_len) {
+            grad.iter_mut().zip(&partial[first..]).for_each(|(sum, part)| *sum += part);
+        }
+    });
+}
+
+/// What all threads of a backward call read.
+struct Shared<'a> {
+    layer: &'a Conv2d,
+    /// Weights by phase and group.
+    packed: &'a [f32],
+}
+
+/// Backward of consecutive images, whole parts of the batch. `y` is empty without an activation, `dx` if nobody needs it.
+struct Job<'a> {
+    images: usize,
+    x: &'a [f32],
+    y: &'a [f32],
+    dy: &'a mut [f32],
+    dx: &'a mut [f32],
+    partials: &'a mut [f32],
+    workers: &'a mut [f32],
+}
+
+impl Shared<'_> {
+    /// Halves the job until each thread has its share.
+    fn run(&self, job: Job<'_>) {
+        let threads = job.workers.len() / self.layer.backward_worker_len();
+        let parts = job.images.div_ceil(self.layer.part);
+        if threads.min(parts) <= 1 {
+            return self.run_share(job);
+        }
+        let (left, right) = job.split(self.layer, parts / 2, threads / 2);
+        rayon::join(|| self.run(left), || self.run(right));
+    }
+
+    fn run_share(&self, job: Job<'_>) {
+        let layer = self.layer;
+        let Geometry { input, output, .. } = layer.geometry;
+        let partials = job.partials.chunks_exact_mut(layer.partial_len());
+        for (number, partial) in partials.enumerate() {
+            let images = number * layer.part..job.images.min((number + 1) * layer.part);
+            let (weight, bias) = partial.split_at_mut(layer.geometry.taps() * output.c);
+            bias.fill(0.0);
+            for first in images.clone().step_by(layer.block) {
+                let block = first..images.end.min(first + layer.block);
+                let inputs = block.start * input.len()..block.end * input.len();
+                let outputs = block.start * output.len()..block.end * output.len();
+                let (x, dy) = (&job.x[inputs.clone()], &mut job.dy[outputs.clone()]);
+                if layer.activation != Activation::None {
+                    layer.activation.backward(&job.y[outputs], dy);
+                }
+                if layer.bias {
+                    dy.chunks_exact(output.c).for_each(|row| bias.iter_mut().zip(row).for_each(|(sum, dy)| *sum += dy));
+                }
+                let (packed, copies) = job.workers.split_at_mut(layer.packed_grad_len());
+                let (input_copy, grad_copy) = copies.split_at_mut(layer.block * layer.input.copy_len());
+                layer.weight_block(x, dy, weight, first != images.start, input_copy, packed);
+                if !job.dx.is_empty() {
+                    layer.data_block(dy, self.packed, &mut job.dx[inputs], grad_copy);
+                }
+            }
+        }
+    }
+}
+
+impl<'a> Job<'a> {
+    /// The first `parts` parts with the first `threads` threads' scratch, and the rest.
+    fn split(self, layer: &Conv2d, parts: usize, threads: usize) -> (Job<'a>, Job<'a>) {
+        let images = parts * layer.part;
+        let Geometry { input, output, .. } = layer.geometry;
+        let (x, x_rest) = self.x.split_at(images * input.len());
+        let (y, y_rest) = self.y.split_at(self.y.len().min(images * output.len()));
+        let (dy, dy_rest) = self.dy.split_at_mut(images * output.len());
+        let dx_len = self.dx.len().min(images * input.len());
+        let (dx, dx_rest) = self.dx.split_at_mut(dx_len);
+        let (partials, partials_rest) = self.partials.split_at_mut(parts * layer.partial_len());
+        let (workers, workers_rest) = self.workers.split_at_mut(threads * layer.backward_worker_len());
+        let rest = Job {
+            images: self.images - images,
+            x: x_rest,
+            y: y_rest,
+            dy: dy_rest,
+            dx: dx_rest,
+            partials: partials_rest,
+            workers: workers_rest,
+        };
+        (Job { images, x, y, dy, dx, partials, workers }, rest)
+    }
+}
+
+impl Conv2d {
+    /// weight (taps, F) (+)= im2col(x)^T dy
+    fn weight_block(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        weight: &mut [f32],
+        accumulate: bool,
+        copy: &mut [f32],
+        packed: &mut [f32],
+    ) {
+        let Geometry { input, output, groups, .. } = self.geometry;
+        let x = self.input.copy(x, copy);
+        let pixels = dy.len() / output.c;
+        for group in 0..groups {
+            let (channel, filter) = (group * input.c / groups, group * output.c / groups);
+            let rows = &self.output_rows[..pixels];
+            let right = Right { data: &dy[filter..], rows, step: 1, n: self.geometry.filters() };
+            gemm::pack(self.kernel, right, None, packed);
+            let left = Left { data: &x[channel..], rows: &self.taps, cols: &self.pixels[..pixels] };
+            let out = Out { data: &mut weight[filter..], rows: &self.weight_rows };
+            let store = Store { accumulate, relu: false };
+            gemm::multiply(self.kernel, left, packed, self.geometry.filters(), out, store);
+        }
+    }
+
+    /// dx = im2col(dy) flipped W^T
+    fn data_block(&self, dy: &[f32], packed: &[f32], dx: &mut [f32], copy: &mut [f32]) {
+        let Geometry { input, output, groups, .. } = self.geometry;
+        let images = dx.len() / input.len();
+        let dy = self.grad.copy(dy, copy);
+        let mut packed = packed;
+        for phase in &self.phases {
+            let rows = phase.input_rows.len() / self.block * images;
+            for group in 0..groups {
+                let (channel, filter) = (group * input.c / groups, group * output.c / groups);
+                let left = Left { data: &dy[filter..], rows: &phase.pixels[..rows], cols: &phase.taps };
+                let out = Out { data: &mut dx[channel..], rows: &phase.input_rows[..rows] };
+                gemm::multiply(self.kernel, left, packed, self.geometry.channels(), out, Store::default());
+                packed = &packed[self.packed_phase_len(phase)..];
+            }
+        }
+    }
+}
+
+impl Phase {
+    /// Of the input pixels (first_h + i * sh, first_w + j * sw). Pixel ih meets the taps kh = (ih + before) % sh + t * sh
+    /// under the output (ih + before) / sh - t: the last of them sees the first row of dy, so the kernel runs backwards.
+    fn new(geometry: &Geometry, grad: &Padded, block: usize, first_h: usize, first_w: usize) -> Phase {
+        let Geometry { input, output, rows, columns, .. } = *geometry;
+        let (kh, kw) = ((first_h + rows.before) % rows.stride, (first_w + columns.before) % columns.stride);
+        let count = |size: usize, first: usize, stride: usize| size.saturating_sub(first).div_ceil(stride);
+        let (taps_h, taps_w) = (count(rows.size, kh, rows.stride), count(columns.size, kw, columns.stride));
+
+        let (mut pixels, mut input_rows) = (Vec::new(), Vec::new());
+        let counts = (count(input.h, first_h, rows.stride), count(input.w, first_w, columns.stride));
+        for (image, i, j) in each(block, counts.0, counts.1) {
+            let (ih, iw) = (first_h + i * rows.stride, first_w + j * columns.stride);
+            input_rows.push((((image * input.h + ih) * input.w + iw) * input.c) as u32);
+            // With no taps at all the product is zero and this place is never read.
+            let h = (grad.top + (ih + rows.before) / rows.stride + 1).saturating_sub(taps_h.max(1));
+            let w = (grad.left + (iw + columns.before) / columns.stride + 1).saturating_sub(taps_w.max(1));
+            pixels.push(grad.at(image, h, w, 0));
+        }
+        let (mut taps, mut weights) = (Vec::new(), Vec::new());
+        for (i, j, f) in each(taps_h, taps_w, geometry.filters()) {
+            taps.push(grad.at(0, i, j, f));
+            let (h, w) = (kh + (taps_h - 1 - i) * rows.stride, kw + (taps_w - 1 - j) * columns.stride);
+            weights.push(((h * columns.size + w) * geometry.channels() * output.c + f) as u32);
+        }
+        Phase { pixels, taps, weights, input_rows }
+    }
+
+    /// Packs the weight transposed: columns are channels, which lie F apart.
+    fn pack(&self, kernel: &Kernel, geometry: &Geometry, weight: &[f32], packed: &mut [f32]) {
+        let right = Right { data: weight, rows: &self.weights, step: geometry.output.c, n: geometry.channels() };
+        gemm::pack_parallel(kernel, right, None, packed);
+    }
+}
+
+/// All (a, b, c) below the three bounds, the last running fastest.
+fn each(a: usize, b: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+    (0..a).flat_map(move |i| (0..b).flat_map(move |j| (0..c).map(move |k| (i, j, k))))
+}

@@ -1,0 +1,215 @@
+//! `type = "conv2d"`: y(n, oh, ow, f) = activation(bias(f) + sum over kh, kw, c of
+//! x(n, oh * stride + kh - before, ow * stride + kw - before, c) * weight(kh, kw, c, f)), zeros outside the image.
+//! With `groups = G`, channels and filters are cut into G runs and a filter sees only its run's channels.
+
+mod cpu;
+mod padded;
+#[cfg(test)]
+mod tests;
+
+use super::super::init::Initializer;
+use super::super::params::{Init, Layout, ParamSpec, Role};
+use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::window::{self, Axis, NamedPadding};
+use super::{Activation, single};
+use crate::device::Place;
+use crate::error::{Error, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Conv2d {
+    /// Output channels.
+    filters: usize,
+    /// Height and width of a filter.
+    kernel: Extent,
+    #[serde(default = "Extent::one")]
+    stride: Extent,
+    #[serde(default)]
+    padding: Padding,
+    /// Divides channels and filters; as many groups as channels is a depthwise convolution.
+    #[serde(default = "one")]
+    groups: usize,
+    #[serde(default = "yes")]
+    bias: bool,
+    #[serde(default)]
+    activation: Activation,
+    /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
+    #[serde(default = "he_normal")]
+    init: Initializer,
+}
+
+fn one() -> usize {
+    1
+}
+fn yes() -> bool {
+    true
+}
+fn he_normal() -> Initializer {
+    Initializer::HeNormal {}
+}
+
+/// A number for both axes, or [height, width].
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "expected a number, or [height, width]")]
+enum Extent {
+    Square(usize),
+    Each([usize; 2]),
+}
+
+impl Extent {
+    fn one() -> Extent {
+        Extent::Square(1)
+    }
+    fn each(self) -> [usize; 2] {
+        match self {
+            Extent::Square(size) => [size; 2],
+            Extent::Each(sizes) => sizes,
+        }
+    }
+}
+
+/// Zeros around the image. "same" gives ceil(input / stride) outputs as in TensorFlow, for any stride: in all
+/// max((output - 1) * stride + kernel - input, 0) zeros along an axis, the odd one below and to the right. With stride 1
+/// that is PyTorch's "same" (which refuses other strides); with stride 2 it differs from `padding = 1`.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(
+    untagged,
+    expecting = "expected \"valid\", \"same\", the number of zeros on each side, or [vertical, horizontal]"
+)]
+enum Padding {
+    Named(NamedPadding),
+    Zeros(usize),
+    Each([usize; 2]),
+}
+
+impl Default for Padding {
+    fn default() -> Self {
+        Padding::Named(NamedPadding::Valid)
+    }
+}
+
+impl Padding {
+    fn each(self) -> [window::Padding; 2] {
+        match self {
+            Padding::Named(name) => [window::Padding::Named(name); 2],
+            Padding::Zeros(zeros) => [window::Padding::Zeros(zeros); 2],
+            Padding::Each(zeros) => zeros.map(window::Padding::Zeros),
+        }
+    }
+}
+
+/// What the kernels need to know.
+#[derive(Clone, Copy, Debug)]
+struct Geometry {
+    input: Shape,
+    output: Shape,
+    rows: Axis,
+    columns: Axis,
+    groups: usize,
+}
+
+impl Geometry {
+    /// Channels that a filter sees.
+    fn channels(&self) -> usize {
+        self.input.c / self.groups
+    }
+    /// Filters of a group.
+    fn filters(&self) -> usize {
+        self.output.c / self.groups
+    }
+    /// Values that meet in one output: KH * KW * C / groups.
+    fn taps(&self) -> usize {
+        self.rows.size * self.columns.size * self.channels()
+    }
+}
+
+impl Conv2d {
+    fn geometry(&self, inputs: &[Shape]) -> Result<Geometry, String> {
+        let input = single(inputs)?;
+        let Conv2d { filters, groups, .. } = *self;
+        let (kernel, stride, padding) = (self.kernel.each(), self.stride.each(), self.padding.each());
+        if filters == 0 || groups == 0 || kernel.contains(&0) || stride.contains(&0) {
+            return Err("filters, kernel, stride and groups must be at least 1".to_owned());
+        }
+        if input.c % groups != 0 || filters % groups != 0 {
+            return Err(format!(
+                "groups = {groups} must divide the {} channels of its input ({input}) and its {filters} filters",
+                input.c
+            ));
+        }
+        for axis in 0..2 {
+            if let window::Padding::Zeros(zeros) = padding[axis]
+                && zeros >= kernel[axis]
+            {
+                return Err(format!(
+                    "padding {zeros} is not smaller than the kernel ({}): a filter would see nothing but zeros",
+                    kernel[axis]
+                ));
+            }
+        }
+        let axis = |number: usize, length| Axis::new(length, kernel[number], stride[number], padding[number]);
+        let (Some(rows), Some(columns)) = (axis(0, input.h), axis(1, input.w)) else {
+            let [kh, kw] = kernel;
+            return Err(format!(
+                "a {kh}x{kw} kernel does not fit into its input, {input}: use a smaller kernel, or padding"
+            ));
+        };
+        let output = Shape { h: rows.output, w: columns.output, c: filters };
+        let geometry = Geometry { input, output, rows, columns, groups };
+        addressable("weight", &[kernel[0], kernel[1], geometry.channels(), filters])?;
+        addressable("padded input", &[input.h + kernel[0], input.w + kernel[1], input.c])?;
+        addressable("output", &[output.h, output.w, output.c])?;
+        Ok(geometry)
+    }
+}
+
+/// The kernels address an image and a weight with 32 bits.
+fn addressable(what: &str, lengths: &[usize]) -> Result<(), String> {
+    let product = lengths.iter().try_fold(1usize, |product, &length| product.checked_mul(length));
+    match product {
+        Some(product) if u32::try_from(product).is_ok() => Ok(()),
+        _ => Err(format!(
+            "its {what} would have {lengths:?} values, more than 2^32: use fewer filters or a smaller kernel"
+        )),
+    }
+}
+
+impl LayerSpec for Conv2d {
+    fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        let geometry = self.geometry(inputs)?;
+        let Geometry { output, rows, columns, .. } = geometry;
+        let area = rows.size * columns.size;
+        let weight = ParamSpec {
+            name: "weight",
+            shape: vec![output.c, geometry.channels(), rows.size, columns.size],
+            layout: Layout::Hwio,
+            init: self.init.resolve(geometry.taps(), area * geometry.filters()),
+            role: Role::Trainable,
+        };
+        let bias = self.bias.then(|| ParamSpec {
+            name: "bias",
+            shape: vec![output.c],
+            layout: Layout::Canonical,
+            init: Init::Constant(0.0),
+            role: Role::Trainable,
+        });
+        Ok(Inferred {
+            output,
+            params: std::iter::once(weight).chain(bias).collect(),
+            forward_flops: 2 * geometry.taps() as u64 * output.len() as u64,
+            backward_reads_input: true,
+            backward_reads_output: self.activation != Activation::None,
+            ..Inferred::default()
+        })
+    }
+
+    fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        let geometry = self.geometry(build.inputs).map_err(Error::usage)?;
+        match build.place {
+            Place::Host => Ok(Box::new(cpu::Conv2d::new(geometry, self.bias, self.activation, build))),
+            Place::Cuda => Err(Error::device("conv2d has no CUDA kernel yet; train on the CPU")),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! `type = "linear"`: y(n, o) = activation(bias(o) + sum over i of x(n, i) * weight(o, i)).
+
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use super::super::init::Initializer;
+use super::super::params::{Init, Layout, ParamSpec, Role};
+use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::{Activation, single};
+use crate::device::Place;
+use crate::error::{Error, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Linear {
+    /// Outputs.
+    units: usize,
+    #[serde(default = "yes")]
+    bias: bool,
+    #[serde(default)]
+    activation: Activation,
+    /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
+    #[serde(default = "he_normal")]
+    init: Initializer,
+}
+
+fn yes() -> bool {
+    true
+}
+fn he_normal() -> Initializer {
+    Initializer::HeNormal {}
+}
+
+impl Linear {
+    /// Inputs a sample.
+    fn width(&self, inputs: &[Shape]) -> Result<usize, String> {
+        let input = single(inputs)?;
+        if self.units == 0 {
+            return Err("units must be at least 1".to_owned());
+        }
+        if !input.is_vector() {
+            return Err(format!(
+                "takes a vector, but its input is {input}; put a flatten or global_avg_pool layer before it"
+            ));
+        }
+        match input.c.checked_mul(self.units) {
+            Some(weights) if u32::try_from(weights).is_ok() => Ok(input.c),
+            _ => Err(format!(
+                "its weight would have {} x {} values, more than 2^32: use fewer units",
+                self.units, input.c
+            )),
+        }
+    }
+}
+
+impl LayerSpec for Linear {
+    fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        let width = self.width(inputs)?;
+        let weight = ParamSpec {
+            name: "weight",
+            shape: vec![self.units, width],
+            layout: Layout::Canonical,
+            init: self.init.resolve(width, self.units),
+            role: Role::Trainable,
+        };
+        let bias = self.bias.then(|| ParamSpec {
+            name: "bias",
+            shape: vec![self.units],
+            layout: Layout::Canonical,
+            init: Init::Constant(0.0),
+            role: Role::Trainable,
+        });
+        Ok(Inferred {
+            output: Shape::vector(self.units),
+            params: std::iter::once(weight).chain(bias).collect(),
+            forward_flops: 2 * width as u64 * self.units as u64,
+            backward_reads_input: true,
+            backward_reads_output: self.activation != Activation::None,
+            ..Inferred::default()
+        })
+    }
+
+    fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        let width = self.width(build.inputs).map_err(Error::usage)?;
+        match build.place {
+            Place::Host => Ok(Box::new(cpu::Linear::new(width, self.units, self.bias, self.activation, build))),
+            Place::Cuda => Err(Error::device("linear has no CUDA kernel yet; train on the CPU")),
+        }
+    }
+}
