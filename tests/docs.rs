@@ -80,9 +80,13 @@ fn documented_defaults<'a>(text: &'a str, key: &str) -> impl Iterator<Item = Jso
     })
 }
 
-/// Equal, numbers as f32: the schema has 0.1 as the f32 that is nearest to it.
+/// Equal, numbers as f32: the schema has 0.1 as the f32 that is nearest to it. A bare name is short for a table of that
+/// type.
 fn same(a: &Json, b: &Json) -> bool {
     match (a, b) {
+        (Json::String(name), Json::Object(table)) => {
+            table.len() == 1 && table.get("type") == Some(&Json::from(&**name))
+        }
         (Json::Array(a), Json::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
         _ => a == b || a.as_f64().zip(b.as_f64()).is_some_and(|(a, b)| a as f32 == b as f32),
     }
