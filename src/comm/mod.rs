@@ -3,10 +3,36 @@
 //! Sums run in one fixed order, the pairwise tree over ranks (`tree`), whatever the transport, the bucket, the chunk or
 //! the timing. So every transport gives equal bits, every run gives equal bits, and all ranks hold equal bits.
 
+mod ring;
+mod shm;
+mod solo;
+mod sum;
+mod tcp;
+
+use crate::config::raw::TransportChoice;
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
+use crate::launch::rendezvous::Control;
+use crate::launch::watch::Health;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// The communicator for `choice` among the ranks of `control`. Collective. `health` ends its waits.
+pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+    if control.size() == 1 {
+        return Ok(Box::new(solo::Solo));
+    }
+    let shm = match choice {
+        TransportChoice::Auto => control.one_host()?,
+        TransportChoice::Shm => true,
+        TransportChoice::Tcp => false,
+    };
+    match shm {
+        true => Ok(Box::new(shm::Shm::new(control, health)?)),
+        false => Ok(Box::new(tcp::Tcp::new(control, health)?)),
+    }
+}
 
 /// N ranks that call the same operations, with the same lengths, in the same order. All data is f32.
 ///

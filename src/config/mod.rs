@@ -10,6 +10,7 @@ mod rules;
 mod schema;
 mod source;
 
+pub mod plan;
 pub mod raw;
 
 pub use load::load;

@@ -70,3 +70,104 @@ fn check_size(file: &DataFile, bytes: usize) -> Result<()> {
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::files::tests::{gzip, message, xz};
+    use proptest::prelude::*;
+    use std::fs;
+    use tempfile::TempDir;
+
+    /// Records that differ in every plane and pixel.
+    fn records(labels: &[u8]) -> Vec<u8> {
+        let record = |&label: &u8| std::iter::once(label).chain((0..3 * PLANE).map(move |at| value(label, at)));
+        labels.iter().flat_map(record).collect()
+    }
+
+    fn value(label: u8, at: usize) -> u8 {
+        (at % 251) as u8 ^ label.wrapping_mul(17)
+    }
+
+    fn folder(files: &[(&str, Vec<u8>)]) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        files.iter().for_each(|(name, bytes)| fs::write(folder.path().join(name), bytes).unwrap());
+        folder
+    }
+
+    #[test]
+    fn reads_all_batches_in_the_order_of_their_numbers() {
+        let folder = folder(&[
+            ("data_batch_10.bin.gz", gzip(&records(&[5]))),
+            ("data_batch_2.bin.xz", xz(&records(&[3, 4]))),
+            ("data_batch_1.bin", records(&[1, 2])),
+            ("test_batch.bin", records(&[9])),
+            ("batches.meta.txt", vec![]),
+        ]);
+        let sets = open(folder.path()).unwrap();
+        let labels: Vec<u32> = (0..sets.train.len()).map(|index| sets.train.label(index)).collect();
+        assert_eq!((labels, sets.test.label(0), sets.test.len()), (vec![1, 2, 3, 4, 5], 9, 1));
+
+        let mut image = vec![0; SHAPE.len()];
+        sets.train.read(3, &mut image).unwrap();
+        for (at, &byte) in image.iter().enumerate() {
+            let (pixel, channel) = (at / 3, at % 3);
+            assert_eq!(byte, value(4, channel * PLANE + pixel), "pixel {pixel}, channel {channel}");
+        }
+    }
+
+    #[test]
+    fn damage_has_one_clear_error() {
+        let refusal = |train: Vec<u8>| {
+            message(open(folder(&[("data_batch_1.bin", train), ("test_batch.bin", records(&[1]))]).path()))
+        };
+        let short = RECORD - 1;
+        for (train, expected) in [
+            (vec![], "the set is empty".to_string()),
+            (records(&[1, 2])[..2 * RECORD - 1].to_vec(), format!("1 records of {RECORD} and {short} bytes more")),
+            (records(&[1, 10]), "record 1 has label 10; labels go from 0 to 9".to_string()),
+            (vec![0; 2 * (RECORD + 1)], "this is CIFAR-100".to_string()),
+        ] {
+            let error = refusal(train);
+            assert!(error.contains(&expected) && error.contains("data_batch_1.bin"), "{expected}: {error}");
+        }
+        let bomb = folder(&[("data_batch_1.bin.xz", xz(&vec![0; 4000 * RECORD])), ("test_batch.bin", records(&[1]))]);
+        assert!(message(open(bomb.path())).contains("bytes expand to more than"));
+    }
+
+    #[test]
+    fn what_is_missing_is_listed_with_what_is_there() {
+        let missing = message(open(folder(&[("train.bin", vec![])]).path()));
+        assert!(missing.contains("data_batch_1.bin") && missing.contains("holds train.bin"), "{missing}");
+        let missing = message(open(folder(&[("data_batch_1.bin", records(&[1]))]).path()));
+        assert!(missing.contains("test_batch.bin (or .gz, .xz) not found"), "{missing}");
+        assert!(missing.contains("scripts/fetch-data.sh"), "{missing}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_bytes_are_read_or_refused(
+            packing in 0..3, cut in 0usize..2 * RECORD, cuts: bool,
+            changes in proptest::collection::vec((0usize..2 * RECORD, any::<u8>()), 0..4),
+        ) {
+            let plain = records(&[1, 2]);
+            let (name, mut bytes) = match packing {
+                0 => ("data_batch_1.bin", plain),
+                1 => ("data_batch_1.bin.gz", gzip(&plain)),
+                _ => ("data_batch_1.bin.xz", xz(&plain)),
+            };
+            if cuts {
+                bytes.truncate(cut.max(1));
+            }
+            for (at, byte) in changes {
+                let at = at % bytes.len();
+                bytes[at] = byte;
+            }
+            match open(folder(&[(name, bytes), ("test_batch.bin", records(&[1]))]).path()) {
+                Ok(sets) => prop_assert!(sets.train.len() <= 2),
+                Err(error) => prop_assert_eq!(error.kind(), crate::error::Kind::Data),
+            }
+        }
+    }
+}

@@ -60,7 +60,14 @@ impl DataFile {
 
     /// The next `count` bytes, which are `what`. Memory grows with what is really there, not with what a header says.
     pub fn exactly(&mut self, count: u64, what: &str) -> Result<Vec<u8>> {
-        let bytes = self.up_to(count.min(self.most()))?;
+        let (stored, most) = (self.stored, self.most());
+        if count > most {
+            return Err(self.error(format!(
+                "{count} bytes of {what} were expected; a file of {stored} bytes cannot hold them: it is truncated, or its \
+                 header is damaged"
+            )));
+        }
+        let bytes = self.up_to(count)?;
         if (bytes.len() as u64) < count {
             let found = bytes.len();
             return Err(self.error(format!("truncated: {count} bytes of {what} were expected, {found} are there")));
@@ -122,5 +129,50 @@ pub fn summary(listing: &[String]) -> String {
         0 => "nothing".to_string(),
         1..=SHOWN => listing.join(", "),
         more => format!("{} and {} more", listing[..SHOWN].join(", "), more - SHOWN),
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use std::io::Write;
+
+    pub fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), Default::default());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    pub fn xz(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(1)).unwrap();
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    /// The text of an error, which must be of kind `Data`.
+    pub fn message<T>(result: Result<T>) -> String {
+        let error = result.err().expect("an error");
+        assert_eq!(error.kind(), Kind::Data);
+        error.to_string()
+    }
+
+    /// A flipped bit in the data shows in the checksum at the end, which `end` reads.
+    #[test]
+    fn the_checksum_of_a_compressed_file_is_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, mut packed) in [("a.gz", gzip(&[7; 100])), ("a.xz", xz(&[7; 100]))] {
+            let path = folder.path().join(name);
+            fs::write(&path, &packed).unwrap();
+            let mut file = DataFile::open(&path).unwrap();
+            assert_eq!(file.exactly(100, "sevens").unwrap(), [7; 100]);
+            file.end("sevens").unwrap();
+
+            let crc = if name == "a.gz" { packed.len() - 8 } else { packed.len() - 60 };
+            packed[crc] ^= 1;
+            fs::write(&path, &packed).unwrap();
+            let mut file = DataFile::open(&path).unwrap();
+            let outcome = file.exactly(100, "sevens").and_then(|_| file.end("sevens"));
+            assert!(message(outcome).contains(name));
+        }
     }
 }

@@ -76,3 +76,121 @@ fn read_data(file: &mut DataFile, dims: &[u32], what: &str) -> Result<Vec<u8>> {
     file.end(what)?;
     Ok(data)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::files::tests::{gzip, message};
+    use proptest::prelude::*;
+    use std::fs;
+    use tempfile::TempDir;
+
+    fn idx(magic: u32, dims: &[u32], data: &[u8]) -> Vec<u8> {
+        let words = std::iter::once(&magic).chain(dims);
+        words.flat_map(|word| word.to_be_bytes()).chain(data.iter().copied()).collect()
+    }
+
+    /// Three images of 2x5 in each part; byte k of an image file is k, the labels are 7, 0, 9.
+    fn good() -> [(&'static str, Vec<u8>); 4] {
+        let images = idx(IMAGES, &[3, 2, 5], &(0..30).collect::<Vec<u8>>());
+        let labels = idx(LABELS, &[3], &[7, 0, 9]);
+        [
+            ("train-images-idx3-ubyte", images.clone()),
+            ("train-labels-idx1-ubyte", labels.clone()),
+            ("t10k-images-idx3-ubyte", images),
+            ("t10k-labels-idx1-ubyte", labels),
+        ]
+    }
+
+    fn folder(files: &[(impl AsRef<str>, Vec<u8>)]) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        files.iter().for_each(|(name, bytes)| fs::write(folder.path().join(name.as_ref()), bytes).unwrap());
+        folder
+    }
+
+    fn check_good(folder: &TempDir) {
+        let sets = open(folder.path()).unwrap();
+        for set in [sets.train, sets.test] {
+            assert_eq!((set.len(), set.shape(), set.classes()), (3, Shape::new(2, 5, 1), 10));
+            assert_eq!([0, 1, 2].map(|index| set.label(index)), [7, 0, 9]);
+            let mut image = [0; 10];
+            set.read(2, &mut image).unwrap();
+            assert_eq!(image, [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]);
+        }
+    }
+
+    #[test]
+    fn reads_plain_gzipped_and_dotted_files() {
+        check_good(&folder(&good()));
+        check_good(&folder(&good().map(|(name, bytes)| (format!("{name}.gz"), gzip(&bytes)))));
+        check_good(&folder(&good().map(|(name, bytes)| (name.replace("-idx", ".idx"), bytes))));
+    }
+
+    /// Opens the good set with one training file replaced, and returns the error.
+    fn refusal(file: &str, bytes: Vec<u8>) -> String {
+        let folder = folder(&good());
+        fs::remove_file(folder.path().join(file.trim_end_matches(".gz"))).unwrap();
+        fs::write(folder.path().join(file), bytes).unwrap();
+        message(open(folder.path()))
+    }
+
+    #[test]
+    fn damage_has_one_clear_error() {
+        let (images, labels) = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte");
+        let [(_, good_images), ..] = good();
+        for (file, bytes, expected) in [
+            (
+                images,
+                idx(LABELS, &[3, 2, 5], &[0; 30]),
+                "wrong magic number 0x00000801; an idx file of images begins with",
+            ),
+            (images, vec![0, 0, 8], "16 bytes of idx header were expected; a file of 3 bytes cannot hold them"),
+            (images, idx(IMAGES, &[3, 2, 5], &[0; 29]), "truncated: 30 bytes of images were expected, 29 are there"),
+            (images, idx(IMAGES, &[3, 2, 5], &[0; 31]), "oversized"),
+            (images, idx(IMAGES, &[u32::MAX; 3], &[0; 30]), "overflow"),
+            (images, idx(IMAGES, &[u32::MAX, 28, 28], &[0; 30]), "cannot hold them"),
+            (images, idx(IMAGES, &[0, 2, 5], &[]), "the set is empty"),
+            (images, idx(IMAGES, &[2, 2, 5], &[0; 20]), "train has 2 images but 3 labels"),
+            (labels, idx(LABELS, &[3], &[7, 10, 9]), "sample 1 has label 10; labels go from 0 to 9"),
+            ("train-images-idx3-ubyte.gz", gzip(&good_images)[..20].to_vec(), "reading"),
+            ("train-images-idx3-ubyte.gz", gzip(&idx(IMAGES, &[1 << 30, 28, 28], &[0; 30])), "cannot hold them"),
+        ] {
+            let error = refusal(file, bytes);
+            assert!(error.contains(expected) && error.contains("train"), "{expected}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_listed_with_what_is_there() {
+        let missing = message(open(Path::new("no/such/folder")));
+        assert!(missing.contains("no/such/folder") && missing.contains("scripts/fetch-data.sh"), "{missing}");
+        let missing = message(open(folder(&[("notes.txt", vec![])]).path()));
+        assert!(missing.contains("train-images-idx3-ubyte or train-images.idx3-ubyte"), "{missing}");
+        assert!(missing.contains("holds notes.txt") && missing.contains("mnist or fashion-mnist"), "{missing}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(
+            file in 0usize..4, cut in 0usize..60, zip: bool,
+            changes in proptest::collection::vec((0usize..60, any::<u8>()), 0..4),
+        ) {
+            let mut files = good().map(|(name, bytes)| (name.to_string(), bytes));
+            let (name, bytes) = &mut files[file];
+            if zip {
+                *name += ".gz";
+                *bytes = gzip(bytes);
+            }
+            bytes.truncate(cut.max(1));
+            for (at, byte) in changes {
+                let at = at % bytes.len();
+                bytes[at] = byte;
+            }
+            let folder = folder(&files);
+            match open(folder.path()) {
+                Ok(sets) => prop_assert!(sets.train.len() <= 30 && sets.test.len() <= 30),
+                Err(error) => prop_assert_eq!(error.kind(), crate::error::Kind::Data),
+            }
+        }
+    }
+}

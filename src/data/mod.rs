@@ -11,7 +11,7 @@ mod idx;
 mod memory;
 pub mod order;
 pub mod partition;
-mod queue;
+pub mod queue;
 mod shapes;
 
 pub use queue::{DataQueue, Loader, Position};

@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketFlags,
 };
 use socket2::{Domain, Socket};
 use std::io::{IoSlice, IoSliceMut};
@@ -84,7 +85,7 @@ impl Link {
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)), "the buffer was sized for one descriptor");
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        self.retry(PollFlags::OUT, deadline, || {
+        retry(&self.socket, PollFlags::OUT, deadline, || {
             rustix::net::sendmsg(&self.socket, &[IoSlice::new(&[DATA])], &mut ancillary, flags)
         })
         .map_err(|error| self.lost(error))?;
@@ -97,11 +98,10 @@ impl Link {
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let message = self
-            .retry(PollFlags::IN, deadline, || {
-                rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags)
-            })
-            .map_err(|error| self.lost(error))?;
+        let message = retry(&self.socket, PollFlags::IN, deadline, || {
+            rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags)
+        })
+        .map_err(|error| self.lost(error))?;
         if message.bytes == 0 {
             return Err(self.lost(Errno::CONNRESET));
         }
@@ -123,7 +123,7 @@ impl Link {
     /// Fills `buffer` or fails: `CONNRESET` when the peer has closed, `TIMEDOUT` at the deadline.
     pub fn read(&self, mut buffer: &mut [u8], deadline: Instant) -> Result<(), Errno> {
         while !buffer.is_empty() {
-            let count = self.retry(PollFlags::IN, deadline, || {
+            let count = retry(&self.socket, PollFlags::IN, deadline, || {
                 rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT).map(|(_, count)| count)
             })?;
             if count == 0 {
@@ -137,7 +137,7 @@ impl Link {
     /// Sends all of `buffer` or fails as `read` does.
     pub fn write(&self, mut buffer: &[u8], deadline: Instant) -> Result<(), Errno> {
         while !buffer.is_empty() {
-            let count = self.retry(PollFlags::OUT, deadline, || {
+            let count = retry(&self.socket, PollFlags::OUT, deadline, || {
                 rustix::net::send(&self.socket, buffer, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
             })?;
             buffer = &buffer[count..];
@@ -167,31 +167,6 @@ impl Link {
         self.write(&frame, deadline)
     }
 
-    /// Repeats a non-blocking call until it does something else than ask for patience.
-    fn retry<T>(
-        &self,
-        events: PollFlags,
-        deadline: Instant,
-        mut call: impl FnMut() -> Result<T, Errno>,
-    ) -> Result<T, Errno> {
-        loop {
-            match call() {
-                Err(Errno::AGAIN) => {}
-                Err(Errno::INTR) => continue,
-                other => return other,
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Errno::TIMEDOUT);
-            }
-            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-            match poll(&mut [PollFd::new(&self.socket, events)], Some(&timeout)) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
     fn lost(&self, error: Errno) -> Error {
         let peer = self.peer;
         Error::peer_lost(match error {
@@ -207,4 +182,39 @@ pub fn pair() -> Result<(OwnedFd, OwnedFd)> {
     let (a, b) = Socket::pair(Domain::UNIX, socket2::Type::STREAM, None)
         .or_kind(Kind::Internal, "a pair of sockets for a rank (is the limit on open files, ulimit -n, reached?)")?;
     Ok((a.into(), b.into()))
+}
+
+/// Repeats a non-blocking call until it does something else than ask for patience.
+fn retry<T>(
+    socket: &Socket,
+    events: PollFlags,
+    deadline: Instant,
+    mut call: impl FnMut() -> Result<T, Errno>,
+) -> Result<T, Errno> {
+    loop {
+        match call() {
+            Err(Errno::AGAIN) => {}
+            Err(Errno::INTR) => continue,
+            other => return other,
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Errno::TIMEDOUT);
+        }
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(socket, events)], Some(&timeout)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The next connection to `listener`; `None` at the deadline.
+pub fn accept(listener: &Socket, deadline: Instant) -> Result<Option<Socket>> {
+    listener.set_nonblocking(true).or_kind(Kind::Internal, "the listening socket")?;
+    match retry(listener, PollFlags::IN, deadline, || rustix::net::accept_with(listener, SocketFlags::CLOEXEC)) {
+        Ok(fd) => Ok(Some(fd.into())),
+        Err(Errno::TIMEDOUT) => Ok(None),
+        Err(error) => Err(Error::internal(format!("accepting a peer's connection: {error}"))),
+    }
 }

@@ -190,8 +190,11 @@ impl Control {
 
     /// Address at which this rank reaches rank 0's host.
     pub fn root_ip(&self) -> IpAddr {
-        let remote = if self.rank == 0 { None } else { self.links[0].peer_ip() };
-        remote.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+        match self.links.first().and_then(Link::peer_ip) {
+            Some(remote) if self.rank != 0 => remote,
+            Some(IpAddr::V6(_)) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+            _ => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        }
     }
 
     /// Makes, once, the Unix star beside a TCP star; the ranks vote on whether that worked for all.
@@ -277,7 +280,6 @@ fn gather_into(
     place: &str,
     deadline: Instant,
 ) -> Result<()> {
-    listener.set_nonblocking(true).or_kind(Kind::Internal, "the listening socket")?;
     while found.iter().any(Option::is_none) {
         let Some((link, hello)) = accept(listener, deadline)? else {
             let missing: Vec<usize> = (1..size).filter(|rank| found[rank - 1].is_none()).collect();
@@ -308,15 +310,7 @@ fn gather_into(
 
 /// The next connection that says hello; `None` at the deadline.
 fn accept(listener: &Socket, deadline: Instant) -> Result<Option<(Link, Hello)>> {
-    while Instant::now() < deadline {
-        let socket = match listener.accept() {
-            Ok((socket, _)) => socket,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                std::thread::sleep(Duration::from_millis(2));
-                continue;
-            }
-            Err(error) => return Err(Error::internal(format!("accepting a peer's connection: {error}"))),
-        };
+    while let Some(socket) = link::accept(listener, deadline)? {
         let link = Link::new(usize::MAX, socket);
         if link.is_unix() && !same_user(&link.socket) {
             continue;

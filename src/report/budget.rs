@@ -149,8 +149,11 @@ impl Merged {
             }
         }
         table.add_row(["total".to_string(), format!("{:.2}", mean.total_seconds()), percent(1000)]);
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
+        for (index, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, 2));
+            if index > 0 {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
         }
         table.trim_fmt()
     }

@@ -69,7 +69,8 @@ pub struct Evaluation {
 pub struct Report {
     setup: Setup,
     metrics: Metrics,
-    bar: Bar,
+    /// Where the outputs are a terminal; else log steps print lines.
+    bar: Option<Bar>,
     /// Since the last log record; since the bar's text was last set; since the epoch began.
     logged: Window,
     shown: Window,
@@ -88,7 +89,7 @@ impl Report {
     /// terminal. A `log_every` of 0 logs nothing.
     pub fn start(setup: Setup) -> Result<Report> {
         let metrics = Metrics::open(&setup.directory.join("metrics.jsonl"), setup.first_step)?;
-        let bar = Bar::new(progress::is_terminal(), setup.first_step, setup.total_steps);
+        let bar = progress::is_terminal().then(|| Bar::show(setup.first_step, setup.total_steps));
         let window = Window::new(&Budget::default());
         let last = Step { step: setup.first_step, epoch: 0, lr: 0.0, loss_sum: 0.0, correct: 0, samples: 0 };
         Ok(Report {
@@ -105,7 +106,7 @@ impl Report {
         })
     }
 
-    /// After an update. Cheap and free of allocation except where the bar is drawn and at log steps.
+    /// After an update. Cheap and free of allocation except where a bar is drawn and at log steps.
     pub fn step(&mut self, step: &Step, budget: &Budget) -> Result<()> {
         if step.epoch != self.last.epoch {
             self.epoch = Window::new(budget);
@@ -115,10 +116,12 @@ impl Report {
         for window in [&mut self.logged, &mut self.shown, &mut self.epoch] {
             window.add(step);
         }
-        self.bar.set_step(step.step);
-        if budget.total_seconds() - self.shown.start.total_seconds() >= SHOW_SECONDS {
-            self.bar.set_rates(epoch_of(step.epoch, self.setup.epochs), &self.shown.rates(budget));
-            self.shown = Window::new(budget);
+        if let Some(bar) = &self.bar {
+            bar.set_step(step.step);
+            if budget.total_seconds() - self.shown.start.total_seconds() >= SHOW_SECONDS {
+                bar.set_rates(epoch_of(step.epoch, self.setup.epochs), &self.shown.rates(budget));
+                self.shown = Window::new(budget);
+            }
         }
         if self.setup.log_every > 0 && step.step.is_multiple_of(self.setup.log_every) {
             self.log(step, budget)?;
@@ -129,7 +132,7 @@ impl Report {
 
     fn log(&mut self, step: &Step, budget: &Budget) -> Result<()> {
         let rates = self.logged.rates(budget);
-        if !progress::is_terminal() {
+        if self.bar.is_none() {
             print(format_args!(
                 "{}  step {}  {rates}",
                 epoch_of(step.epoch, self.setup.epochs),
@@ -189,8 +192,8 @@ impl Report {
 
     /// At the end, also one by a signal or an error: takes the bar away, prints the step budget, and writes
     /// `summary.json`, which it returns.
-    pub fn finish(self, ending: Ending) -> Result<Summary> {
-        self.bar.remove();
+    pub fn finish(mut self, ending: Ending) -> Result<Summary> {
+        self.bar = None;
         let path = self.setup.directory.join("summary.json");
         let summary = Summary::new(&self, &ending);
         print(format_args!("\n{}\n\n{summary}", ending.budget.table()));

@@ -42,7 +42,7 @@ impl fmt::Display for Rates {
         write!(f, "loss {loss:.4}  accuracy {accuracy:.4}  {speed} samples/s")?;
         let percent = |share: f64| (100.0 * share).round();
         let [communication, waiting, data] = [self.communication, self.waiting, self.data].map(percent);
-        write!(f, "  communication {communication} %, waiting {waiting} %, data {data} %")
+        write!(f, "  comm {communication} %  wait {waiting} %  data {data} %")
     }
 }
 
@@ -54,16 +54,11 @@ pub(super) fn epoch_of(epoch: u64, epochs: Option<u64>) -> String {
     }
 }
 
-pub(super) struct Bar {
-    bar: ProgressBar,
-}
+/// Two lines at the foot of the terminal.
+pub(super) struct Bar(ProgressBar);
 
 impl Bar {
-    /// Hidden unless `live`.
-    pub fn new(live: bool, first_step: u64, total_steps: Option<u64>) -> Bar {
-        if !live {
-            return Bar { bar: ProgressBar::hidden() };
-        }
+    pub fn show(first_step: u64, total_steps: Option<u64>) -> Bar {
         let (bar, template) = match total_steps {
             Some(total) => {
                 (ProgressBar::new(total), "{prefix}  step {pos}/{len} {wide_bar} {percent} %  ETA {eta}\n{msg}")
@@ -71,23 +66,25 @@ impl Bar {
             None => (ProgressBar::no_length(), "{prefix}  step {pos}  {elapsed} so far\n{msg}"),
         };
         let style = ProgressStyle::with_template(template).expect("a valid template").progress_chars("━╸─");
-        let bar = TERMINAL.add(bar.with_style(style).with_position(first_step));
+        let bar = TERMINAL.add(bar.with_style(style).with_prefix("starting").with_position(first_step));
         bar.reset_eta();
-        Bar { bar }
+        Bar(bar)
     }
 
     /// Cheap: draws at most twenty times a second.
     pub fn set_step(&self, step: u64) {
-        self.bar.set_position(step);
+        self.0.set_position(step);
     }
 
     pub fn set_rates(&self, epoch: String, rates: &Rates) {
-        self.bar.set_prefix(epoch);
-        self.bar.set_message(rates.to_string());
+        self.0.set_prefix(epoch);
+        self.0.set_message(rates.to_string());
     }
+}
 
-    pub fn remove(&self) {
-        self.bar.finish_and_clear();
-        TERMINAL.remove(&self.bar);
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+        TERMINAL.remove(&self.0);
     }
 }

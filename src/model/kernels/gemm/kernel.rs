@@ -82,6 +82,7 @@ trait Vector: Copy {
 
 /// A tile of exactly `MR` rows whose columns fill the first `NV` vectors of the panel's `NR` columns.
 #[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "loops over the registers of a tile, all unrolled")]
 unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const NR: usize>(t: &Tile<'_>) {
     debug_assert!(t.rows.len() == MR && t.c_rows.len() >= MR && t.b.len() >= t.cols.len() * NR && t.n <= NV * V::LANES);
     // SAFETY: the caller of the kernel vouches for rows, columns and C; B was checked when it was sliced.

@@ -126,7 +126,7 @@ impl Case {
             .map(|at| values.bias.get(at % output.c).map_or(0.0, |&bias| f64::from(bias)))
             .collect();
         let mut terms = Vec::new();
-        for at in 0..batch * output.len() {
+        for (at, y) in y.iter_mut().enumerate() {
             let (f, ow, oh) = (at % output.c, at / output.c % output.w, at / (output.c * output.w) % output.h);
             let image = at / output.len();
             for kh in g.rows.taps(oh) {
@@ -136,7 +136,7 @@ impl Case {
                         let channel = f / g.filters() * g.channels() + c;
                         let x = ((image * input.h + ih) * input.w + iw) * input.c + channel;
                         let weight = ((kh * g.columns.size + kw) * g.channels() + c) * output.c + f;
-                        y[at] += f64::from(values.x[x]) * f64::from(values.weight[weight]);
+                        *y += f64::from(values.x[x]) * f64::from(values.weight[weight]);
                         terms.push((at, x, weight));
                     }
                 }
