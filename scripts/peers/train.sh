@@ -63,8 +63,9 @@ cells = [
     cell(rates(ours)),
     f"{cell(rates(peer))} {peer[0]['peer']}",
     f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+    f"{100 * statistics.median(run['exposed_communication'] for run in ours):.1f} %",
 ]
-print("\n| date | commit | hardware | config | trainer, samples/s | peer, samples/s | ratio |")
-print("| --- | --- | --- | --- | --- | --- | --- |")
+print("\n| date | commit | hardware | config | trainer, samples/s | peer, samples/s | ratio | exposed communication |")
+print("| --- | --- | --- | --- | --- | --- | --- | --- |")
 print("| " + " | ".join(cells) + " |")
 END
