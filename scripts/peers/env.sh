@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts that need PyTorch. Sets PYTHON to an interpreter that has what requirements.txt names:
-# the caller's $PYTHON if given, else a virtual environment under target/, made on first use (about 1 GB).
+# the caller's $PYTHON if given, else a virtual environment under target/, made on first use (several GB where only PyPI answers,
+# which has PyTorch with CUDA).
 
 peers_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(cd "$peers_dir/../.." && pwd)
