@@ -3,6 +3,8 @@
 //! Sums run in one fixed order, the pairwise tree over ranks (`tree`), whatever the transport, the bucket, the chunk or
 //! the timing. So every transport gives equal bits, every run gives equal bits, and all ranks hold equal bits.
 
+pub mod bench;
+pub mod bucket;
 mod ring;
 mod shm;
 mod solo;
@@ -62,6 +64,12 @@ pub trait Communicator: Send {
 
     /// Returns when all ranks have called it.
     fn barrier(&mut self) -> Result<Duration>;
+
+    /// The work of `all_reduce` as a plain loop, where this transport can reach all data: the ceiling with which
+    /// `bench-comm` compares. False if it cannot.
+    fn plain_all_reduce(&mut self, _data: SliceMut<'_>) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// Elements of a buffer of `len` that belong to `rank` in reduce_scatter and all_gather. Chunks start at multiples of 16

@@ -36,6 +36,28 @@ pub unsafe fn tree_in_place(addresses: &[usize], range: Range<usize>, into: Rang
     }
 }
 
+/// The same work without any of this module's care, as one would write it first: what `bench-comm` compares with.
+///
+/// # Safety
+/// As for `tree_in_place`.
+pub unsafe fn plain(addresses: &[usize], range: Range<usize>) {
+    if let [a, b] = *addresses {
+        // SAFETY: the caller's promise.
+        let (a, b) = unsafe { (values_mut(a, range.clone()), values_mut(b, range)) };
+        for (a, b) in a.iter_mut().zip(b) {
+            let sum = *a + *b;
+            (*a, *b) = (sum, sum);
+        }
+        return;
+    }
+    for index in range {
+        // SAFETY: the caller's promise.
+        let value = |address: &usize| unsafe { (*address as *mut f32).add(index) };
+        let sum = addresses.iter().map(|address| unsafe { *value(address) }).sum();
+        addresses.iter().for_each(|address| unsafe { *value(address) = sum });
+    }
+}
+
 /// The tree over inputs first..first + n, for at most a block of values. All inputs have `out`'s length.
 fn tree_block<'a>(first: usize, n: usize, input: &impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
     match n {

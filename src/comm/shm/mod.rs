@@ -63,7 +63,7 @@ impl Shm {
             return self.short(call, data.into_f32());
         }
         let waited = self.board.agree(call, |_| ())?;
-        if (0..self.size).any(|rank| self.board.call(rank).arena == 0) {
+        if !self.find() {
             return Ok(waited + self.staged(call, data.into_f32())?);
         }
         self.direct(call);
@@ -91,12 +91,8 @@ impl Shm {
         Ok(waited)
     }
 
-    /// Everyone's data is in arenas, and all have arrived.
+    /// Everyone's data is in arenas, at `addresses`, and all have arrived.
     fn direct(&mut self, call: Call) {
-        for rank in 0..self.size {
-            let Call { arena, offset, .. } = self.board.call(rank);
-            self.addresses[rank] = self.arenas[arena as usize - 1].mappings[rank].address() + offset as usize;
-        }
         let (rank, size, len) = (self.rank, self.size, call.len as usize);
         let mine = chunk(len, size, rank);
         // SAFETY: all ranks are between the two synchronisation points of one operation on `len` values at these
@@ -140,6 +136,18 @@ impl Shm {
             }
         }
         Ok(waited)
+    }
+
+    /// Looks up where the ranks announced their data to be; false if one's is in no arena.
+    fn find(&mut self) -> bool {
+        for rank in 0..self.size {
+            let Call { arena, offset, .. } = self.board.call(rank);
+            let Some(shared) = (arena as usize).checked_sub(1).and_then(|arena| self.arenas.get(arena)) else {
+                return false;
+            };
+            self.addresses[rank] = shared.mappings[rank].address() + offset as usize;
+        }
+        true
     }
 
     /// The arena that holds `data`, counted from 1, and the address in it; zeros if none does.
@@ -187,6 +195,20 @@ impl Communicator for Shm {
     }
     fn barrier(&mut self) -> Result<Duration> {
         self.run(Operation::Barrier, 0, SliceMut::empty())
+    }
+
+    fn plain_all_reduce(&mut self, mut data: SliceMut<'_>) -> Result<bool> {
+        let len = data.f32().len();
+        let (arena, offset) = self.locate(&data);
+        let call = Call { operation: Operation::AllReduce, root: 0, len: len as u64, arena, offset };
+        self.board.agree(call, |_| ())?;
+        let reachable = self.find();
+        if reachable {
+            // SAFETY: as in `direct`.
+            unsafe { sum::plain(&self.addresses, chunk(len, self.size, self.rank)) };
+        }
+        self.board.synchronise()?;
+        Ok(reachable)
     }
 }
 
