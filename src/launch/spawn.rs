@@ -87,6 +87,8 @@ struct Rank {
     child: Child,
     lifeline: Link,
     ended: Option<(ExitStatus, Instant)>,
+    /// Signals that were passed on to it.
+    forwarded: Vec<i32>,
     killed_by_us: bool,
 }
 
@@ -114,7 +116,14 @@ fn start(program: &Path, args: &[OsString], size: usize, printing: &Sender<()>) 
         drop(command);
         print_lines(rank, child.stdout.take(), std::io::stdout(), printing)?;
         print_lines(rank, child.stderr.take(), std::io::stderr(), printing)?;
-        let rank = Rank { rank, child, lifeline: Link::new(rank, ours), ended: None, killed_by_us: false };
+        let rank = Rank {
+            rank,
+            child,
+            lifeline: Link::new(rank, ours),
+            ended: None,
+            forwarded: Vec::new(),
+            killed_by_us: false,
+        };
         lifeline::send_stars(&rank.lifeline, [first, second])?;
         ranks.push(rank);
     }
@@ -169,7 +178,7 @@ fn supervise(ranks: &mut [Rank], events: &Receiver<i32>) -> Result<bool> {
                 interrupted = true;
                 ranks.iter_mut().for_each(|rank| rank.end(Signal::KILL));
             }
-            Ok(signal) => ranks.iter().for_each(|rank| rank.send(Signal::from_named_raw(signal))),
+            Ok(signal) => ranks.iter_mut().for_each(|rank| rank.forward(signal)),
             Err(RecvTimeoutError::Timeout) if due.is_some_and(|due| due <= Instant::now()) => {
                 if let Some((_, signal)) = escalation.next() {
                     ranks.iter_mut().for_each(|rank| rank.end(signal));
@@ -200,6 +209,11 @@ impl Rank {
         (!matches!(status.code(), Some(0) | Some(signals::STOPPED))).then_some(when)
     }
 
+    fn forward(&mut self, signal: i32) {
+        self.forwarded.push(signal);
+        self.send(Signal::from_named_raw(signal));
+    }
+
     fn send(&self, signal: Option<Signal>) {
         let pid = Pid::from_raw(self.pid() as i32);
         // A child that is not reaped keeps its pid, so the signal cannot hit a stranger.
@@ -218,13 +232,17 @@ impl Rank {
     fn ending(&self) -> Option<Ending> {
         let (status, _) = self.ended?;
         let report = self.lifeline.receive(Instant::now()).ok();
-        Some(Ending {
-            rank: self.rank,
-            pid: self.pid(),
-            how: status.signal().map_or_else(|| How::Exit(status.code().unwrap_or(1)), How::Signal),
-            killed_by_us: self.killed_by_us,
-            report: report.map(|text| String::from_utf8_lossy(&text).into_owned()),
-        })
+        let report = report.map(|text| String::from_utf8_lossy(&text).into_owned());
+        let how = status.signal().map_or_else(|| How::Exit(status.code().unwrap_or(1)), How::Signal);
+        let (rank, pid, killed_by_us) = (self.rank, self.pid(), self.killed_by_us);
+        match how {
+            // It had not come so far as to catch signals.
+            How::Signal(signal) if self.forwarded.contains(&signal) => {
+                let report = format!("stopped by {} before the first step", signals::name(signal));
+                Some(Ending { rank, pid, how: How::Exit(signals::STOPPED), killed_by_us, report: Some(report) })
+            }
+            how => Some(Ending { rank, pid, how, killed_by_us, report }),
+        }
     }
 }
 

@@ -55,9 +55,9 @@ pub fn verdict(endings: &[Ending]) -> (u8, Option<String>) {
         0
     };
     let stuck = endings.iter().filter(|end| end.killed_by_us);
-    lines.extend(
-        stuck.map(|end| format!("  rank {} (pid {}) did not stop by itself and was killed", end.rank, end.pid)),
-    );
+    lines.extend(stuck.map(|end| {
+        format!("  rank {} (pid {}) did not stop by itself and was ended by the launcher", end.rank, end.pid)
+    }));
     (code, (!lines.is_empty()).then(|| lines.join("\n")))
 }
 
@@ -128,7 +128,7 @@ mod tests {
         assert_eq!(code, 3);
         assert_eq!(
             text.unwrap(),
-            "error: rank 2: train.idx: 7 bytes are missing\n  rank 3 (pid 1003) did not stop by itself and was killed"
+            "error: rank 2: train.idx: 7 bytes are missing\n  rank 3 (pid 1003) did not stop by itself and was ended by the launcher"
         );
     }
 

@@ -379,3 +379,6 @@ impl fmt::Display for World {
         write!(f, "rank {rank} of {size} (on this node {local_rank} of {local_size}), started by {launcher}")
     }
 }
+
+#[cfg(test)]
+mod tests;

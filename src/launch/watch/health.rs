@@ -134,7 +134,8 @@ impl Health {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        error
+        let gone = lock(&self.peers).as_ref().and_then(|peers| peers.gone(Duration::ZERO, Instant::now()));
+        gone.map_or(error.clone(), |gone| error.context(gone))
     }
 
     fn timed_out(&self, what: &str, waited: Duration) -> Error {

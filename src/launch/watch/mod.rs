@@ -228,24 +228,21 @@ impl Watcher {
         let mut peers = health.peers();
         let Some(table) = peers.as_mut() else { return };
         table.heard(self.me, beat, now);
+        table.note_late(now);
         if self.me == 0 {
-            table.note_late(now);
             for (rank, peer) in table.late_ranks(now) {
                 self.tell(&Message::Late { rank, beat: peer.beat, silent: peer.silence(now) });
             }
         }
-        if self.failed.is_none()
+        if health.failure().is_none()
             && let Some(warning) = table.warning(now, &health.activity(), health.timeout())
         {
             tracing::warn!("{warning}");
         }
-        let gone = (0..table.size()).find(|rank| {
-            let ended = table.peer(*rank).and_then(|peer| peer.ended);
-            ended.is_some_and(|ended| now - ended > FAREWELL) && beat.waited > FAREWELL
-        });
+        let gone = if beat.waited > FAREWELL { table.gone(FAREWELL, now) } else { None };
         drop(peers);
-        if let Some(rank) = gone {
-            self.fail(|table| format!("{} has ended its run while others still wait for it", table.name(rank)));
+        if let Some(gone) = gone {
+            self.fail(|_| gone);
         }
     }
 

@@ -30,7 +30,7 @@ pub struct Peer {
     noted: Option<Instant>,
     /// When it ended in order.
     pub ended: Option<Instant>,
-    /// The silence after which the next warning about it comes; doubles until it is heard of.
+    /// The silence after which the next warning about it comes; grows fourfold until it is heard of.
     next_silent: Duration,
 }
 
@@ -41,9 +41,6 @@ impl Table {
         Table { me, peers: identities.into_iter().map(peer).collect(), next_late: LATE }
     }
 
-    pub fn size(&self) -> usize {
-        self.peers.len()
-    }
     pub fn peer(&mut self, rank: usize) -> Option<&mut Peer> {
         self.peers.get_mut(rank)
     }
@@ -72,15 +69,16 @@ impl Table {
     }
 
     /// Notes who is late, from heartbeats: whoever is silent, and, while others wait, whoever does not. If all wait, for
-    /// different things, then those that are behind, and else all.
+    /// different things, then those that are behind, and else all. The other ranks judge rank 0 only.
     pub fn note_late(&mut self, now: Instant) {
-        let active = |peer: &&mut Peer| peer.ended.is_none();
         let longest = self.longest_wait();
         let all_wait = self.peers.iter().filter(|peer| peer.ended.is_none()).all(|peer| !peer.beat.waited.is_zero());
         let last = self.peers.iter().map(|peer| peer.beat.step).max().unwrap_or(0);
         let level = self.peers.iter().all(|peer| peer.beat.step == last);
-        for peer in self.peers.iter_mut().filter(active) {
-            let behind = if all_wait { level || peer.beat.step < last } else { peer.beat.waited.is_zero() };
+        let judged = if self.me == 0 { self.peers.len() } else { 1 };
+        for peer in self.peers[..judged].iter_mut().filter(|peer| peer.ended.is_none()) {
+            let waits = !peer.beat.waited.is_zero();
+            let behind = !waits || (self.me == 0 && all_wait && (level || peer.beat.step < last));
             if peer.silence(now) >= NOTED || (longest >= NOTED && behind) {
                 peer.noted = Some(now);
             }
@@ -118,19 +116,22 @@ impl Table {
     /// Only rank 0 hears all; of rank 0 itself the next rank speaks.
     fn silent_warning(&mut self, now: Instant, activity: &str, timeout: Duration) -> Option<String> {
         let me = self.me;
-        let watched = |rank: usize| if me == 0 { rank != 0 } else { me == 1 && rank == 0 };
-        let mut due = self
-            .peers
+        let watched = match me {
+            0 => &mut self.peers[..],
+            1 => &mut self.peers[..1],
+            _ => &mut [],
+        };
+        let silent = |peer: &Peer, limit: Duration| peer.ended.is_none() && peer.silence(now) >= limit;
+        let (rank, _) = watched.iter().enumerate().find(|(_, peer)| silent(peer, peer.next_silent))?;
+        let others = watched.iter().filter(|peer| silent(peer, SILENT)).count() - 1;
+        watched
             .iter_mut()
-            .enumerate()
-            .filter(|(rank, peer)| watched(*rank) && peer.ended.is_none() && peer.silence(now) >= peer.next_silent);
-        let (rank, peer) = due.next()?;
-        due.for_each(|(_, peer)| peer.next_silent = peer.silence(now) * 2);
-        peer.next_silent = peer.silence(now) * 2;
+            .filter(|peer| silent(peer, SILENT))
+            .for_each(|peer| peer.next_silent = peer.silence(now) * 4);
+        let peer = &self.peers[rank];
         let Beat { step, phase, .. } = peer.beat;
         let silent = peer.silence(now).as_secs_f64();
-        let others = self.peers.iter().filter(|peer| peer.ended.is_none() && peer.silence(now) >= SILENT).count();
-        let others = if others > 1 { format!(" and {} other ranks have", others - 1) } else { " has".to_string() };
+        let others = if others > 0 { format!(" and {others} more ranks have") } else { " has".to_string() };
         Some(format!(
             "{}{others} not been heard of for {silent:.1} s, last in {phase} of step {step}: it is stopped, or its machine is \
              overloaded or gone. Rank {me} is {activity}{}. The run ends when a rank has waited {} s ([parallel] timeout)",
@@ -162,6 +163,13 @@ impl Table {
         );
         self.next_late = waited * 2;
         Some(text)
+    }
+
+    /// A rank that has ended in order at least `ago`, as the reason why a wait for it is in vain.
+    pub fn gone(&self, ago: Duration, now: Instant) -> Option<String> {
+        let gone = |peer: &Peer| peer.ended.is_some_and(|ended| now.saturating_duration_since(ended) >= ago);
+        let rank = self.peers.iter().position(gone)?;
+        Some(format!("{} has ended its run while others still wait for it", self.name(rank)))
     }
 
     /// `rank 1 (pid 4711 on host a)`
@@ -237,7 +245,7 @@ mod tests {
             }
         }
         let times: Vec<u64> = warnings.iter().map(|(ms, _)| *ms).collect();
-        assert_eq!(times, [3800, 6800, 12800], "{warnings:#?}");
+        assert_eq!(times, [3800, 12800], "{warnings:#?}");
         assert_eq!(
             warnings[0].1,
             "rank 1 (pid 101 on host node1) has not been heard of for 3.0 s, last in all-reduce of step 7: it is stopped, \
