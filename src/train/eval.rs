@@ -35,8 +35,7 @@ impl Evaluator {
             (Set::Validation, Some(validation)) => validation,
             _ => &self.test,
         };
-        let mut queue =
-            DataQueue::eval(dataset.clone(), self.loader.clone(), self.batch, self.rank, self.size)?;
+        let mut queue = DataQueue::eval(dataset.clone(), self.loader.clone(), self.batch, self.rank, self.size)?;
         let (mut loss_sum, mut correct) = (0.0, 0);
         while let Some(batch) = queue.next()? {
             let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };

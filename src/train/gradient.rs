@@ -212,8 +212,7 @@ impl Outbox {
 /// Adds the right child, one arena down, to the left one.
 fn join(arenas: &[Arena], depth: usize, elements: &Range<usize>) {
     // SAFETY: two arenas, and neither is in the reducer's hands in this range.
-    let (sum, term) =
-        unsafe { (arenas[depth].slice_mut(bytes(elements)), arenas[depth + 1].slice(bytes(elements))) };
+    let (sum, term) = unsafe { (arenas[depth].slice_mut(bytes(elements)), arenas[depth + 1].slice(bytes(elements))) };
     device::add(sum, term);
 }
 

@@ -54,8 +54,8 @@ pub fn run(config: &Config, options: &Options) -> Result<()> {
 /// Evaluates a checkpoint on the validation split, if there is one, and on the test set; rank 0 gets to print.
 pub fn evaluate(config: &Config, checkpoint: &Path, verbosity: i8) -> Result<()> {
     join(&config.parallel, verbosity, |rank, comm| {
-        let state = checkpoint::load(checkpoint)
-            .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
+        let state =
+            checkpoint::load(checkpoint).map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
         let mut learner = setup::learner(config, &plan, &parts, comm)?;
@@ -109,7 +109,9 @@ fn pool(world: &World) -> Result<rayon::ThreadPool> {
         Err(_) => (cores / world.local_size).max(1),
         Ok(text) => match text.parse() {
             Ok(threads) if threads > 0 => threads,
-            _ => return Err(Error::usage(format!("RAYON_NUM_THREADS is `{text}`; give a number of threads from 1 on"))),
+            _ => {
+                return Err(Error::usage(format!("RAYON_NUM_THREADS is `{text}`; give a number of threads from 1 on")));
+            }
         },
     };
     let builder = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}"));

@@ -81,8 +81,7 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Commun
         training: true,
     };
     let net = Net::new(NetSpec::new(&config.model)?, &options)?;
-    let gradient =
-        Gradient::new(comm, net.table(), plan.micros_per_rank, plan.bucket_bytes, config.parallel.overlap)?;
+    let gradient = Gradient::new(comm, net.table(), plan.micros_per_rank, plan.bucket_bytes, config.parallel.overlap)?;
     let world_size = plan.ranks;
     let schedule = Schedule::new(
         &config.schedule,
@@ -135,11 +134,7 @@ pub fn evaluator(config: &Config, plan: &Plan, parts: &Parts, world: &World) -> 
 
 /// This rank's batches from `start` on. With fewer epochs than the run has already seen there are none.
 pub fn queue(config: &Config, plan: &Plan, parts: &Parts, world: &World, start: Position) -> Result<DataQueue> {
-    let batching = Batching {
-        global: plan.global_batch,
-        micro: config.batch.micro,
-        rank: world.rank,
-        size: world.size,
-    };
+    let batching =
+        Batching { global: plan.global_batch, micro: config.batch.micro, rank: world.rank, size: world.size };
     DataQueue::train(parts.train.clone(), parts.loader(config)?, batching, start, u32::MAX)
 }
