@@ -14,8 +14,6 @@ pub mod partition;
 pub mod queue;
 mod shapes;
 
-pub use queue::{DataQueue, Loader, Position};
-
 use crate::config::raw::Format;
 use crate::error::{Error, Result};
 use crate::model::Shape;

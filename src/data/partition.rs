@@ -128,11 +128,8 @@ mod tests {
             let batching = |rank, size| Batching { global: micro * count, micro: Some(micro), rank, size };
             let step = batching(0, 1).step(samples, consumed.min(samples));
             let dealt = |size| -> Vec<(usize, Range<usize>)> {
-                (0..size)
-                    .map(|rank| batching(rank, size))
-                    .flat_map(|b| b.micros().map(move |number| (number, number)).map(move |(n, _)| (n, b)))
-                    .map(|(number, b)| (number, b.positions(&step, number)))
-                    .collect()
+                let ranks = (0..size).map(|rank| batching(rank, size));
+                ranks.flat_map(|rank| rank.micros().map(|number| (number, rank.positions(&step, number))).collect::<Vec<_>>()).collect()
             };
             prop_assert_eq!(dealt(size), dealt(1));
         }

@@ -58,7 +58,9 @@ pub enum Set {
 #[derive(Clone, Copy, Debug)]
 pub struct Evaluation {
     pub set: Set,
+    /// Updates done.
     pub step: u64,
+    /// Epoch of the last update, from 0.
     pub epoch: u64,
     pub loss_sum: f64,
     pub correct: u64,
@@ -123,7 +125,7 @@ impl Report {
                 self.shown = Window::new(budget);
             }
         }
-        if self.setup.log_every > 0 && step.step.is_multiple_of(self.setup.log_every) {
+        if step.step.is_multiple_of(self.setup.log_every) {
             self.log(step, budget)?;
             self.logged = Window::new(budget);
         }

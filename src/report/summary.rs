@@ -93,8 +93,7 @@ impl Summary {
     pub(super) fn write(&self, path: &Path) -> Result<()> {
         let mut json = serde_json::to_string_pretty(self).expect("a summary can be written as JSON");
         json.push('\n');
-        atomic_file::replace(path, |to| std::fs::write(to, json))
-            .or_kind(Kind::Internal, format!("writing {}", path.display()))
+        atomic_file::replace(path, json.as_bytes()).or_kind(Kind::Internal, format!("writing {}", path.display()))
     }
 }
 

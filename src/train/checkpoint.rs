@@ -6,12 +6,12 @@
 //!
 //! A file is complete or absent (`atomic_file`), and carries the BLAKE3 hash of all that it says, so a flipped bit is
 //! found. A damaged file is refused with the reason, and the one before it is used. Reading holds the file and its
-//! decoded tensors in memory, twice the file's size, whatever the file claims.
+//! decoded tensors in memory, twice the file's size, whatever the file claims; saving makes one copy of the tensors.
 
 use crate::atomic_file;
 use crate::error::{Context, Error, Kind, Result};
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+use safetensors::tensor::{Dtype, TensorView};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::ErrorKind;
@@ -83,8 +83,9 @@ pub fn save(folder: &Path, keep: usize, state: &State) -> Result<PathBuf> {
         let (name, shape, bytes) = tensor.parts();
         (name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).expect("a tensor's values fill its shape"))
     });
-    let metadata = metadata_of(state);
-    atomic_file::replace(&path, |to| serialize_to_file(views, Some(metadata), to)).or_kind(Kind::Internal, what())?;
+    // Not its `serialize_to_file`, which renames a temporary file of its own that nobody would flush or clear away.
+    let file = safetensors::serialize(views, Some(metadata_of(state))).or_kind(Kind::Internal, what())?;
+    atomic_file::replace(&path, &file).or_kind(Kind::Internal, what())?;
 
     let mut older = 0;
     for (step, other) in list(folder)? {

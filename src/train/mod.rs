@@ -7,7 +7,7 @@ mod gradient;
 mod learner;
 mod resume;
 mod session;
-mod setup;
+pub(crate) mod setup;
 mod update;
 
 pub use resume::Resume;

@@ -33,6 +33,14 @@ pub struct Progress {
     pub best_accuracy: Option<f64>,
 }
 
+impl Progress {
+    /// The epoch, from 0, to which the last step belonged.
+    pub fn latest_epoch(&self) -> u64 {
+        let Position { epoch, consumed } = self.position;
+        u64::from(if consumed == 0 { epoch.saturating_sub(1) } else { epoch })
+    }
+}
+
 /// Finds the checkpoint to go on from. Rank 0 only.
 pub fn find(resume: &Resume, folder: &Path, config: &Config) -> Result<Option<(PathBuf, State)>> {
     match resume {

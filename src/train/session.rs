@@ -36,6 +36,8 @@ pub struct Session<'a> {
     /// Where checkpoints go, and the newest one.
     checkpoints: PathBuf,
     saved: Option<PathBuf>,
+    /// Step after which the watched set was last evaluated.
+    evaluated: Option<u64>,
 }
 
 /// Trains until the run ends. `Stopped` after a signal, with everything saved.
@@ -84,6 +86,7 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, comm: Box<dyn Comm
         deadline: config.run.max_minutes.map(minutes),
         checkpoints,
         saved,
+        evaluated: None,
     };
     session.clock.lap(Category::Other);
     match session.run() {
@@ -133,12 +136,11 @@ impl Session<'_> {
         if !sums.loss.is_finite() {
             return Err(self.not_finite(&sums, non_finite));
         }
-        let epoch = u64::from(self.progress.position.epoch);
         self.advance();
         if let Some(report) = &mut self.report {
             let step = report::Step {
                 step: self.progress.step,
-                epoch,
+                epoch: self.progress.latest_epoch(),
                 lr,
                 loss_sum: f64::from(sums.loss),
                 correct: sums.correct as u64,
@@ -170,10 +172,11 @@ impl Session<'_> {
 
     fn evaluate(&mut self, set: Set) -> Result<()> {
         self.clock.lap(Category::Other);
-        let Progress { step, position, .. } = self.progress;
+        let step = self.progress.step;
         self.rank.health.set(step, Phase::Evaluate);
-        let evaluation = self.evaluator.run(set, &mut self.learner, step, u64::from(position.epoch))?;
+        let evaluation = self.evaluator.run(set, &mut self.learner, step, self.progress.latest_epoch())?;
         if set == self.evaluator.watched() {
+            self.evaluated = Some(step);
             let best = &mut self.progress.best_accuracy;
             *best = Some(best.unwrap_or(0.0).max(evaluation.accuracy()));
         }
@@ -214,10 +217,13 @@ impl Session<'_> {
     fn finish(mut self, end: StoppedBy) -> Result<()> {
         let signal = end == StoppedBy::Signal;
         if !signal {
-            if self.evaluator.validation.is_some() {
-                self.evaluate(Set::Validation)?;
+            let watched = self.evaluator.watched();
+            if self.evaluated != Some(self.progress.step) {
+                self.evaluate(watched)?;
             }
-            self.evaluate(Set::Test)?;
+            if watched != Set::Test {
+                self.evaluate(Set::Test)?;
+            }
         }
         self.rank.health.set(self.progress.step, Phase::Finish);
         let world = &self.rank.world;

@@ -81,7 +81,7 @@ fn a_damaged_or_foreign_file_is_refused_with_the_reason_and_the_one_before_is_us
     *flipped.last_mut().unwrap() ^= 1;
     fs::write(path(3), flipped).unwrap();
     let view = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
-    serialize_to_file([("conv1.weight", view)], None, &path(5)).unwrap();
+    fs::write(path(5), safetensors::serialize([("conv1.weight", view)], None).unwrap()).unwrap();
     fs::create_dir(path(6)).unwrap();
 
     let reason = |step| load(&path(step)).unwrap_err().to_string();

@@ -58,7 +58,7 @@ impl LayerSpec for BatchNorm {
             ],
             forward_flops: 8 * output.len() as u64,
             saved_bytes: 0,
-            saved_bytes_fixed: cpu::Statistics::bytes(output.c),
+            saved_bytes_fixed: cpu::saved_bytes(output.c),
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
         })

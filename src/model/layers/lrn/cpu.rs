@@ -87,16 +87,15 @@ fn backward_pixel(keys: &Lrn, x: &[f32], dy: &[f32], dx: &mut [f32]) {
         load(dy, start, r, &mut dys[..near], |dy| dy);
 
         let mut shares = [0f32; WIDE];
-        for i in 0..near {
-            let direct = dys[i] * power(s[i], keys.beta);
-            shares[i] = direct * xs[i] / s[i];
-            dys[i] = direct;
+        for (((share, dy), x), s) in shares[..near].iter_mut().zip(&mut dys).zip(&xs).zip(&s) {
+            *dy *= power(*s, keys.beta);
+            *share = *dy * x / s;
         }
         let mut sums = [0f32; WIDE];
         add_neighbours(r, &shares, &mut sums[..dx.len()]);
         let factor = 2.0 * keys.alpha * keys.beta;
-        for (i, dx) in dx.iter_mut().enumerate() {
-            *dx = dys[i + r] - factor * xs[i + r] * sums[i];
+        for (((dx, direct), x), sum) in dx.iter_mut().zip(&dys[r..]).zip(&xs[r..]).zip(&sums) {
+            *dx = direct - factor * x * sum;
         }
     }
 }

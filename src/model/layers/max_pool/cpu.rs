@@ -1,5 +1,5 @@
-//! Channels are contiguous, so a block of them is compared at once and stays in registers while the window's taps go by:
-//! every input value is read from memory once, from the cache as often as windows overlap.
+//! Channels are contiguous, so the loops over them are vector instructions: a window's taps go by one after the other,
+//! each compared with the best so far for a run of channels, which stay in the nearest cache.
 
 use super::super::{Window, rows_per_task};
 use crate::error::Result;
@@ -58,43 +58,26 @@ impl Layer for MaxPool {
 #[inline(always)]
 fn forward_row(window: &Window, oh: usize, c: usize, x: &[f32], y: &mut [f32], winner: &mut [u8]) {
     for (ow, (y, winner)) in y.chunks_exact_mut(c).zip(winner.chunks_exact_mut(c)).enumerate() {
-        let wide = c / BLOCK * BLOCK;
-        for start in (0..wide).step_by(BLOCK) {
-            forward_block::<BLOCK>(window, (oh, ow), x, start, y, winner);
-        }
-        for start in wide..c {
-            forward_block::<1>(window, (oh, ow), x, start, y, winner);
+        for (run, (y, winner)) in y.chunks_mut(RUN).zip(winner.chunks_mut(RUN)).enumerate() {
+            // As wide as the values until the end, so that one mask serves both.
+            let mut at = [window.first_tap(oh, ow) as u32; RUN];
+            let at = &mut at[..y.len()];
+            y.fill(f32::NEG_INFINITY);
+            window.each_tap(oh, ow, |tap, pixel| {
+                let x = &x[pixel * c + run * RUN..][..y.len()];
+                for ((y, at), x) in y.iter_mut().zip(at.iter_mut()).zip(x) {
+                    let larger = (*x > *y) | x.is_nan();
+                    *y = if larger { *x } else { *y };
+                    *at = if larger { tap as u32 } else { *at };
+                }
+            });
+            winner.iter_mut().zip(at).for_each(|(winner, at)| *winner = *at as u8);
         }
     }
 }
 
-const BLOCK: usize = 16;
-
-/// Channels `start..start + N` of one output pixel.
-#[inline(always)]
-fn forward_block<const N: usize>(
-    window: &Window,
-    (oh, ow): (usize, usize),
-    x: &[f32],
-    start: usize,
-    y: &mut [f32],
-    winner: &mut [u8],
-) {
-    let c = y.len();
-    let (mut best, mut at) = ([f32::NEG_INFINITY; N], [window.first_tap(oh, ow) as u32; N]);
-    window.each_tap(oh, ow, |tap, pixel| {
-        let x: &[f32; N] = x[pixel * c + start..][..N].try_into().unwrap();
-        for i in 0..N {
-            let larger = (x[i] > best[i]) | x[i].is_nan();
-            best[i] = if larger { x[i] } else { best[i] };
-            at[i] = if larger { tap as u32 } else { at[i] };
-        }
-    });
-    y[start..start + N].copy_from_slice(&best);
-    for (winner, at) in winner[start..start + N].iter_mut().zip(at) {
-        *winner = at as u8;
-    }
-}
+/// Channels at a time.
+const RUN: usize = 64;
 
 /// dy (OH, OW, C), winner (OH, OW, C), dx (H, W, C): the gradient goes to the winner; windows that share one add up.
 #[inline(always)]
