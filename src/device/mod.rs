@@ -4,7 +4,7 @@
 
 mod arena;
 
-pub use arena::Arena;
+pub use arena::{ALIGN, Arena};
 use std::marker::PhantomData;
 
 /// Where memory lives.
@@ -88,6 +88,10 @@ impl<'a> SliceMut<'a> {
     pub fn as_slice(&self) -> Slice<'_> {
         Slice { address: self.address, bytes: self.bytes, place: self.place, life: PhantomData }
     }
+    /// Gives up the right to write.
+    pub fn into_shared(self) -> Slice<'a> {
+        Slice { address: self.address, bytes: self.bytes, place: self.place, life: PhantomData }
+    }
     pub fn u8(&mut self) -> &mut [u8] {
         self.reborrow().into_u8()
     }
@@ -119,4 +123,9 @@ impl<'a> From<&'a mut [f32]> for SliceMut<'a> {
             life: PhantomData,
         }
     }
+}
+
+/// `sum += term`, both of the same length and place.
+pub fn add(mut sum: SliceMut<'_>, term: Slice<'_>) {
+    sum.f32().iter_mut().zip(term.f32()).for_each(|(sum, term)| *sum += term);
 }

@@ -5,8 +5,12 @@
 pub mod init;
 pub mod kernels;
 pub mod layers;
+pub mod loss;
+pub mod memory;
+pub mod net;
 pub mod params;
 pub mod simd;
+pub mod spec;
 
 use crate::device::{Place, Slice, SliceMut};
 use crate::error::Result;

@@ -1,6 +1,8 @@
-//! Parameters: what a layer declares, how it is initialised, and how it is laid out.
+//! Parameters: what a layer declares, how it is initialised, how it is laid out, and where it lies in the arenas.
 
+use super::spec::NetSpec;
 use crate::rng::{Purpose, Rng};
+use std::ops::Range;
 
 /// One parameter tensor as its layer declares it.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,6 +89,97 @@ impl ParamSpec {
                 }
             }
         }
+    }
+}
+
+/// A tensor in its place.
+#[derive(Clone, Debug)]
+pub struct Param {
+    /// `layer.weight`
+    pub name: String,
+    pub node: usize,
+    /// Its number in the order of forward: keys its initial values.
+    pub number: u32,
+    pub spec: ParamSpec,
+    /// Elements of the parameter arena, and of every gradient and optimizer-state arena.
+    pub range: Range<usize>,
+}
+
+/// Every parameter of a net, laid out once. The order is that in which backward finishes the gradients (last layer
+/// first), so that what is ready to be reduced is always a prefix, and a bucket a contiguous range. Behind the last
+/// tensor lies a tail of `TAIL` elements in which the loss, the counts and the flags of a step are summed over ranks
+/// together with the gradients, at no extra message.
+#[derive(Clone, Debug)]
+pub struct ParamTable {
+    pub params: Vec<Param>,
+    pub tail: Range<usize>,
+}
+
+/// Elements behind the parameters: one cache line.
+pub const TAIL: usize = 16;
+
+impl ParamTable {
+    pub fn new(net: &NetSpec) -> ParamTable {
+        let mut numbers = 0..;
+        let mut params: Vec<Param> = Vec::new();
+        for (node, layer) in net.nodes.iter().enumerate() {
+            params.extend(layer.inferred.params.iter().zip(&mut numbers).map(|(spec, number)| Param {
+                name: format!("{}.{}", layer.name, spec.name),
+                node,
+                number,
+                spec: spec.clone(),
+                range: 0..0,
+            }));
+        }
+        params.sort_by_key(|param| (std::cmp::Reverse(param.node), param.number));
+        let mut end = 0;
+        for param in &mut params {
+            param.range = end..end + param.spec.len();
+            end = param.range.end.next_multiple_of(TAIL);
+        }
+        ParamTable { params, tail: end..end + TAIL }
+    }
+
+    /// Elements of the parameters, padding included: length of the parameter arena.
+    pub fn len(&self) -> usize {
+        self.tail.start
+    }
+    pub fn is_empty(&self) -> bool {
+        self.params.is_empty()
+    }
+    /// Elements of a gradient arena: the parameters and the tail.
+    pub fn len_with_tail(&self) -> usize {
+        self.tail.end
+    }
+    /// Values that the optimizer trains.
+    pub fn trainable(&self) -> usize {
+        self.params.iter().filter(|p| p.spec.role == Role::Trainable).map(|p| p.spec.len()).sum()
+    }
+    /// The tensors of one node, in the order in which its layer declared them.
+    pub fn of_node(&self, node: usize) -> &[Param] {
+        let start = self.params.partition_point(|p| p.node > node);
+        let end = self.params.partition_point(|p| p.node >= node);
+        &self.params[start..end]
+    }
+
+    /// The gradient arena cut into buckets: contiguous, together everything, each at least `bytes` long (but the last,
+    /// which takes the tail along) and ending where a layer ends.
+    pub fn buckets(&self, bytes: usize) -> Vec<Range<usize>> {
+        let mut buckets = Vec::new();
+        let mut start = 0;
+        for (i, param) in self.params.iter().enumerate() {
+            let end = param.range.end.next_multiple_of(TAIL);
+            let layer_ends = self.params.get(i + 1).is_none_or(|next| next.node != param.node);
+            if layer_ends && (end - start) * size_of::<f32>() >= bytes {
+                buckets.push(start..end);
+                start = end;
+            }
+        }
+        match buckets.last_mut() {
+            Some(last) if start == self.tail.start => last.end = self.tail.end,
+            _ => buckets.push(start..self.tail.end),
+        }
+        buckets
     }
 }
 

@@ -2,8 +2,19 @@
 //! Adding a layer: its folder, and one line of `REGISTRY`.
 
 mod activation;
+mod add;
+mod avg_pool;
+mod batch_norm;
+mod concat;
 mod conv2d;
+mod dropout;
+mod flatten;
+mod global_avg_pool;
+mod global_max_pool;
 mod linear;
+mod lrn;
+mod max_pool;
+mod softmax;
 mod window;
 
 pub use activation::Activation;
@@ -12,6 +23,7 @@ pub use window::{Axis, NamedPadding, Padding, Window};
 use super::{LayerSpec, Shape};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Serialize, de::DeserializeOwned};
+use std::sync::Arc;
 
 /// One `type` of `[[model.layers]]`.
 pub struct Kind {
@@ -23,7 +35,7 @@ pub struct Kind {
 }
 
 pub struct Parsed {
-    pub spec: Box<dyn LayerSpec>,
+    pub spec: Arc<dyn LayerSpec>,
     pub resolved: toml::Table,
 }
 
@@ -33,7 +45,7 @@ const fn kind<T: LayerSpec + Serialize + DeserializeOwned + JsonSchema + 'static
         parse: |table| {
             let spec: T = serde_path_to_error::deserialize(table)?;
             let resolved = toml::Table::try_from(&spec).expect("a layer's keys can be written as TOML");
-            Ok(Parsed { spec: Box::new(spec), resolved })
+            Ok(Parsed { spec: Arc::new(spec), resolved })
         },
         schema: |generator| generator.subschema_for::<T>(),
     }
@@ -43,9 +55,20 @@ const fn kind<T: LayerSpec + Serialize + DeserializeOwned + JsonSchema + 'static
 pub static REGISTRY: &[Kind] = &[
     kind::<conv2d::Conv2d>("conv2d"),
     kind::<linear::Linear>("linear"),
+    kind::<max_pool::MaxPool>("max_pool"),
+    kind::<avg_pool::AvgPool>("avg_pool"),
+    kind::<global_avg_pool::GlobalAvgPool>("global_avg_pool"),
+    kind::<global_max_pool::GlobalMaxPool>("global_max_pool"),
+    kind::<lrn::Lrn>("lrn"),
+    kind::<batch_norm::BatchNorm>("batch_norm"),
+    kind::<dropout::Dropout>("dropout"),
+    kind::<flatten::Flatten>("flatten"),
     kind::<activation::Relu>("relu"),
     kind::<activation::Sigmoid>("sigmoid"),
     kind::<activation::Tanh>("tanh"),
+    kind::<softmax::Softmax>("softmax"),
+    kind::<add::Add>("add"),
+    kind::<concat::Concat>("concat"),
 ];
 
 pub fn find(name: &str) -> Option<&'static Kind> {
@@ -58,4 +81,17 @@ pub(crate) fn single(inputs: &[Shape]) -> Result<Shape, String> {
         [shape] => Ok(*shape),
         _ => Err(format!("takes one input, but `from` names {}", inputs.len())),
     }
+}
+
+/// The first of two or more inputs.
+pub(crate) fn several(inputs: &[Shape]) -> Result<Shape, String> {
+    match inputs {
+        [first, _, ..] => Ok(*first),
+        _ => Err("takes two or more inputs: name them, from = [\"one\", \"other\"]".to_owned()),
+    }
+}
+
+/// Rows of so many values (or operations) each that make a task worth a thread's while.
+pub(crate) fn rows_per_task(row: usize) -> usize {
+    (16 * 1024 / row.max(1)).max(1)
 }

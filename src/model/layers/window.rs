@@ -55,6 +55,27 @@ impl Window {
         }
     }
 
+    /// Windows of a pooling layer, each of which must see at least one value of the image.
+    pub fn for_pooling(input: Shape, size: usize, stride: Option<usize>, padding: Padding) -> Result<Window, String> {
+        match padding {
+            Padding::Zeros(zeros) if zeros >= size => {
+                Err(format!("padding {zeros} with a {size}x{size} window: it must be below the window's size"))
+            }
+            _ => Window::new(input, size, stride.unwrap_or(size), padding),
+        }
+    }
+
+    /// Shape of one value a window and channel.
+    pub fn output(&self, channels: usize) -> Shape {
+        Shape::new(self.rows.output, self.columns.output, channels)
+    }
+
+    /// The first tap of window (oh, ow) that lies on the image.
+    #[inline(always)]
+    pub fn first_tap(&self, oh: usize, ow: usize) -> usize {
+        self.rows.taps(oh).start * self.columns.size + self.columns.taps(ow).start
+    }
+
     /// Visits what window (oh, ow) sees of the image: the number of each tap, and the pixel under it.
     #[inline(always)]
     pub fn each_tap(&self, oh: usize, ow: usize, mut visit: impl FnMut(usize, usize)) {

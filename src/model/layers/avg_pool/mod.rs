@@ -1,0 +1,41 @@
+//! Average pooling. Zeros of the padding count as values, as in PyTorch by default (`count_include_pad=True`), so every
+//! window divides by the same number.
+
+mod cpu;
+
+use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::{Padding, Window, single};
+use crate::error::Result;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AvgPool {
+    /// Height and width of the window.
+    size: usize,
+    /// Default: `size`.
+    stride: Option<usize>,
+    /// "valid" (default), "same", or a number below `size`; the zeros are part of the average.
+    #[serde(default)]
+    padding: Padding,
+}
+
+impl AvgPool {
+    fn window(&self, input: Shape) -> Result<Window, String> {
+        Window::for_pooling(input, self.size, self.stride, self.padding)
+    }
+}
+
+impl LayerSpec for AvgPool {
+    fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        let input = single(inputs)?;
+        let output = self.window(input)?.output(input.c);
+        Ok(Inferred { output, forward_flops: (output.len() * self.size * self.size) as u64, ..Inferred::default() })
+    }
+    fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        let input = build.inputs[0];
+        let window = self.window(input).expect("inferred before");
+        Ok(Box::new(cpu::AvgPool { window, channels: input.c }))
+    }
+}

@@ -1,0 +1,69 @@
+//! Batch normalisation (Ioffe and Szegedy 2015) of each channel over samples and pixels:
+//!
+//!     y = activation(weight * (x - mean) / sqrt(variance + epsilon) + bias)
+//!
+//! In training, mean and (biased) variance are those of the call's own samples: each rank, and each micro-batch,
+//! normalises by itself, as in PyTorch's DistributedDataParallel. The running statistics that evaluation uses are a
+//! different matter: their updates travel through the gradient's all-reduce, so they are the same on all ranks.
+
+mod cpu;
+
+use super::super::params::{Init, Layout, ParamSpec, Role};
+use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::{Activation, single};
+use crate::error::Result;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BatchNorm {
+    /// Weight of the newest batch in the running statistics.
+    momentum: f32,
+    /// Added to the variance.
+    epsilon: f32,
+    activation: Activation,
+}
+
+impl Default for BatchNorm {
+    fn default() -> Self {
+        BatchNorm { momentum: 0.1, epsilon: 1e-5, activation: Activation::None }
+    }
+}
+
+impl LayerSpec for BatchNorm {
+    fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        let output = single(inputs)?;
+        if !(0.0..=1.0).contains(&self.momentum) {
+            return Err(format!("momentum {}: it must lie between 0 and 1", self.momentum));
+        }
+        if !(self.epsilon.is_finite() && self.epsilon > 0.0) {
+            return Err(format!("epsilon {}: it must be above 0", self.epsilon));
+        }
+        let running = Role::Running { momentum: self.momentum };
+        let param = |name, value, role| ParamSpec {
+            name,
+            shape: vec![output.c],
+            layout: Layout::Canonical,
+            init: Init::Constant(value),
+            role,
+        };
+        Ok(Inferred {
+            output,
+            params: vec![
+                param("weight", 1.0, Role::Trainable),
+                param("bias", 0.0, Role::Trainable),
+                param("running_mean", 0.0, running),
+                param("running_var", 1.0, running),
+            ],
+            forward_flops: 8 * output.len() as u64,
+            saved_bytes: 0,
+            saved_bytes_fixed: cpu::saved_bytes(output.c),
+            backward_reads_input: true,
+            backward_reads_output: self.activation != Activation::None,
+        })
+    }
+    fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cpu::BatchNorm::new(build.inputs[0], build.batch, self.epsilon, self.activation)))
+    }
+}

@@ -1,0 +1,58 @@
+use crate::error::Result;
+use crate::model::{Backward, Forward, Layer, Pass, Shape};
+use crate::rng::{Purpose, Rng};
+use rayon::prelude::*;
+
+pub struct Dropout {
+    values: usize,
+    seed: u64,
+    layer: u32,
+    /// Draws of 16 bits below this are dropped: the rate in steps of 1 / 65536.
+    threshold: u32,
+    /// 1 / (the share that is kept in truth), so that the mean stays.
+    scale: f32,
+}
+
+impl Dropout {
+    pub fn new(input: Shape, rate: f32, seed: u64, layer: usize) -> Self {
+        let threshold = ((rate * 65536.0).round() as u32).min(65535);
+        let scale = 65536.0 / (65536 - threshold) as f32;
+        Dropout { values: input.len(), seed, layer: layer as u32, threshold, scale }
+    }
+
+    /// Backward is the same product as forward.
+    fn mask(&self, first_sample: u64, from: &[f32], to: &mut [f32]) {
+        let samples = (to.par_chunks_exact_mut(self.values), from.par_chunks_exact(self.values)).into_par_iter();
+        samples.enumerate().for_each(|(number, (to, from))| {
+            let rng = Rng::new(self.seed, Purpose::Dropout, self.layer, first_sample + number as u64);
+            mask_sample(rng, self.threshold, self.scale, from, to);
+        });
+    }
+}
+
+impl Layer for Dropout {
+    fn forward(&mut self, pass: &Pass, mut io: Forward<'_>) -> Result<()> {
+        let (x, y) = (io.inputs[0].f32(), io.output.f32());
+        if pass.training {
+            self.mask(pass.first_sample, x, y);
+        } else {
+            y.copy_from_slice(x);
+        }
+        Ok(())
+    }
+
+    fn backward(&mut self, pass: &Pass, mut io: Backward<'_>) -> Result<()> {
+        self.mask(pass.first_sample, io.grad_output.f32(), io.grad_inputs[0].f32());
+        Ok(())
+    }
+}
+
+/// from (H*W*C), to (H*W*C). One draw of 32 bits decides two values, so a Philox block decides eight.
+fn mask_sample(mut rng: Rng, threshold: u32, scale: f32, from: &[f32], to: &mut [f32]) {
+    for (to, from) in to.chunks_mut(2).zip(from.chunks(2)) {
+        let bits = rng.next_u32();
+        for ((to, from), draw) in to.iter_mut().zip(from).zip([bits & 0xFFFF, bits >> 16]) {
+            *to = if draw < threshold { 0.0 } else { from * scale };
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! Dropout (Srivastava et al. 2014), inverted: in training a value is zeroed with probability `rate`, the others are
+//! divided by 1 - rate; in evaluation nothing happens.
+//!
+//! The mask is a function of (seed, layer, position of the sample in the run): the same on any number of ranks, and
+//! backward draws it again instead of keeping it.
+
+mod cpu;
+
+use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::single;
+use crate::error::Result;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Dropout {
+    /// Probability with which a value is zeroed, from 0 to below 1.
+    rate: f32,
+}
+
+impl Default for Dropout {
+    fn default() -> Self {
+        Dropout { rate: 0.5 }
+    }
+}
+
+impl LayerSpec for Dropout {
+    fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        let output = single(inputs)?;
+        if !(0.0..1.0).contains(&self.rate) {
+            return Err(format!("rate {}: it must be at least 0 and below 1", self.rate));
+        }
+        Ok(Inferred { output, forward_flops: output.len() as u64, ..Inferred::default() })
+    }
+    fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cpu::Dropout::new(build.inputs[0], self.rate, build.seed, build.layer)))
+    }
+}

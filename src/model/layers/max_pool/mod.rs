@@ -1,0 +1,48 @@
+//! Max pooling: the largest value of each window, per channel. Padding never wins.
+
+mod cpu;
+
+use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::{Padding, Window, single};
+use crate::error::Result;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MaxPool {
+    /// Height and width of the window, at most 16: which of its places won is kept in a byte.
+    size: usize,
+    /// Default: `size`.
+    stride: Option<usize>,
+    /// "valid" (default), "same", or a number below `size`.
+    #[serde(default)]
+    padding: Padding,
+}
+
+impl MaxPool {
+    fn window(&self, input: Shape) -> Result<Window, String> {
+        if self.size > 16 {
+            return Err(format!("a window of {0}x{0} is above max_pool's 16x16: use global_max_pool", self.size));
+        }
+        Window::for_pooling(input, self.size, self.stride, self.padding)
+    }
+}
+
+impl LayerSpec for MaxPool {
+    fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        let input = single(inputs)?;
+        let output = self.window(input)?.output(input.c);
+        Ok(Inferred {
+            output,
+            forward_flops: (output.len() * self.size * self.size) as u64,
+            saved_bytes: output.len(),
+            ..Inferred::default()
+        })
+    }
+    fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        let input = build.inputs[0];
+        let window = self.window(input).expect("inferred before");
+        Ok(Box::new(cpu::MaxPool { window, channels: input.c }))
+    }
+}
