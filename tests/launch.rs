@@ -228,7 +228,9 @@ fn rank(world: &World, mode: &str, health: Arc<Health>) -> Result<()> {
     }
     let (data, watch) = world.connect()?;
     let watch = Watch::start(watch, health.clone())?;
-    health.saved("step-0");
+    if world.rank == 0 {
+        health.saved("step-0");
+    }
     let links = data.into_links();
     let result = work(world, mode, &health, &links);
     watch.finish(&result);

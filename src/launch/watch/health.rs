@@ -43,6 +43,8 @@ pub struct Health {
     timeout: Duration,
     peers: Mutex<Option<Table>>,
     checkpoint: Mutex<Option<String>>,
+    /// The checkpoint is news to the other ranks.
+    untold: AtomicBool,
 }
 
 /// The wait that has lasted longest, of all threads that wait.
@@ -72,6 +74,7 @@ impl Health {
             timeout,
             peers: Mutex::new(None),
             checkpoint: Mutex::new(None),
+            untold: AtomicBool::new(false),
         })
     }
 
@@ -81,9 +84,10 @@ impl Health {
         self.phase.store(phase as u8, Relaxed);
     }
 
-    /// Where the run could go on from, for the message when a peer is lost.
+    /// Where the run could go on from, for the message when a peer is lost. The watch tells it to the other ranks.
     pub fn saved(&self, checkpoint: impl fmt::Display) {
         *lock(&self.checkpoint) = Some(checkpoint.to_string());
+        self.untold.store(true, Relaxed);
     }
 
     /// Ends all waits of this process with `error`; the first failure is kept.
@@ -157,6 +161,11 @@ impl Health {
         lock(&self.checkpoint).as_ref().map_or_else(String::new, |checkpoint| {
             format!(" Last checkpoint: {checkpoint}; run the same command again to go on from it.")
         })
+    }
+
+    /// A checkpoint that was saved since the last call.
+    pub(super) fn news(&self) -> Option<String> {
+        if self.untold.swap(false, Relaxed) { lock(&self.checkpoint).clone() } else { None }
     }
 
     pub(super) fn failure(&self) -> Option<Error> {
