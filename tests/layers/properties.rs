@@ -21,7 +21,7 @@ fn dropout_drops_its_rate_and_keeps_the_mean() {
 fn dropout_depends_on_the_sample_not_on_its_batch() {
     let section = section("dropout", "", &[Shape::vector(40)]);
     let x = values(120, 0);
-    let together = section.build(3).forward(&training(3), &[x.clone()], &[]);
+    let together = section.build(3).forward(&training(3), std::slice::from_ref(&x), &[]);
     for (i, (x, y)) in x.chunks(40).zip(together.chunks(40)).enumerate() {
         let pass = Pass { first_sample: training(1).first_sample + i as u64, ..training(1) };
         assert_eq!(section.build(1).forward(&pass, &[x.to_vec()], &[]), y, "sample {i}");
@@ -41,8 +41,8 @@ fn batch_statistics_are_exact_over_many_chunks() {
     let params = [vec![1.0; c], vec![0.0; c], vec![0.0; c], vec![1.0; c]];
     let mut subject = section.build(3);
     let pass = Pass { share: 0.25, ..training(3) };
-    let y = subject.forward(&pass, &[x.clone()], &params);
-    let grads = subject.backward(&pass, &[x.clone()], &[], &vec![1.0; x.len()], &params);
+    let y = subject.forward(&pass, std::slice::from_ref(&x), &params);
+    let grads = subject.backward(&pass, std::slice::from_ref(&x), &[], &vec![1.0; x.len()], &params);
     for channel in 0..c {
         let column = |x: &[f32]| x.iter().skip(channel).step_by(c).map(|x| f64::from(*x)).collect::<Vec<_>>();
         let x = column(&x);
