@@ -1,1 +1,203 @@
+//! The command line: what can be asked of `trainer`, and who answers.
 
+mod info;
+mod plan;
+
+use crate::comm;
+use crate::config;
+use crate::config::raw::{Config, Parallel, TransportChoice};
+use crate::error::{Error, Result};
+use crate::launch::spawn;
+use crate::launch::world::{Launcher, World};
+use crate::train::{self, Resume};
+use clap::{Args, Parser, Subcommand};
+use std::convert::Infallible;
+use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
+
+/// Trains a neural network on N ranks in lock step.
+#[derive(Debug, Parser)]
+#[command(
+    name = "trainer",
+    version,
+    max_term_width = 80,
+    subcommand_negates_reqs = true,
+    disable_help_subcommand = true,
+    override_usage = "trainer [OPTIONS] --config <FILE>  or  trainer [OPTIONS] <COMMAND>",
+    help_template = "{about}\n{usage-heading} {usage}\n\n{all-args}{after-help}",
+    after_help = EXAMPLES
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub experiment: Option<Experiment>,
+    /// Checkpoint to go on from: auto (the newest), none, PATH
+    #[arg(long, value_name = "PATH", value_parser = resume)]
+    pub resume: Option<Resume>,
+    /// The run's directory [default: runs/<name>]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Ranks to start here [default: by launcher]
+    #[arg(short = 'n', long = "ranks", value_name = "N", global = true, value_parser = ranks)]
+    pub ranks: Option<usize>,
+    /// Say more; twice for everything
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// Say only what went wrong
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  trainer -n 2 --config configs/quickstart.toml
+  trainer --config a.toml --set optimizer.lr=0.01 --set model.layers.0.units=9";
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Plan(PlanArgs),
+    Eval(EvalArgs),
+    BenchComm(BenchArgs),
+    /// Show this machine and this build: CPU, memory, transports
+    Info,
+    /// Print the JSON schema of the configuration, for editors
+    #[command(after_help = "Example:\n  trainer schema > lockstep.schema.json")]
+    Schema,
+}
+
+/// The experiment: a file, and changes to it.
+#[derive(Clone, Debug, Args)]
+pub struct Experiment {
+    /// The experiment, a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Change a key, such as optimizer.lr=0.1 (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+/// Show what a run would do: layers, memory, buckets, bytes
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  trainer plan --config configs/quickstart.toml --np 8")]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub experiment: Experiment,
+    /// Ranks to plan for [default: -n, else 1]
+    #[arg(long, value_name = "N", value_parser = ranks)]
+    pub np: Option<usize>,
+}
+
+/// Evaluate a checkpoint on the test set
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  trainer -n 2 eval --config a.toml --checkpoint runs/a/checkpoints/step-1000")]
+pub struct EvalArgs {
+    #[command(flatten)]
+    pub experiment: Experiment,
+    #[arg(long, value_name = "PATH")]
+    pub checkpoint: PathBuf,
+}
+
+/// Measure all-reduce over sizes, in the manner of nccl-tests
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  trainer -n 2 bench-comm --transport shm
+  trainer -n 4 bench-comm --transport tcp --max-bytes 1048576 --json")]
+pub struct BenchArgs {
+    /// auto, shm or tcp
+    #[arg(long, value_enum, default_value_t = TransportChoice::Auto, hide_possible_values = true)]
+    pub transport: TransportChoice,
+    #[command(flatten)]
+    pub options: comm::bench::Options,
+}
+
+impl Experiment {
+    fn load(&self) -> Result<Config> {
+        config::load(&self.config, &self.sets)
+    }
+}
+
+/// Does what was asked; the value is the exit code.
+pub fn run(cli: Cli) -> Result<u8> {
+    let Some(command) = &cli.command else {
+        return cli.train();
+    };
+    if cli.experiment.is_some() || cli.resume.is_some() || cli.out.is_some() {
+        return Err(Error::usage(
+            "--config, --set, --resume and --out before a subcommand are for training; put them behind the subcommand",
+        ));
+    }
+    match command {
+        Command::Plan(args) => {
+            let ranks = args.np.or(cli.ranks).unwrap_or(1);
+            print(&plan::describe(&args.experiment.load()?, ranks)?)
+        }
+        Command::Eval(args) => {
+            let config = args.experiment.load()?;
+            cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, cli.verbosity()))
+        }
+        Command::BenchComm(args) => cli.on_every_rank(|| bench(args, cli.verbosity())),
+        Command::Info => print(&info::describe()),
+        Command::Schema => print(&format!("{:#}\n", config::schema())),
+    }
+}
+
+impl Cli {
+    fn train(&self) -> Result<u8> {
+        let Some(experiment) = &self.experiment else {
+            return Err(Error::usage("nothing to do; give --config FILE, or see --help"));
+        };
+        let config = experiment.load()?;
+        let resume = self.resume.clone().unwrap_or(Resume::Auto);
+        let options = train::Options { resume, out: self.out.clone(), verbosity: self.verbosity() };
+        self.on_every_rank(|| train::run(&config, &options))
+    }
+
+    /// With `-n`, starts this program again as so many ranks, and the work is theirs; else does it as the rank that this
+    /// process is.
+    fn on_every_rank(&self, work: impl FnOnce() -> Result<()>) -> Result<u8> {
+        let is_rank = World::from_env(|name| std::env::var(name).ok())?.launcher == Launcher::Lockstep;
+        match self.ranks {
+            Some(size) if !is_rank => spawn::run(size),
+            _ => work().map(|()| 0),
+        }
+    }
+
+    /// -1 quiet, 0 normal, 1 and 2 more.
+    fn verbosity(&self) -> i8 {
+        if self.quiet { -1 } else { i8::try_from(self.verbose).unwrap_or(i8::MAX) }
+    }
+}
+
+fn bench(args: &BenchArgs, verbosity: i8) -> Result<()> {
+    let parallel = Parallel { transport: args.transport, ..Parallel::default() };
+    train::join(&parallel, verbosity, |_, comm| comm::bench::run(comm, &args.options))
+}
+
+/// Writes to stdout; a reader that has gone, as in `trainer schema | head`, is no error.
+fn print(text: &str) -> Result<u8> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Error::internal(format!("writing to stdout: {error}")))
+        }
+        _ => Ok(0),
+    }
+}
+
+fn ranks(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=65536) => Ok(n),
+        Ok(_) => Err("give a number from 1 to 65536".into()),
+        Err(_) if text == "gpus" => Err("this build has no GPU support; give a number of ranks, such as -n 2".into()),
+        Err(_) => Err("give a number of ranks, such as 2".into()),
+    }
+}
+
+fn resume(text: &str) -> Result<Resume, Infallible> {
+    Ok(match text {
+        "auto" => Resume::Auto,
+        "none" => Resume::Never,
+        path => Resume::From(path.into()),
+    })
+}

@@ -5,6 +5,8 @@ pub mod error;
 /// Counter-based random numbers: each a pure function of what it is for.
 pub mod rng;
 
+/// Files that are there whole or not at all.
+pub mod atomic_file;
 /// The command line.
 pub mod cli;
 /// Collectives between ranks: shared memory and TCP.

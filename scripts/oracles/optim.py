@@ -18,7 +18,7 @@ import pathlib
 import torch
 from safetensors.torch import save_file
 
-N, STEPS = 9, 5
+N, STEPS = 9, 20
 
 CASES = {
     "sgd": dict(type="sgd", lr=0.1),

@@ -3,10 +3,38 @@
 //! Sums run in one fixed order, the pairwise tree over ranks (`tree`), whatever the transport, the bucket, the chunk or
 //! the timing. So every transport gives equal bits, every run gives equal bits, and all ranks hold equal bits.
 
+pub mod bench;
+pub mod bucket;
+mod ring;
+mod shm;
+mod solo;
+mod sum;
+mod tcp;
+
+use crate::config::raw::TransportChoice;
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
+use crate::launch::rendezvous::Control;
+use crate::launch::watch::Health;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// The communicator for `choice` among the ranks of `control`. Collective. `health` ends its waits.
+pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+    if control.size() == 1 {
+        return Ok(Box::new(solo::Solo));
+    }
+    let shm = match choice {
+        TransportChoice::Auto => control.one_host()?,
+        TransportChoice::Shm => true,
+        TransportChoice::Tcp => false,
+    };
+    match shm {
+        true => Ok(Box::new(shm::Shm::new(control, health)?)),
+        false => Ok(Box::new(tcp::Tcp::new(control, health)?)),
+    }
+}
 
 /// N ranks that call the same operations, with the same lengths, in the same order. All data is f32.
 ///
@@ -36,6 +64,12 @@ pub trait Communicator: Send {
 
     /// Returns when all ranks have called it.
     fn barrier(&mut self) -> Result<Duration>;
+
+    /// The work of `all_reduce` as a plain loop, where this transport can reach all data: the ceiling with which
+    /// `bench-comm` compares. False if it cannot.
+    fn plain_all_reduce(&mut self, _data: SliceMut<'_>) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// Elements of a buffer of `len` that belong to `rank` in reduce_scatter and all_gather. Chunks start at multiples of 16

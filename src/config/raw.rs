@@ -1,12 +1,12 @@
 //! The sections of the TOML as written: one struct a section, each handed alone to the module that it configures.
+//! The `schemars` attributes give the range of every key: they are what `check` refuses and what editors show.
 
 use crate::model::layers::Parsed;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// The whole file. Read by `config::load`, which takes tagged sections (`type = `, `format = `) apart itself so that
-/// every error can name its line and key.
+/// The whole file, read by `config::load`.
 pub struct Config {
     pub run: Run,
     pub data: Data,
@@ -26,29 +26,49 @@ pub struct Config {
 #[serde(deny_unknown_fields)]
 pub struct Run {
     /// Names the run's directory, `runs/<name>`.
+    #[schemars(example = &"quickstart")]
     pub name: String,
     /// Seed of everything random.
     #[serde(default)]
     pub seed: u64,
+    #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
+    #[schemars(range(min = 1))]
     pub steps: Option<u64>,
     /// Validation (else test) accuracy, 0 to 1, at which the run ends.
+    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
     pub target_accuracy: Option<f64>,
+    #[schemars(range(max = 1_000_000), extend("exclusiveMinimum" = 0))]
     pub max_minutes: Option<f64>,
 }
 
-/// `[data]`
+/// `[data]`: the format with its own keys, and the keys that all formats share.
 #[derive(Clone, Debug)]
 pub struct Data {
     pub format: Format,
-    /// Share of the training set that is held out for validation, 0 to 1, drawn by seed. Default 0.
+    pub shared: DataShared,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataShared {
+    /// Share of the training set that is held out for validation, drawn by seed.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub validation: f64,
     /// In this order, on training samples; evaluation keeps only `normalize`.
     pub augment: Vec<Augment>,
-    /// Threads a rank that prepare batches. Default 1.
+    /// Threads a rank that prepare batches.
+    #[schemars(range(min = 1, max = 1024))]
     pub workers: usize,
-    /// Batches prepared ahead. Default 4.
+    /// Batches prepared ahead.
+    #[schemars(range(min = 1, max = 1024))]
     pub prefetch: usize,
+}
+
+impl Default for DataShared {
+    fn default() -> Self {
+        DataShared { validation: 0.0, augment: Vec::new(), workers: 1, prefetch: 4 }
+    }
 }
 
 /// `[data] format = "..."` with the keys of that format.
@@ -58,14 +78,22 @@ pub enum Format {
     /// Ten kinds of drawn figures, made from (seed, index).
     Shapes {
         #[serde(default = "Format::shapes_train")]
+        #[schemars(range(min = 1, max = 100_000_000))]
         train: usize,
         #[serde(default = "Format::shapes_test")]
+        #[schemars(range(min = 1, max = 100_000_000))]
         test: usize,
     },
     /// MNIST's format: `train-images-idx3-ubyte` and so on, plain or `.gz`.
-    Idx { path: PathBuf },
+    Idx {
+        #[schemars(example = &"data/mnist")]
+        path: PathBuf,
+    },
     /// CIFAR-10's binary format: `data_batch_*.bin` and `test_batch.bin`, plain, `.gz` or `.xz`.
-    Cifar { path: PathBuf },
+    Cifar {
+        #[schemars(example = &"data/cifar-10")]
+        path: PathBuf,
+    },
 }
 
 impl Format {
@@ -84,6 +112,7 @@ pub enum Augment {
     /// Pads by `padding` zeros on each side and cuts the original size at a random place.
     RandomCrop {
         #[serde(default = "Augment::padding")]
+        #[schemars(range(max = 4096))]
         padding: usize,
     },
     /// Mirrors left and right with probability one half.
@@ -103,10 +132,13 @@ impl Augment {
 #[serde(deny_unknown_fields)]
 pub struct BatchSize {
     /// Samples a step over all ranks.
+    #[schemars(range(min = 1, max = 100_000_000), example = 128)]
     pub global: Option<usize>,
     /// Samples a step and rank.
+    #[schemars(range(min = 1, max = 100_000_000))]
     pub local: Option<usize>,
     /// Samples a micro-batch. Makes the result the same bits for 1, 2, 4 and 8 ranks.
+    #[schemars(range(min = 1, max = 100_000_000))]
     pub micro: Option<usize>,
 }
 
@@ -122,7 +154,7 @@ pub struct LayerEntry {
     /// Default: its type and number, `conv2d_1`.
     pub name: String,
     pub kind: &'static str,
-    /// Names of the layers (or `input`) that it reads. Default: the one before.
+    /// Names of the layers (or `input`) that it reads; the one before where the file names none.
     pub from: Vec<String>,
     pub parsed: Parsed,
 }
@@ -134,6 +166,7 @@ pub enum Loss {
     /// Of the last layer's logits.
     SoftmaxCrossEntropy {
         #[serde(default)]
+        #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
         label_smoothing: f32,
         class_weights: Option<ClassWeights>,
     },
@@ -142,8 +175,14 @@ pub enum Loss {
     /// KL(target || softmax(logits)).
     KlDivergence {
         #[serde(default)]
+        #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
         label_smoothing: f32,
     },
+}
+
+impl Loss {
+    /// The type where `[loss]` gives none.
+    pub const DEFAULT: &str = "softmax_cross_entropy";
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -151,7 +190,13 @@ pub enum Loss {
 pub enum ClassWeights {
     /// samples / (classes * samples of the class), from the training set.
     Balanced(Balanced),
-    Given(Vec<f32>),
+    Given(
+        #[schemars(
+            length(min = 1),
+            extend("items" = { "type": "number", "format": "float", "minimum": 0 })
+        )]
+        Vec<f32>,
+    ),
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
@@ -170,16 +215,21 @@ pub struct Optimizer {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptimizerShared {
+    #[schemars(example = 0.1, extend("exclusiveMinimum" = 0))]
     pub lr: f32,
     /// L2: added to the gradient, as in PyTorch; decoupled in adamw.
     #[serde(default)]
+    #[schemars(range(min = 0))]
     pub weight_decay: f32,
     /// L1: lambda * sign(w) added to the gradient.
     #[serde(default)]
+    #[schemars(range(min = 0))]
     pub l1: f32,
     /// Scales the whole gradient down to this L2 norm.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub clip_norm: Option<f32>,
     /// Clamps every gradient value to +-this.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub clip_value: Option<f32>,
 }
 
@@ -189,47 +239,59 @@ pub struct OptimizerShared {
 pub enum Rule {
     Sgd {
         #[serde(default)]
+        #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
         momentum: f32,
         #[serde(default)]
         nesterov: bool,
     },
     Adam {
         #[serde(default = "Rule::betas")]
-        betas: [f32; 2],
+        #[schemars(extend("items" = { "type": "number", "format": "double", "minimum": 0, "exclusiveMaximum": 1 }))]
+        betas: [f64; 2],
         #[serde(default = "Rule::eps_1e8")]
+        #[schemars(range(min = 0))]
         eps: f32,
     },
     Adamw {
         #[serde(default = "Rule::betas")]
-        betas: [f32; 2],
+        #[schemars(extend("items" = { "type": "number", "format": "double", "minimum": 0, "exclusiveMaximum": 1 }))]
+        betas: [f64; 2],
         #[serde(default = "Rule::eps_1e8")]
+        #[schemars(range(min = 0))]
         eps: f32,
     },
     Adagrad {
         #[serde(default = "Rule::eps_1e10")]
+        #[schemars(range(min = 0))]
         eps: f32,
         #[serde(default)]
+        #[schemars(range(min = 0))]
         lr_decay: f32,
     },
     Adadelta {
         #[serde(default = "Rule::rho")]
+        #[schemars(range(min = 0, max = 1))]
         rho: f32,
         #[serde(default = "Rule::eps_1e6")]
+        #[schemars(range(min = 0))]
         eps: f32,
     },
     /// You, Gitman, Ginsburg 2017.
     Lars {
         #[serde(default = "Rule::lars_momentum")]
+        #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
         momentum: f32,
         #[serde(default = "Rule::trust")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
         trust_coefficient: f32,
         #[serde(default = "Rule::eps_1e8")]
+        #[schemars(range(min = 0))]
         eps: f32,
     },
 }
 
 impl Rule {
-    fn betas() -> [f32; 2] {
+    fn betas() -> [f64; 2] {
         [0.9, 0.999]
     }
     fn eps_1e8() -> f32 {
@@ -264,6 +326,7 @@ pub struct Schedule {
 pub struct ScheduleShared {
     /// Epochs over which the rate rises linearly from 0 (may be a fraction).
     #[serde(default)]
+    #[schemars(range(min = 0, max = 1_000_000))]
     pub warmup_epochs: f64,
     /// The same in steps; give one of the two.
     #[serde(default)]
@@ -281,29 +344,39 @@ pub enum ScheduleShape {
     /// Times `gamma` every `every_epochs`, or at each of `at_epochs`.
     Step {
         #[serde(default = "ScheduleShape::gamma")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
         gamma: f32,
+        #[schemars(extend("exclusiveMinimum" = 0))]
         every_epochs: Option<f64>,
+        #[schemars(length(min = 1), extend("items" = { "type": "number", "format": "double", "exclusiveMinimum": 0 }))]
         at_epochs: Option<Vec<f64>>,
     },
     /// Times `gamma` an epoch, continuously.
     Exponential {
+        #[schemars(example = 0.95, extend("exclusiveMinimum" = 0))]
         gamma: f32,
     },
     /// lr * (1 - t)^power + end_lr * (1 - (1 - t)^power), t from 0 to 1 over the run.
     Polynomial {
         #[serde(default = "ScheduleShape::power")]
+        #[schemars(extend("exclusiveMinimum" = 0))]
         power: f32,
         #[serde(default)]
+        #[schemars(range(min = 0))]
         end_lr: f32,
     },
     /// Half a cosine from lr to end_lr over the run (Loshchilov and Hutter 2017).
     Cosine {
         #[serde(default)]
+        #[schemars(range(min = 0))]
         end_lr: f32,
     },
 }
 
 impl ScheduleShape {
+    /// The type where `[schedule]` gives none.
+    pub const DEFAULT: &str = "constant";
+
     fn gamma() -> f32 {
         0.1
     }
@@ -318,10 +391,12 @@ impl ScheduleShape {
 pub struct Parallel {
     pub transport: TransportChoice,
     /// Gradients of about this many MiB are reduced together.
+    #[schemars(range(max = 1_048_576), extend("exclusiveMinimum" = 0))]
     pub bucket_mib: f64,
     /// Reduce while backward goes on.
     pub overlap: bool,
     /// Seconds that a rank waits for a silent peer before it gives up.
+    #[schemars(range(max = 1_000_000_000), extend("exclusiveMinimum" = 0))]
     pub timeout: f64,
 }
 
@@ -331,7 +406,7 @@ impl Default for Parallel {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum TransportChoice {
     /// shm where all ranks share a node, else tcp.
@@ -340,13 +415,17 @@ pub enum TransportChoice {
     Tcp,
 }
 
-/// `[checkpoint]`: none of every_steps and every_epochs means at the end only.
+/// `[checkpoint]`. At the end in any case.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Checkpoint {
+    #[schemars(range(min = 1))]
     pub every_steps: Option<u64>,
+    /// Default: 1 where every_steps is not given.
+    #[schemars(range(min = 1))]
     pub every_epochs: Option<u64>,
     /// Newest checkpoints that are kept.
+    #[schemars(range(min = 1))]
     pub keep: usize,
     /// Default: `checkpoints` in the run's directory.
     pub directory: Option<PathBuf>,
@@ -354,28 +433,27 @@ pub struct Checkpoint {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Checkpoint { every_steps: None, every_epochs: Some(1), keep: 2, directory: None }
+        Checkpoint { every_steps: None, every_epochs: None, keep: 2, directory: None }
     }
 }
 
 /// `[eval]`: on the validation split, else on the test set. At the end in any case.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Eval {
+    #[schemars(range(min = 1))]
     pub every_steps: Option<u64>,
+    /// Default: 1 where every_steps is not given.
+    #[schemars(range(min = 1))]
     pub every_epochs: Option<u64>,
-}
-
-impl Default for Eval {
-    fn default() -> Self {
-        Eval { every_steps: None, every_epochs: Some(1) }
-    }
 }
 
 /// `[log]`
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
+    /// Steps between two lines of metrics.
+    #[schemars(range(min = 1))]
     pub every_steps: u64,
 }
 

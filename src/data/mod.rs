@@ -1,7 +1,23 @@
-//! Samples, from files to batches. `Dataset` is the seam: a format is one file and one line of the registry.
+//! Samples, from files to batches: `open` reads a format into a `Dataset`, `order` shuffles it for an epoch, `partition`
+//! deals the shuffled positions out to ranks, and `DataQueue` turns them into augmented batches ahead of the step.
+//!
+//! `Dataset` is the seam: a format is one file and one line of `open`. Everything after it is a function of
+//! (seed, epoch, position), so no batch depends on the number of ranks or threads, or on what was read before.
 
-use crate::error::Result;
+pub mod augment;
+mod cifar;
+mod files;
+mod idx;
+mod memory;
+pub mod order;
+pub mod partition;
+pub mod queue;
+mod shapes;
+
+use crate::config::raw::Format;
+use crate::error::{Error, Result};
 use crate::model::Shape;
+use std::sync::Arc;
 
 /// A set of labelled images that can be read in any order by several threads at once.
 pub trait Dataset: Send + Sync {
@@ -18,7 +34,29 @@ pub trait Dataset: Send + Sync {
     fn read(&self, index: usize, image: &mut [u8]) -> Result<()>;
 }
 
-/// A rank's samples of one micro-batch (or of one evaluation step), normalised, NHWC.
+/// The two parts that every format has.
+pub struct Sets {
+    pub train: Arc<dyn Dataset>,
+    pub test: Arc<dyn Dataset>,
+}
+
+/// Reads the sets that `[data]` names. `seed` makes the procedural ones. Errors are of kind `Data` and name the file.
+pub fn open(format: &Format, seed: u64) -> Result<Sets> {
+    let sets = match format {
+        Format::Shapes { train, test } => shapes::open(*train, *test, seed),
+        Format::Idx { path } => idx::open(path),
+        Format::Cifar { path } => cifar::open(path),
+    }?;
+    let (train, test) = (sets.train.shape(), sets.test.shape());
+    if train != test {
+        return Err(Error::data(format!(
+            "the training images are {train}, the test images {test}; both must be one shape"
+        )));
+    }
+    Ok(sets)
+}
+
+/// A rank's samples of one micro-batch (or of one evaluation step), normalised, NHWC, and where they stand in the run.
 #[derive(Debug, Default)]
 pub struct Batch {
     /// (count, H, W, C)
@@ -27,6 +65,15 @@ pub struct Batch {
     pub labels: Vec<u32>,
     /// Indices into the dataset, for error messages and tests.
     pub indices: Vec<u32>,
+    pub epoch: u32,
+    /// Number of the step in its epoch.
+    pub step: usize,
+    /// Number of the micro-batch in its step, counted over all ranks.
+    pub micro: usize,
+    /// Position in the epoch's order of the first sample.
+    pub position: usize,
+    /// Samples of the whole step, over all ranks and micro-batches: less than the global batch where the epoch ends.
+    pub step_count: usize,
 }
 
 impl Batch {
@@ -34,3 +81,40 @@ impl Batch {
         self.labels.len()
     }
 }
+
+/// Weights that give every class the same say: samples / (classes * samples of the class).
+pub fn balanced_class_weights(dataset: &dyn Dataset) -> Result<Vec<f32>> {
+    let counts = class_counts(dataset);
+    let balanced = |(class, &count): (usize, &usize)| match count {
+        0 => Err(Error::data(format!(
+            "class {class} has no training sample, so it has no balanced weight; give `class_weights` as a list"
+        ))),
+        count => Ok((dataset.len() as f64 / (counts.len() as f64 * count as f64)) as f32),
+    };
+    counts.iter().enumerate().map(balanced).collect()
+}
+
+/// Samples of each class.
+pub fn class_counts(dataset: &dyn Dataset) -> Vec<usize> {
+    let mut counts = vec![0; dataset.classes()];
+    for index in 0..dataset.len() {
+        counts[dataset.label(index) as usize] += 1;
+    }
+    counts
+}
+
+/// BLAKE3 of the set's size, shape and labels, by which ranks check that they read the same files.
+pub fn fingerprint(dataset: &dyn Dataset) -> String {
+    let Shape { h, w, c } = dataset.shape();
+    let mut hasher = blake3::Hasher::new();
+    for size in [dataset.len(), h, w, c, dataset.classes()] {
+        hasher.update(&(size as u64).to_le_bytes());
+    }
+    for index in 0..dataset.len() {
+        hasher.update(&dataset.label(index).to_le_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,14 @@
 //! Who am I among the ranks (`world`), starting ranks (`spawn`), finding each other (`rendezvous`), watching each other
-//! (`watch`).
+//! (`watch`), and the wish to stop (`signals`).
 
+pub mod lifeline;
+pub mod link;
+pub mod rendezvous;
+pub mod signals;
+pub mod spawn;
+pub mod verdict;
 pub mod watch;
+pub mod world;
+
+pub use lifeline::report;
+pub use world::World;

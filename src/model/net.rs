@@ -92,8 +92,11 @@ impl Net {
         unsafe { self.params.slice(0..self.params.bytes()) }.f32()
     }
     pub fn params_mut(&mut self) -> &mut [f32] {
+        self.table_and_params_mut().1
+    }
+    pub fn table_and_params_mut(&mut self) -> (&ParamTable, &mut [f32]) {
         // SAFETY: `&mut self`.
-        unsafe { self.params.slice_mut(0..self.params.bytes()) }.into_f32()
+        (&self.table, unsafe { self.params.slice_mut(0..self.params.bytes()) }.into_f32())
     }
 
     /// Output of the last forward: (batch, outputs).
@@ -152,8 +155,7 @@ impl Net {
     }
 
     fn initialise(&mut self, seed: u64) {
-        let table = self.table.clone();
-        let params = self.params_mut();
+        let (table, params) = self.table_and_params_mut();
         for param in &table.params {
             param.spec.to_arena(&param.spec.initial(seed, param.number), &mut params[param.range.clone()]);
         }

@@ -1,1 +1,119 @@
+//! Training. `join` makes this process a rank among its peers; `session` is the loop over steps; `learner` is the step:
+//! forward, backward, all-reduce, update.
 
+pub mod checkpoint;
+mod eval;
+mod gradient;
+mod learner;
+mod resume;
+mod session;
+pub(crate) mod setup;
+mod update;
+
+pub use resume::Resume;
+
+use crate::comm::{self, Communicator};
+use crate::config::raw::{Config, Parallel};
+use crate::error::{Context, Error, Kind, Result};
+use crate::launch::signals::Signals;
+use crate::launch::watch::{Health, Watch};
+use crate::launch::world::World;
+use crate::report::{self, Evaluation, Set};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What the command line says of a run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub resume: Resume,
+    /// Default: `runs/<name>`.
+    pub out: Option<PathBuf>,
+    /// -1 quiet, 0 normal, 1 and 2 more.
+    pub verbosity: i8,
+}
+
+impl Options {
+    fn directory(&self, config: &Config) -> PathBuf {
+        self.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.run.name))
+    }
+}
+
+/// This process among its peers.
+pub struct Rank {
+    pub world: World,
+    pub health: Arc<Health>,
+    pub signals: Signals,
+}
+
+/// Trains as one rank of the world in which this process was started.
+pub fn run(config: &Config, options: &Options) -> Result<()> {
+    join(&config.parallel, options.verbosity, |rank, comm| session::train(config, options, rank, comm))
+}
+
+/// Evaluates a checkpoint on the validation split, if there is one, and on the test set; rank 0 gets to print.
+pub fn evaluate(config: &Config, checkpoint: &Path, verbosity: i8) -> Result<()> {
+    join(&config.parallel, verbosity, |rank, comm| {
+        let state =
+            checkpoint::load(checkpoint).map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
+        let parts = setup::Parts::open(config)?;
+        let plan = setup::plan(config, &parts, &rank.world)?;
+        let mut learner = setup::learner(config, &plan, &parts, comm)?;
+        update::import_params(&mut learner.net, &state)
+            .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
+        let evaluator = setup::evaluator(&plan, &parts, &rank.world, parts.loader(config)?);
+        let sets = if evaluator.validation.is_some() { &[Set::Validation, Set::Test][..] } else { &[Set::Test] };
+        for &set in sets {
+            let evaluation = evaluator.run(set, &mut learner, state.step, state.epoch)?;
+            if rank.world.rank == 0 {
+                print(&evaluation);
+            }
+        }
+        Ok(())
+    })
+}
+
+fn print(evaluation: &Evaluation) {
+    println!(
+        "{:?}: loss {:.4}  accuracy {:.4}  ({} samples)",
+        evaluation.set,
+        evaluation.loss(),
+        evaluation.accuracy(),
+        evaluation.samples
+    );
+}
+
+/// Meets the other ranks, watches them while `work` runs on this rank's thread pool, and takes leave of them.
+pub fn join(
+    parallel: &Parallel,
+    verbosity: i8,
+    work: impl FnOnce(&Rank, Box<dyn Communicator>) -> Result<()> + Send,
+) -> Result<()> {
+    let signals = Signals::install()?;
+    let world = World::detect()?;
+    report::log::init(verbosity, world.rank);
+    let health = Health::new(Duration::from_secs_f64(parallel.timeout));
+    let (control, watched) = world.connect()?;
+    let watch = Watch::start(watched, health.clone())?;
+    let rank = Rank { world, health, signals };
+    let result = comm::connect(parallel.transport, control, rank.health.clone())
+        .and_then(|comm| pool(&rank.world)?.install(|| work(&rank, comm)));
+    watch.finish(&result);
+    result
+}
+
+/// This rank's share of the node's cores, or as many threads as RAYON_NUM_THREADS says.
+fn pool(world: &World) -> Result<rayon::ThreadPool> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = match std::env::var("RAYON_NUM_THREADS") {
+        Err(_) => (cores / world.local_size).max(1),
+        Ok(text) => match text.parse() {
+            Ok(threads) if threads > 0 => threads,
+            _ => {
+                return Err(Error::usage(format!("RAYON_NUM_THREADS is `{text}`; give a number of threads from 1 on")));
+            }
+        },
+    };
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}"));
+    builder.build().or_kind(Kind::Internal, "starting the compute threads")
+}

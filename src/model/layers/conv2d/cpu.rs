@@ -20,6 +20,7 @@ use super::super::super::kernels::gemm::{self, Kernel, Left, Out, Right, Store, 
 use super::super::super::{Backward, Build, Forward, Layer, Pass};
 use super::super::Activation;
 use super::Geometry;
+use super::depthwise::{self, PerChannel};
 use super::padded::Padded;
 use crate::error::Result;
 use rayon::prelude::*;
@@ -108,17 +109,23 @@ impl Conv2d {
         (self.geometry.taps() + usize::from(self.bias)) * self.geometry.output.c
     }
 
+    /// Packed right matrices of one group, and of all groups; a depthwise convolution packs nothing.
     fn packed_weight_len(&self) -> usize {
         gemm::packed_len(self.kernel, self.taps.len(), self.geometry.filters())
+    }
+    fn packed_weights_len(&self) -> usize {
+        if self.geometry.is_depthwise() { 0 } else { self.geometry.groups * self.packed_weight_len() }
     }
     fn packed_phase_len(&self, phase: &Phase) -> usize {
         gemm::packed_len(self.kernel, phase.taps.len(), self.geometry.channels())
     }
     fn packed_phases_len(&self) -> usize {
-        self.geometry.groups * self.phases.iter().map(|phase| self.packed_phase_len(phase)).sum::<usize>()
+        let group: usize = self.phases.iter().map(|phase| self.packed_phase_len(phase)).sum();
+        if self.geometry.is_depthwise() { 0 } else { self.geometry.groups * group }
     }
     fn packed_grad_len(&self) -> usize {
-        gemm::packed_len(self.kernel, self.pixels.len(), self.geometry.filters())
+        let len = gemm::packed_len(self.kernel, self.pixels.len(), self.geometry.filters());
+        if self.geometry.is_depthwise() { 0 } else { len }
     }
 
     /// Scratch of one thread, in whole cache lines.
@@ -127,7 +134,7 @@ impl Conv2d {
     }
     fn backward_worker_len(&self) -> usize {
         let copies = self.block * (self.input.copy_len() + self.grad.copy_len());
-        (self.packed_grad_len() + copies).next_multiple_of(LINE)
+        (self.packed_grad_len() + copies).max(1).next_multiple_of(LINE)
     }
 
     /// Images that a thread works on: whole multiples of `unit`, in as few threads as there are.
@@ -136,12 +143,18 @@ impl Conv2d {
     }
 
     /// x (images, H, W, C) to y (images, OH, OW, F), at most `block` images.
-    fn forward_block(&self, x: &[f32], packed: &[f32], y: &mut [f32], copy: &mut [f32]) {
+    fn forward_block(&self, x: &[f32], weight: Weight<'_>, y: &mut [f32], copy: &mut [f32]) {
         let Geometry { input, output, groups, .. } = self.geometry;
         let x = self.input.copy(x, copy);
         let rows = y.len() / output.c;
         let store = Store { accumulate: false, relu: self.activation == Activation::Relu };
-        for (group, packed) in packed.chunks_exact(self.packed_weight_len()).enumerate() {
+        if self.geometry.is_depthwise() {
+            let left = Left { data: x, rows: &self.pixels[..rows], cols: &self.taps };
+            let right = PerChannel { data: weight.plain, rows: &self.weight_rows, bias: weight.bias };
+            let out = Out { data: y, rows: &self.output_rows[..rows] };
+            depthwise::multiply(left, right, output.c, out, store);
+        }
+        for (group, packed) in weight.packed.chunks_exact(self.packed_weight_len()).enumerate() {
             let (channel, filter) = (group * input.c / groups, group * output.c / groups);
             let left = Left { data: &x[channel..], rows: &self.pixels[..rows], cols: &self.taps };
             let out = Out { data: &mut y[filter..], rows: &self.output_rows[..rows] };
@@ -155,30 +168,30 @@ impl Conv2d {
 
 impl Layer for Conv2d {
     fn scratch_bytes(&self) -> usize {
-        let forward = self.geometry.groups * self.packed_weight_len() + self.threads * self.forward_worker_len();
+        let forward = self.packed_weights_len() + self.threads * self.forward_worker_len();
         let partials = self.batch.div_ceil(self.part) * self.partial_len();
         let backward = self.packed_phases_len() + partials + self.threads * self.backward_worker_len();
         4 * forward.max(backward)
     }
 
     fn forward(&mut self, pass: &Pass, io: Forward<'_>) -> Result<()> {
-        let Geometry { input, output, groups, .. } = self.geometry;
+        let Geometry { input, output, .. } = self.geometry;
         let (x, weight) = (io.inputs[0].f32(), io.params[0].f32());
-        let (packed, workers) = io.scratch.into_f32().split_at_mut(groups * self.packed_weight_len());
+        let bias = self.bias.then(|| io.params[1].f32());
+        let (packed, workers) = io.scratch.into_f32().split_at_mut(self.packed_weights_len());
         for (group, packed) in packed.chunks_exact_mut(self.packed_weight_len()).enumerate() {
             let filters = group * self.geometry.filters();
             let right =
                 Right { data: &weight[filters..], rows: &self.weight_rows, step: 1, n: self.geometry.filters() };
-            let bias = self.bias.then(|| &io.params[1].f32()[filters..]);
-            gemm::pack_parallel(self.kernel, right, bias, packed);
+            gemm::pack_parallel(self.kernel, right, bias.map(|bias| &bias[filters..]), packed);
         }
 
-        let (layer, packed) = (&*self, &*packed);
+        let (layer, weight) = (&*self, Weight { packed, plain: weight, bias });
         let share = self.share(pass.batch, self.block);
         let shares = x.par_chunks(share * input.len()).zip(io.output.into_f32().par_chunks_mut(share * output.len()));
         shares.zip(workers.par_chunks_mut(self.forward_worker_len())).for_each(|((x, y), copy)| {
             let blocks = x.chunks(layer.block * input.len()).zip(y.chunks_mut(layer.block * output.len()));
-            blocks.for_each(|(x, y)| layer.forward_block(x, packed, y, copy));
+            blocks.for_each(|(x, y)| layer.forward_block(x, weight, y, copy));
         });
         Ok(())
     }
@@ -188,8 +201,8 @@ impl Layer for Conv2d {
         let [grad_input] = io.grad_inputs else { unreachable!("infer takes one input") };
         let grad_input = grad_input.f32();
         let (packed, scratch) = io.scratch.into_f32().split_at_mut(self.packed_phases_len());
-        if !grad_input.is_empty() {
-            let weight = io.params[0].f32();
+        let weight = io.params[0].f32();
+        if !grad_input.is_empty() && !self.geometry.is_depthwise() {
             let mut rest = &mut *packed;
             for (phase, group) in self.phases.iter().flat_map(|phase| (0..groups).map(move |group| (phase, group))) {
                 let (packed, after) = rest.split_at_mut(self.packed_phase_len(phase));
@@ -201,7 +214,7 @@ impl Layer for Conv2d {
         let parts = pass.batch.div_ceil(self.part);
         let (partials, workers) = scratch.split_at_mut(parts * self.partial_len());
         let workers = &mut workers[..self.threads * self.backward_worker_len()];
-        let shared = Shared { layer: self, packed };
+        let shared = Shared { layer: self, weight: Weight { packed, plain: weight, bias: None } };
         shared.run(Job {
             images: pass.batch,
             x: io.inputs[0].f32(),
@@ -236,8 +249,15 @@ fn sum_parts(partials: &[f32], partial_len: usize, first: usize, grad: &mut [f32
 /// What all threads of a backward call read.
 struct Shared<'a> {
     layer: &'a Conv2d,
-    /// Weights by phase and group.
+    weight: Weight<'a>,
+}
+
+/// The weight, packed group by group (in backward, within each phase) and as it lies in the arena.
+#[derive(Clone, Copy)]
+struct Weight<'a> {
     packed: &'a [f32],
+    plain: &'a [f32],
+    bias: Option<&'a [f32]>,
 }
 
 /// Backward of consecutive images, whole parts of the batch. `y` is empty without an activation, `dx` if nobody needs it.
@@ -286,7 +306,7 @@ impl Shared<'_> {
                 let (input_copy, grad_copy) = copies.split_at_mut(layer.block * layer.input.copy_len());
                 layer.weight_block(x, dy, weight, first != images.start, input_copy, packed);
                 if !job.dx.is_empty() {
-                    layer.data_block(dy, self.packed, &mut job.dx[inputs], grad_copy);
+                    layer.data_block(dy, self.weight, &mut job.dx[inputs], grad_copy);
                 }
             }
         }
@@ -332,26 +352,38 @@ impl Conv2d {
         let Geometry { input, output, groups, .. } = self.geometry;
         let x = self.input.copy(x, copy);
         let pixels = dy.len() / output.c;
+        let rows = &self.output_rows[..pixels];
+        let store = Store { accumulate, relu: false };
+        if self.geometry.is_depthwise() {
+            let left = Left { data: x, rows: &self.taps, cols: &self.pixels[..pixels] };
+            let out = Out { data: weight, rows: &self.weight_rows };
+            return depthwise::multiply(left, PerChannel { data: dy, rows, bias: None }, output.c, out, store);
+        }
         for group in 0..groups {
             let (channel, filter) = (group * input.c / groups, group * output.c / groups);
-            let rows = &self.output_rows[..pixels];
             let right = Right { data: &dy[filter..], rows, step: 1, n: self.geometry.filters() };
             gemm::pack(self.kernel, right, None, packed);
             let left = Left { data: &x[channel..], rows: &self.taps, cols: &self.pixels[..pixels] };
             let out = Out { data: &mut weight[filter..], rows: &self.weight_rows };
-            let store = Store { accumulate, relu: false };
             gemm::multiply(self.kernel, left, packed, self.geometry.filters(), out, store);
         }
     }
 
     /// dx = im2col(dy) flipped W^T
-    fn data_block(&self, dy: &[f32], packed: &[f32], dx: &mut [f32], copy: &mut [f32]) {
+    fn data_block(&self, dy: &[f32], weight: Weight<'_>, dx: &mut [f32], copy: &mut [f32]) {
         let Geometry { input, output, groups, .. } = self.geometry;
         let images = dx.len() / input.len();
         let dy = self.grad.copy(dy, copy);
-        let mut packed = packed;
+        let mut packed = weight.packed;
         for phase in &self.phases {
             let rows = phase.input_rows.len() / self.block * images;
+            if self.geometry.is_depthwise() {
+                let left = Left { data: dy, rows: &phase.pixels[..rows], cols: &phase.taps };
+                let right = PerChannel { data: weight.plain, rows: &phase.weights, bias: None };
+                let out = Out { data: dx, rows: &phase.input_rows[..rows] };
+                depthwise::multiply(left, right, input.c, out, Store::default());
+                continue;
+            }
             for group in 0..groups {
                 let (channel, filter) = (group * input.c / groups, group * output.c / groups);
                 let left = Left { data: &dy[filter..], rows: &phase.pixels[..rows], cols: &phase.taps };

@@ -3,6 +3,7 @@
 //! With `groups = G`, channels and filters are cut into G runs and a filter sees only its run's channels.
 
 mod cpu;
+mod depthwise;
 mod padded;
 #[cfg(test)]
 mod tests;
@@ -118,6 +119,9 @@ impl Geometry {
     /// Filters of a group.
     fn filters(&self) -> usize {
         self.output.c / self.groups
+    }
+    fn is_depthwise(&self) -> bool {
+        self.groups == self.input.c && self.groups == self.output.c && self.groups > 1
     }
     /// Values that meet in one output: KH * KW * C / groups.
     fn taps(&self) -> usize {

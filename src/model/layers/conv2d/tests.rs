@@ -35,7 +35,7 @@ const CASES: &[Case] = &[
     // Groups, down to depthwise with one and with several filters a channel.
     case((6, 7, 8), "filters = 12\nkernel = 3\npadding = 1\ngroups = 4"),
     case((7, 5, 6), "filters = 4\nkernel = 3\nstride = 2\npadding = 1\ngroups = 2\nactivation = \"relu\""),
-    case((8, 8, 19), "filters = 19\nkernel = 3\npadding = 1\ngroups = 19\nactivation = \"relu\""),
+    case((8, 8, 43), "filters = 43\nkernel = 3\npadding = 1\ngroups = 43\nactivation = \"relu\""),
     case((9, 6, 5), "filters = 10\nkernel = 3\nstride = 2\npadding = \"same\"\ngroups = 5"),
 ];
 
@@ -198,6 +198,17 @@ fn all_three_products_equal_the_definition() {
             assert_close("dbias", case, &found.dbias, &dbias);
         }
     }
+}
+
+#[test]
+fn blocks_of_a_part_add_up() {
+    // An image fills a block, and 35 images are more than there are parts.
+    let case = case((96, 96, 4), "filters = 2\nkernel = 1");
+    let values = case.values(35);
+    let found = case.run(&values, 35, 35, 2);
+    let [_, _, dweight, dbias] = case.reference(&values, 35);
+    assert_close("dweight", &case, &found.dweight, &dweight);
+    assert_close("dbias", &case, &found.dbias, &dbias);
 }
 
 #[test]

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# The whole test command. Needs Rust; installs the rest where it may: a C compiler for the linker and for BLAKE3's
+# assembly, rustfmt, clippy, shellcheck. What is missing and cannot be installed is named and skipped, except the C
+# compiler. Tests that need a data set look into $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+main() {
+    require_rust
+    have cc || apt_install gcc libc6-dev || fail "no C compiler: install one that can be called as cc"
+
+    if rust_component rustfmt fmt; then
+        step cargo fmt --check
+    fi
+    if have shellcheck || apt_install shellcheck; then
+        step shellcheck -x .ci/run scripts/*.sh scripts/*/*.sh
+    fi
+    if have python3 || skip python3; then
+        step python3 -c 'import glob
+for path in glob.glob("scripts/**/*.py", recursive=True): compile(open(path).read(), path, "exec")'
+    fi
+    if rust_component clippy clippy; then
+        step cargo clippy --all-targets -- -D warnings
+    fi
+    RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
+    step cargo test
+
+    echo
+    echo "scripts/test.sh: all passed in $SECONDS s${skipped:+; skipped, because missing:$skipped}"
+}
+
+# Prints a command and runs it, in a process group of its own, so that a hang or Ctrl-C ends whatever it has started.
+step() {
+    printf '\n== %s\n' "$*"
+    timeout --kill-after=10 $((time_limit_s - SECONDS)) "$@" &
+    running=$!
+    wait "$running" || fail "failed: $*"
+}
+
+time_limit_s=1700
+skipped=""
+set -m
+trap 'kill ${running:-}; exit 130' INT TERM
+
+have() {
+    command -v "$1" >/dev/null
+}
+
+fail() {
+    echo "scripts/test.sh: $*" >&2
+    exit 1
+}
+
+require_rust() {
+    have cargo || PATH=$HOME/.cargo/bin:$PATH
+    have cargo || fail "no cargo on the PATH: install Rust from https://rustup.rs"
+    cargo --version
+}
+
+# rust_component COMPONENT SUBCOMMAND: true if `cargo SUBCOMMAND` can be run, after adding it where rustup is there.
+rust_component() {
+    cargo "$2" --version >/dev/null 2>&1 || { have rustup && rustup component add "$1"; } || skip "$1"
+}
+
+# True if the packages are there now. Needs root, or sudo that asks for no password.
+apt_install() {
+    local as_root=()
+    [ "$(id -u)" = 0 ] || as_root=(sudo -n)
+    if ! { "${as_root[@]}" apt-get update -qq &&
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; }; then
+        skip "$1"
+    fi
+}
+
+skip() {
+    skipped="$skipped $1"
+    return 1
+}
+
+main

@@ -1,0 +1,58 @@
+//! `trainer info`: what this machine offers and what this build can use.
+
+use comfy_table::{Table, presets};
+use std::fs;
+
+pub fn describe() -> String {
+    let cpu_info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    for (what, found) in [
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("target", format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)),
+        ("CPU", field(&cpu_info, "model name").unwrap_or("unknown").to_owned()),
+        ("CPU features", features(&cpu_info)),
+        ("cores", format!("{cores} that this process may use")),
+        ("memory", format!("{}, {} available", gib(&memory, "MemTotal"), gib(&memory, "MemAvailable"))),
+        ("transports", "shm (ranks of one node), tcp (any); mpi and nccl are not built in".to_owned()),
+        ("GPU", "none: CUDA is not built in".to_owned()),
+    ] {
+        table.add_row([what, &found]);
+    }
+    format!("{}\n", table.trim_fmt())
+}
+
+/// Those that the kernels ask for.
+fn features(cpu_info: &str) -> String {
+    let flags: Vec<&str> = field(cpu_info, "flags").unwrap_or_default().split_whitespace().collect();
+    let known = ["avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16"];
+    let (found, missing): (Vec<&str>, Vec<&str>) = known.into_iter().partition(|feature| flags.contains(feature));
+    let list = |names: Vec<&str>| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    format!("{}; not here: {}", list(found), list(missing))
+}
+
+fn gib(memory: &str, name: &str) -> String {
+    let kib = field(memory, name).and_then(|value| value.trim_end_matches(" kB").parse::<f64>().ok());
+    kib.map_or("unknown".to_owned(), |kib| format!("{:.1} GiB", kib / f64::from(1 << 20)))
+}
+
+/// The value of `name : value`, the first of its kind.
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.split_once(':').filter(|(key, _)| key.trim() == name)).map(|(_, v)| v.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_read_as_linux_writes_them() {
+        let cpu = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: sse avx2 fma\n\nmodel name\t: Other\n";
+        assert_eq!(field(cpu, "model name"), Some("Some CPU"));
+        assert_eq!(features(cpu), "avx2, fma; not here: avx512f, avx512_bf16, amx_tile, amx_bf16");
+        assert_eq!(gib("MemTotal:        3145728 kB\n", "MemTotal"), "3.0 GiB");
+        assert_eq!(gib("", "MemTotal"), "unknown");
+    }
+}

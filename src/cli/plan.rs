@@ -1,0 +1,157 @@
+//! `trainer plan`: what a run on N ranks would compute, hold and send, without running it.
+
+use crate::config::plan::{Cadence, Plan, Ranks, Samples};
+use crate::config::raw::Config;
+use crate::error::Result;
+use crate::model::params::{ParamTable, Role};
+use crate::model::spec::{NetSpec, Node};
+use crate::train::setup::Parts;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use std::fmt::Write;
+
+pub fn describe(config: &Config, ranks: usize) -> Result<String> {
+    let net = NetSpec::new(&config.model)?;
+    let samples = Parts::open(config)?.samples();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let plan = Plan::new(config, Ranks { size: ranks, local_size: ranks, cores }, samples)?;
+    let params = ParamTable::new(&net);
+
+    let mut text = format!("# Configuration, defaults filled in\n\n{}", config.resolved());
+    let _ = write!(text, "\n# Layers\n\n{}\n\n{}", layers(&net, &plan), totals(&net, &params, &plan));
+    let _ = write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan));
+    let _ = write!(text, "\n# A step and rank\n\n{}", traffic(&params, &plan));
+    let _ = write!(text, "\n# The run\n\n{}", run(&plan, samples));
+    Ok(text)
+}
+
+fn layers(net: &NetSpec, plan: &Plan) -> Table {
+    let activations = format!("activations of {}", plan.micro_batch);
+    let mut table = table(&["layer", "type", "output", "parameters", "MFLOP a sample", &activations]);
+    for node in &net.nodes {
+        table.add_row([
+            node.name.clone(),
+            node.kind.to_owned(),
+            node.inferred.output.to_string(),
+            trainable(node).to_string(),
+            format!("{:.3}", flops(net, node) as f64 / 1e6),
+            bytes(activation_bytes(node, plan.micro_batch)),
+        ]);
+    }
+    right_align(&mut table, 3..6);
+    table
+}
+
+fn totals(net: &NetSpec, params: &ParamTable, plan: &Plan) -> String {
+    let flops: u64 = net.nodes.iter().map(|node| flops(net, node)).sum();
+    let activations = net.nodes.iter().map(|node| activation_bytes(node, plan.micro_batch)).sum();
+    format!(
+        "parameters   {} ({} trainable, {})\n\
+         compute      {:.3} MFLOP a sample forward and backward, {:.3} GFLOP a step and rank\n\
+         activations  {} a rank before memory is shared\n",
+        params.params.iter().map(|param| param.spec.len()).sum::<usize>(),
+        params.trainable(),
+        bytes(params.len() * size_of::<f32>()),
+        flops as f64 / 1e6,
+        flops as f64 * plan.local_batch as f64 / 1e9,
+        bytes(activations),
+    )
+}
+
+fn buckets(params: &ParamTable, plan: &Plan) -> Table {
+    let mut table = table(&["bucket", "bytes", "parameters"]);
+    table.set_content_arrangement(ContentArrangement::Dynamic).set_width(100);
+    for (number, bucket) in params.buckets(plan.bucket_bytes).into_iter().enumerate() {
+        let inside = params.params.iter().filter(|param| bucket.contains(&param.range.start));
+        let names: Vec<&str> = inside.map(|param| param.name.as_str()).collect();
+        table.add_row([number.to_string(), (bucket.len() * size_of::<f32>()).to_string(), names.join(" ")]);
+    }
+    right_align(&mut table, 0..2);
+    table
+}
+
+/// What an all-reduce of S bytes over N ranks moves: shm reads 1/N of all ranks' gradients and writes that sum to all,
+/// 2 S; the ring of tcp sends (N-1)/N S twice.
+fn traffic(params: &ParamTable, plan: &Plan) -> String {
+    let (gradients, ranks) = (params.len_with_tail() * size_of::<f32>(), plan.ranks);
+    let (shm, tcp) = match ranks {
+        1 => (0, 0),
+        _ => (2 * gradients, 2 * gradients * (ranks - 1) / ranks),
+    };
+    format!(
+        "gradients    {}\nshm          {} read and written in memory\ntcp          {} sent, and as much received\n",
+        bytes(gradients),
+        bytes(shm),
+        bytes(tcp)
+    )
+}
+
+fn run(plan: &Plan, samples: Samples) -> String {
+    let steps = plan.total_steps.map_or("until target accuracy or time".to_owned(), |steps| steps.to_string());
+    format!(
+        "ranks        {}, each with {} of the threads here\n\
+         samples      {} train, {} validation, {} test\n\
+         batch        {} global, {} a rank, in {} of {}\n\
+         steps        {} an epoch, {steps} in all, {} of warm-up\n\
+         evaluate     {}\n\
+         checkpoint   {}\n\
+         log          every {} steps\n",
+        plan.ranks,
+        plan.threads,
+        samples.train,
+        samples.validation,
+        samples.test,
+        plan.global_batch,
+        plan.local_batch,
+        plan.micros_per_rank,
+        plan.micro_batch,
+        plan.steps_per_epoch,
+        plan.warmup_steps,
+        cadence(plan.eval),
+        cadence(plan.checkpoint),
+        plan.log_every_steps,
+    )
+}
+
+fn trainable(node: &Node) -> usize {
+    node.inferred.params.iter().filter(|param| param.role == Role::Trainable).map(|param| param.len()).sum()
+}
+
+/// Forward, and the same again for the gradient by the parameters and for the gradient by the inputs, where needed.
+fn flops(net: &NetSpec, node: &Node) -> u64 {
+    let by_params = u64::from(trainable(node) > 0);
+    let by_inputs = u64::from(node.inputs.iter().any(|&input| net.needs_gradient(input)));
+    node.inferred.forward_flops * (1 + by_params + by_inputs)
+}
+
+fn activation_bytes(node: &Node, batch: usize) -> usize {
+    let inferred = &node.inferred;
+    (inferred.output.len() * size_of::<f32>() + inferred.saved_bytes) * batch + inferred.saved_bytes_fixed
+}
+
+fn cadence(cadence: Cadence) -> String {
+    let periods: Vec<u64> = [cadence.every_steps, cadence.every_epochs_steps].into_iter().flatten().collect();
+    let every: Vec<String> = periods.iter().map(|steps| format!("every {steps} steps")).collect();
+    format!("{}, and at the end", every.join(" and "))
+}
+
+fn bytes(count: usize) -> String {
+    match count {
+        ..1024 => format!("{count} B"),
+        1024..1_048_576 => format!("{:.1} KiB", count as f64 / 1024.0),
+        _ => format!("{:.1} MiB", count as f64 / f64::from(1 << 20)),
+    }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN).set_header(header);
+    table
+}
+
+fn right_align(table: &mut Table, columns: std::ops::Range<usize>) {
+    for column in columns {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The notice board: how ranks that share memory learn that the others have come to a collective, and to which one.
+//!
+//! Every rank has a board of its own, which it alone writes: a counter of the synchronisation points it has reached, and
+//! two notices in turn that say what it is about to do, with room for the data of a short operation. A rank arrives by
+//! writing its notice and then its counter; it waits by reading the others' counters.
+//!
+//! Two notices are enough: a rank writes the notice of point e + 2 only after all have reached point e + 1, by when they
+//! have done with the one of point e.
+
+use super::memory::{Mapping, share};
+use crate::error::{Error, Result};
+use crate::launch::rendezvous::Control;
+use crate::launch::watch::Health;
+use rustix::thread::futex;
+use rustix::time::Timespec;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::*};
+use std::time::{Duration, Instant};
+
+/// Values that fit into a notice: operations up to 4 KiB need one synchronisation point and no arena.
+pub const SHORT: usize = 1024;
+
+/// Looks at a counter before a wait goes to sleep: some tens of microseconds, about what sleeping would cost.
+const SPINS: u32 = 2000;
+
+/// What a rank is about to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Call {
+    pub operation: Operation,
+    pub root: u32,
+    /// Values.
+    pub len: u64,
+    /// The arena in which the data is, counted from 1; 0 if it is elsewhere.
+    pub arena: u64,
+    /// Its address there.
+    pub offset: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Operation {
+    AllReduce,
+    ReduceScatter,
+    AllGather,
+    Broadcast,
+    Barrier,
+}
+
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Operation::AllReduce => "all-reduce",
+            Operation::ReduceScatter => "reduce-scatter",
+            Operation::AllGather => "all-gather",
+            Operation::Broadcast => "broadcast",
+            Operation::Barrier => "barrier",
+        }
+    }
+}
+
+impl Call {
+    /// Whether two ranks call the same operation; where their data lies may differ.
+    fn same(self, other: Call) -> bool {
+        (self.operation, self.root, self.len) == (other.operation, other.root, other.len)
+    }
+}
+
+#[repr(C, align(64))]
+struct Notice {
+    call: Call,
+    values: [f32; SHORT],
+}
+
+/// A rank's board as it lies in shared memory, zeroed at first.
+#[repr(C)]
+struct Lines {
+    state: State,
+    notices: [Notice; 2],
+}
+
+#[repr(C, align(64))]
+struct State {
+    /// Synchronisation points reached; wraps.
+    reached: AtomicU32,
+    /// Ranks that sleep until `reached` changes.
+    sleepers: AtomicU32,
+    /// Not zero once this rank has left for good.
+    gone: AtomicU32,
+}
+
+pub struct Board {
+    rank: usize,
+    boards: Vec<Arc<Mapping>>,
+    reached: u32,
+    /// Whether a wait may look a while before it sleeps: only with a core for every rank.
+    spins: u32,
+    health: Arc<Health>,
+    /// The operation under way, for who asks what this rank waits in.
+    what: &'static str,
+}
+
+impl Board {
+    pub fn new(control: &mut Control, health: Arc<Health>) -> Result<Board> {
+        let size = control.size();
+        let spins = if cores(control)? >= size { SPINS } else { 0 };
+        let boards = share(control, "lockstep-board", size_of::<Lines>())?;
+        Ok(Board { rank: control.rank(), boards, reached: 0, spins, health, what: "" })
+    }
+
+    pub fn size(&self) -> usize {
+        self.boards.len()
+    }
+
+    /// Announces `call`, with the values that `write` puts into the notice, and waits until all ranks have announced
+    /// theirs. An error if these differ.
+    pub fn agree(&mut self, call: Call, write: impl FnOnce(&mut [f32])) -> Result<Duration> {
+        self.what = call.operation.name();
+        let point = self.reached.wrapping_add(1);
+        // SAFETY: only this rank writes its board, and nobody reads this notice before `reached` says so.
+        let notice = unsafe { &mut (*self.lines(self.rank)).notices[point as usize % 2] };
+        notice.call = call;
+        write(&mut notice.values);
+        let waited = self.synchronise()?;
+        for rank in 0..self.size() {
+            let other = self.call(rank);
+            if !call.same(other) {
+                return Err(Error::internal(format!(
+                    "the ranks are out of step: rank {rank} called {} of {} values (root {}), rank {} {} of {} \
+                     values (root {})",
+                    other.operation.name(),
+                    other.len,
+                    other.root,
+                    self.rank,
+                    self.what,
+                    call.len,
+                    call.root
+                )));
+            }
+        }
+        Ok(waited)
+    }
+
+    /// What `rank` announced at the last synchronisation point, which was an `agree`.
+    pub fn call(&self, rank: usize) -> Call {
+        self.notice(rank).call
+    }
+    /// The values that `rank` put into its notice there.
+    pub fn values(&self, rank: usize) -> &[f32; SHORT] {
+        &self.notice(rank).values
+    }
+
+    /// Returns when all ranks have reached this point; gives the time waited.
+    pub fn synchronise(&mut self) -> Result<Duration> {
+        self.reached = self.reached.wrapping_add(1);
+        let mine = self.state(self.rank);
+        // Before this, all that was written; after it, the look at the sleepers (who count themselves first).
+        mine.reached.store(self.reached, SeqCst);
+        if mine.sleepers.load(SeqCst) > 0 {
+            wake(mine);
+        }
+        let mut others = (1..self.size()).map(|distance| (self.rank + distance) % self.size());
+        let Some(first) = others.find(|&rank| !self.has_come(rank)) else { return Ok(Duration::ZERO) };
+        let start = Instant::now();
+        let mut spins = self.spins;
+        for rank in std::iter::once(first).chain(others) {
+            while !self.has_come(rank) {
+                if spins == 0 {
+                    self.sleep_until(rank)?;
+                    break;
+                }
+                spins -= 1;
+                std::hint::spin_loop();
+            }
+        }
+        Ok(start.elapsed())
+    }
+
+    fn sleep_until(&self, rank: usize) -> Result<()> {
+        let state = self.state(rank);
+        let poll = |limit: Duration| {
+            let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+            state.sleepers.fetch_add(1, SeqCst);
+            let seen = state.reached.load(SeqCst);
+            if !self.has_reached(seen) && state.gone.load(SeqCst) == 0 {
+                // However it ends (woken, changed meanwhile, timed out, interrupted), the counter is looked at again.
+                let _ = futex::wait(&state.reached, futex::Flags::empty(), seen, Some(&limit));
+            }
+            state.sleepers.fetch_sub(1, SeqCst);
+            let gone = state.gone.load(SeqCst) != 0;
+            match self.has_come(rank) {
+                false if gone => Err(Error::peer_lost(format!("rank {rank} has left; its own message says why"))),
+                come => Ok(come),
+            }
+        };
+        self.health.wait(self.what, poll).map(drop).map_err(|error| match self.health.check() {
+            // The watch has its own, better account.
+            Err(_) => error,
+            Ok(()) => {
+                let missing: Vec<usize> = (0..self.size()).filter(|&rank| !self.has_come(rank)).collect();
+                error.context(format!("ranks {missing:?} have not come"))
+            }
+        })
+    }
+
+    fn has_come(&self, rank: usize) -> bool {
+        self.has_reached(self.state(rank).reached.load(Acquire))
+    }
+    fn has_reached(&self, reached: u32) -> bool {
+        reached.wrapping_sub(self.reached) as i32 >= 0
+    }
+
+    fn notice(&self, rank: usize) -> &Notice {
+        // SAFETY: `rank` has reached this point, and does not write this notice again before this rank has moved on.
+        unsafe { &(*self.lines(rank)).notices[self.reached as usize % 2] }
+    }
+    fn state(&self, rank: usize) -> &State {
+        // SAFETY: mapped as long as `self` lives, zeroed at first, and all its fields are atomic.
+        unsafe { &(*self.lines(rank)).state }
+    }
+    fn lines(&self, rank: usize) -> *mut Lines {
+        self.boards[rank].address() as *mut Lines
+    }
+}
+
+impl Drop for Board {
+    fn drop(&mut self) {
+        let mine = self.state(self.rank);
+        mine.gone.store(1, SeqCst);
+        wake(mine);
+    }
+}
+
+fn wake(state: &State) {
+    let _ = futex::wake(&state.reached, futex::Flags::empty(), i32::MAX as u32);
+}
+
+/// Cores on which at least one of the ranks may run. Collective.
+fn cores(control: &mut Control) -> Result<usize> {
+    const WORDS: usize = rustix::thread::CpuSet::MAX_CPU / 8;
+    let mut mine = [0u8; WORDS];
+    if let Ok(set) = rustix::thread::sched_getaffinity(None) {
+        for core in (0..WORDS * 8).filter(|&core| set.is_set(core)) {
+            mine[core / 8] |= 1 << (core % 8);
+        }
+    }
+    let all = control.all_gather(&mine)?;
+    let union = |byte: usize| all.iter().fold(0, |bits, mask| bits | mask.get(byte).copied().unwrap_or(0));
+    Ok((0..WORDS).map(|byte| union(byte).count_ones() as usize).sum())
+}

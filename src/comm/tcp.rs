@@ -1,0 +1,266 @@
+//! Collectives over TCP: a connection between every two ranks, under the ring schedule.
+//!
+//! Every rank listens at a port that the system chooses and tells the others through the control star. Of two ranks the
+//! higher connects. The sockets never block; one edge-triggered epoll knows which of them are ready.
+
+use super::Communicator;
+use super::ring::{Mesh, Operation, Ring};
+use crate::device::{Arena, SliceMut};
+use crate::error::{Context, Error, Kind, Result};
+use crate::launch::link::{self, Link};
+use crate::launch::rendezvous::Control;
+use crate::launch::watch::Health;
+use rustix::event::epoll::{self, EventFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+use rustix::time::Timespec;
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, Socket, Type};
+use std::hash::{BuildHasher, RandomState};
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long connecting to a peer that has announced itself may take.
+const CONNECT: Duration = Duration::from_secs(30);
+
+pub struct Tcp {
+    sockets: Sockets,
+    ring: Ring,
+}
+
+impl Tcp {
+    pub fn new(control: Control, health: Arc<Health>) -> Result<Tcp> {
+        let size = control.size();
+        Ok(Tcp { sockets: Sockets::connect(control, health)?, ring: Ring::new(size) })
+    }
+
+    fn run(&mut self, operation: Operation, mut data: SliceMut<'_>) -> Result<Duration> {
+        self.ring.run(&mut self.sockets, operation, data.f32())
+    }
+}
+
+impl Communicator for Tcp {
+    fn rank(&self) -> usize {
+        self.sockets.rank
+    }
+    fn size(&self) -> usize {
+        self.sockets.size
+    }
+    fn transport(&self) -> &'static str {
+        "tcp"
+    }
+    fn allocate(&mut self, bytes: usize) -> Result<Arena> {
+        Arena::host(bytes)
+    }
+    fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
+        self.run(Operation::AllReduce, data)
+    }
+    fn reduce_scatter(&mut self, data: SliceMut<'_>) -> Result<Duration> {
+        self.run(Operation::ReduceScatter, data)
+    }
+    fn all_gather(&mut self, data: SliceMut<'_>) -> Result<Duration> {
+        self.run(Operation::AllGather, data)
+    }
+    fn broadcast(&mut self, data: SliceMut<'_>, root: usize) -> Result<Duration> {
+        self.run(Operation::Broadcast { root }, data)
+    }
+    fn barrier(&mut self) -> Result<Duration> {
+        self.run(Operation::Barrier, SliceMut::empty())
+    }
+}
+
+/// The connected sockets of one rank.
+struct Sockets {
+    rank: usize,
+    size: usize,
+    /// By rank; none to itself.
+    peers: Vec<Option<Peer>>,
+    epoll: OwnedFd,
+    health: Arc<Health>,
+}
+
+struct Peer {
+    socket: Socket,
+    /// Whether the next call may succeed: set by epoll, cleared when a call says no.
+    readable: bool,
+    writable: bool,
+}
+
+/// Where a rank listens, as it tells the others.
+#[derive(Serialize, Deserialize)]
+struct Announcement {
+    /// `None`: on rank 0's host.
+    ip: Option<IpAddr>,
+    port: u16,
+    /// Rank 0's, drawn at random: what a connection must show to be let in.
+    token: u64,
+}
+
+impl Sockets {
+    fn connect(mut control: Control, health: Arc<Health>) -> Result<Sockets> {
+        let (rank, size) = (control.rank(), control.size());
+        let (listener, port) =
+            listen(control.root_ip().is_ipv6(), size).or_kind(Kind::Internal, "listening for peers")?;
+        let token = RandomState::new().hash_one(port);
+        let mine = serde_json::to_vec(&Announcement { ip: control.own_ip(), port, token }).expect("plain data");
+        let all = control.all_gather(&mine)?;
+        let all: Vec<Announcement> = all
+            .iter()
+            .map(|bytes| serde_json::from_slice(bytes))
+            .collect::<Result<_, _>>()
+            .or_kind(Kind::Internal, "the addresses of the ranks")?;
+
+        let token = all[0].token;
+        let deadline = Instant::now() + CONNECT;
+        let mut links = Vec::with_capacity(size);
+        for (peer, Announcement { ip, port, .. }) in all.iter().enumerate().take(rank) {
+            let address = SocketAddr::new(ip.unwrap_or(control.root_ip()), *port);
+            links.push(introduce(rank, peer, address, token, deadline)?);
+        }
+        while links.len() < size - 1 {
+            let peer = admit(&listener, token, deadline)?;
+            let missing = |rank: &usize| !links.iter().any(|link: &Link| link.peer == *rank);
+            match peer {
+                Some(link) if link.peer > rank && link.peer < size && missing(&link.peer) => links.push(link),
+                Some(link) => return Err(Error::internal(format!("an unexpected connection from rank {}", link.peer))),
+                None => {
+                    let missing: Vec<usize> = (rank + 1..size).filter(missing).collect();
+                    return Err(Error::peer_lost(format!("ranks {missing:?} did not connect within {CONNECT:?}")));
+                }
+            }
+        }
+        Sockets::new(rank, size, links, health).or_kind(Kind::Internal, "setting up the connections")
+    }
+
+    fn new(rank: usize, size: usize, links: Vec<Link>, health: Arc<Health>) -> std::io::Result<Sockets> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let mut peers: Vec<Option<Peer>> = (0..size).map(|_| None).collect();
+        for Link { peer, socket } in links {
+            socket.set_tcp_nodelay(true)?;
+            let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
+            epoll::add(&epoll, &socket, epoll::EventData::new_u64(peer as u64), flags)?;
+            peers[peer] = Some(Peer { socket, readable: true, writable: true });
+        }
+        Ok(Sockets { rank, size, peers, epoll, health })
+    }
+
+    fn peer(&mut self, peer: usize) -> &mut Peer {
+        self.peers[peer].as_mut().expect("connected to all other ranks")
+    }
+}
+
+impl Mesh for Sockets {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<usize> {
+        let peer = self.peer(to);
+        if !peer.writable {
+            return Ok(0);
+        }
+        match rustix::net::send(&peer.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Ok(count) => Ok(count),
+            Err(Errno::AGAIN | Errno::INTR) => {
+                peer.writable = false;
+                Ok(0)
+            }
+            Err(error) => Err(lost(to, error)),
+        }
+    }
+
+    fn receive(&mut self, from: usize, buffer: &mut [u8]) -> Result<usize> {
+        let peer = self.peer(from);
+        if !peer.readable {
+            return Ok(0);
+        }
+        match rustix::net::recv(&peer.socket, buffer, RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => Err(lost(from, Errno::CONNRESET)),
+            Ok((_, count)) => Ok(count),
+            Err(Errno::AGAIN) => {
+                peer.readable = false;
+                Ok(0)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(error) => Err(lost(from, error)),
+        }
+    }
+
+    fn wait(&mut self, what: &str, for_peer: usize) -> Result<()> {
+        let Sockets { peers, epoll, health, .. } = self;
+        let poll = |limit: Duration| {
+            let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+            let mut space = [MaybeUninit::uninit(); 64];
+            let events = match epoll::wait(&*epoll, &mut space, Some(&limit)) {
+                Ok((events, _)) => events,
+                Err(Errno::INTR) => return Ok(false),
+                Err(error) => return Err(Error::internal(format!("waiting for the network: {error}"))),
+            };
+            for &mut epoll::Event { flags, data } in &mut *events {
+                let peer = peers[data.u64() as usize].as_mut().expect("only peers are registered");
+                // An error or a hang-up shows in the next call, whichever it is.
+                let broken = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+                peer.readable |= broken || flags.contains(EventFlags::IN);
+                peer.writable |= broken || flags.contains(EventFlags::OUT);
+            }
+            Ok(!events.is_empty())
+        };
+        health.wait(what, poll).map(drop).map_err(|error| match health.check() {
+            // The watch has its own, better account.
+            Err(_) => error,
+            Ok(()) => error.context(format!("rank {for_peer} has not come or not answered")),
+        })
+    }
+}
+
+fn lost(peer: usize, error: Errno) -> Error {
+    Error::peer_lost(match error {
+        Errno::CONNRESET | Errno::PIPE => format!("rank {peer} closed its connection; its own message says why"),
+        error => format!("the connection to rank {peer} failed: {error}"),
+    })
+}
+
+fn listen(ipv6: bool, backlog: usize) -> std::io::Result<(Socket, u16)> {
+    let (domain, any) = match ipv6 {
+        true => (Domain::IPV6, IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
+        false => (Domain::IPV4, IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+    };
+    let listener = Socket::new(domain, Type::STREAM, None)?;
+    listener.bind(&SocketAddr::new(any, 0).into())?;
+    listener.listen(backlog as i32)?;
+    let port = listener.local_addr()?.as_socket().map_or(0, |address| address.port());
+    Ok((listener, port))
+}
+
+/// Connects to `peer` and says who comes.
+fn introduce(rank: usize, peer: usize, address: SocketAddr, token: u64, deadline: Instant) -> Result<Link> {
+    let what = format!("rank {rank} connecting to rank {peer} at {address}");
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).or_kind(Kind::Internal, &what)?;
+    socket.connect_timeout(&address.into(), CONNECT).or_kind(Kind::PeerLost, &what)?;
+    let link = Link::new(peer, socket);
+    let mut hello = [0; 12];
+    hello[..8].copy_from_slice(&token.to_le_bytes());
+    hello[8..].copy_from_slice(&(rank as u32).to_le_bytes());
+    link.write(&hello, deadline).or_kind(Kind::PeerLost, &what)?;
+    Ok(link)
+}
+
+/// The next connection that shows the token; `None` at the deadline.
+fn admit(listener: &Socket, token: u64, deadline: Instant) -> Result<Option<Link>> {
+    while let Some(socket) = link::accept(listener, deadline)? {
+        let stranger = Link::new(usize::MAX, socket);
+        let mut hello = [0; 12];
+        let patience = deadline.min(Instant::now() + Duration::from_secs(2));
+        if stranger.read(&mut hello, patience).is_ok() && hello[..8] == token.to_le_bytes() {
+            let peer = u32::from_le_bytes([hello[8], hello[9], hello[10], hello[11]]) as usize;
+            return Ok(Some(Link { peer, ..stranger }));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,224 @@
+use super::*;
+use crate::config::raw::Augment;
+use crate::model::Shape;
+use std::collections::HashSet;
+use std::sync::atomic::AtomicUsize;
+
+const SEED: u64 = 3;
+const SHAPE: Shape = Shape::new(4, 4, 1);
+/// The sample that a failing set cannot read, and the one that it panics on.
+const UNREADABLE: usize = 17;
+const PANICKING: usize = 23;
+
+/// Images that tell their index, read after a delay that differs from sample to sample.
+#[derive(Default)]
+struct Slow {
+    len: usize,
+    failing: bool,
+    reads: AtomicUsize,
+}
+
+impl Dataset for Slow {
+    fn len(&self) -> usize {
+        self.len
+    }
+    fn shape(&self) -> Shape {
+        SHAPE
+    }
+    fn classes(&self) -> usize {
+        10
+    }
+    fn label(&self, index: usize) -> u32 {
+        (index % 10) as u32
+    }
+    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+        let read = self.reads.fetch_add(1, Relaxed);
+        // Every read of a sample waits differently, so runs differ in which worker is first.
+        std::thread::sleep(Duration::from_micros((index * 7919 + read * 104_729) as u64 % 300));
+        if self.failing && index == UNREADABLE {
+            return Err(Error::data(format!("images.bin: image {index} is damaged")));
+        }
+        assert!(!self.failing || index != PANICKING, "planted panic");
+        image.iter_mut().enumerate().for_each(|(at, out)| *out = byte(index, at));
+        Ok(())
+    }
+}
+
+/// What sample `index` holds.
+fn byte(index: usize, at: usize) -> u8 {
+    (index * 31 + at * 5) as u8
+}
+
+fn slow(len: usize) -> Arc<Slow> {
+    Arc::new(Slow { len, ..Slow::default() })
+}
+
+fn loader(workers: usize, prefetch: usize) -> Loader {
+    let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
+    Loader { augmenter: Augmenter::new(&steps, &*slow(1)).unwrap(), seed: SEED, workers, prefetch }
+}
+
+fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
+    Batching { global, micro, rank, size }
+}
+
+/// Everything that a batch says.
+type Told = ([usize; 5], Vec<u32>, Vec<u32>, Vec<f32>);
+
+fn told(batch: &Batch) -> Told {
+    let place = [batch.epoch as usize, batch.step, batch.micro, batch.position, batch.step_count];
+    (place, batch.indices.clone(), batch.labels.clone(), batch.images.clone())
+}
+
+fn collect(mut queue: DataQueue) -> Vec<Told> {
+    let mut all = Vec::new();
+    while let Some(batch) = queue.next().unwrap() {
+        all.push(told(batch));
+    }
+    assert!(queue.next().unwrap().is_none(), "the end stays the end");
+    all
+}
+
+/// What the queue should give, made one sample after another.
+fn plainly(set: &Slow, batching: Batching, start: Position, epochs: u32) -> Vec<Told> {
+    let augmenter = loader(1, 1).augmenter;
+    let mut all = Vec::new();
+    for epoch in start.epoch..epochs {
+        let mut order = vec![0; set.len];
+        order::shuffle(&mut order, SEED, epoch);
+        let mut consumed = if epoch == start.epoch { start.consumed } else { 0 };
+        while consumed < set.len {
+            let step = batching.step(set.len, consumed);
+            for micro in batching.micros() {
+                let positions = batching.positions(&step, micro);
+                let place = [epoch as usize, consumed / batching.global, micro, positions.start, step.len()];
+                let indices = order[positions].to_vec();
+                let labels = indices.iter().map(|&index| set.label(index as usize)).collect();
+                let mut images = vec![0.0; indices.len() * SHAPE.len()];
+                for (&index, out) in indices.iter().zip(images.chunks_exact_mut(SHAPE.len())) {
+                    let mut image = [0; SHAPE.len()];
+                    set.read(index as usize, &mut image).unwrap();
+                    augmenter.apply(&image, out, SEED, epoch, index);
+                }
+                all.push((place, indices, labels, images));
+            }
+            consumed = step.end;
+        }
+    }
+    all
+}
+
+#[test]
+fn any_number_of_workers_gives_the_plain_order_of_batches() {
+    for (micro, start) in [(None, Position::default()), (Some(4), Position { epoch: 1, consumed: 32 })] {
+        let expected = plainly(&slow(90), batching(16, micro, 1, 2), start, 3);
+        for (workers, prefetch) in [(1, 1), (1, 4), (3, 1), (4, 6), (7, 3)] {
+            let batching = batching(16, micro, 1, 2);
+            let queue = DataQueue::train(slow(90), loader(workers, prefetch), batching, start, 3).unwrap();
+            assert!(collect(queue) == expected, "{workers} workers, {prefetch} ahead, micro {micro:?}");
+        }
+    }
+}
+
+#[test]
+fn two_ranks_interrupted_and_resumed_on_four_use_every_sample_once() {
+    let (samples, stopped) = (103, Position { epoch: 2, consumed: 48 });
+    let mut used = Vec::new();
+    for (size, start) in [(2, Position { epoch: 2, consumed: 0 }), (4, stopped)] {
+        for rank in 0..size {
+            let queue =
+                DataQueue::train(slow(samples), loader(2, 3), batching(16, None, rank, size), start, 3).unwrap();
+            let before = |told: &Told| size == 4 || told.0[1] * 16 < stopped.consumed;
+            used.extend(collect(queue).into_iter().filter(before).flat_map(|told| told.1));
+        }
+    }
+    used.sort();
+    assert!(used.iter().copied().eq(0..samples as u32), "{used:?}");
+}
+
+#[test]
+fn a_position_at_the_end_of_an_epoch_goes_on_with_the_next_and_one_beyond_is_refused() {
+    let at = |consumed| {
+        DataQueue::train(slow(20), loader(1, 1), batching(8, None, 0, 1), Position { epoch: 0, consumed }, 2)
+    };
+    assert_eq!(at(20).unwrap().next().unwrap().unwrap().epoch, 1);
+    let error = at(21).err().unwrap().to_string();
+    assert!(error.contains("21 samples into epoch 0, but the training set has only 20"), "{error}");
+}
+
+#[test]
+fn evaluation_reads_every_sample_once_in_order_without_augmentation() {
+    let mut indices = Vec::new();
+    for rank in 0..3 {
+        for (_, part, labels, images) in collect(DataQueue::eval(slow(50), loader(3, 2), 8, rank, 3).unwrap()) {
+            assert!(part.len() <= 8 && labels.len() == part.len());
+            for (&index, image) in part.iter().zip(images.chunks_exact(SHAPE.len())) {
+                let plain: Vec<f32> = (0..SHAPE.len()).map(|at| f32::from(byte(index as usize, at)) / 255.0).collect();
+                assert_eq!(image, plain);
+            }
+            indices.extend(part);
+        }
+    }
+    assert!(indices.into_iter().eq(0..50));
+}
+
+#[test]
+fn an_error_or_a_panic_comes_with_the_step_that_needed_the_sample() {
+    let set = Arc::new(Slow { len: 40, failing: true, ..Slow::default() });
+    let mut queue = DataQueue::eval(set, loader(4, 6), 5, 0, 1).unwrap();
+    for step in 0..8 {
+        let outcome = queue.next().map(|batch| batch.unwrap().indices.clone());
+        match step {
+            3 => {
+                let error = outcome.unwrap_err();
+                assert_eq!(error.kind(), Kind::Data);
+                let expected = "sample 17, wanted in epoch 0 by step 3: images.bin: image 17 is damaged";
+                assert_eq!(error.to_string(), expected);
+            }
+            4 => assert!(outcome.unwrap_err().to_string().contains("panicked")),
+            _ => assert!(outcome.unwrap().into_iter().eq(step * 5..step * 5 + 5)),
+        }
+    }
+    assert!(queue.next().unwrap().is_none());
+}
+
+#[test]
+fn workers_never_run_ahead_of_the_bound_and_buffers_go_round() {
+    let (prefetch, set) = (3, slow(4000));
+    let mut queue =
+        DataQueue::train(set.clone(), loader(2, prefetch), batching(8, None, 0, 1), Position::default(), 1).unwrap();
+    let mut buffers = HashSet::new();
+    for taken in 1..=300 {
+        let batch = queue.next().unwrap().unwrap();
+        buffers.insert(batch.images.as_ptr());
+        assert!(set.reads.load(Relaxed) <= (taken + prefetch) * 8);
+    }
+    assert!(buffers.len() <= prefetch + 1, "{} buffers", buffers.len());
+}
+
+/// Full, empty, in the middle of a read, ended: dropping returns. A hang here is what the test runner's limit catches.
+#[test]
+fn dropping_it_at_any_moment_stops_the_workers() {
+    for moment in 0..200u64 {
+        let set = slow(64);
+        let mut queue =
+            DataQueue::train(set.clone(), loader(3, 2), batching(8, None, 0, 1), Position::default(), 1).unwrap();
+        for _ in 0..moment % 5 {
+            queue.next().unwrap();
+        }
+        std::thread::sleep(Duration::from_micros(moment * 37 % 1000));
+        drop(queue);
+        assert_eq!(Arc::strong_count(&set), 1, "a worker outlived its queue");
+    }
+}
+
+#[test]
+fn ready_waits_no_longer_than_it_is_told() {
+    let mut queue = DataQueue::eval(slow(20), loader(1, 1), 5, 0, 1).unwrap();
+    for _ in 0..4 {
+        while !queue.ready(Duration::from_micros(50)) {}
+        assert!(queue.next().unwrap().is_some());
+    }
+    while !queue.ready(Duration::from_micros(50)) {}
+    assert!(queue.next().unwrap().is_none());
+}

@@ -1,0 +1,38 @@
+use super::memory::InMemory;
+use super::*;
+
+/// Images of one byte, all zero.
+fn labelled(classes: usize, labels: &[u8]) -> InMemory {
+    InMemory::new(Shape::vector(1), classes, vec![0; labels.len()], labels.to_vec())
+}
+
+#[test]
+fn balanced_weights_give_every_class_the_same_sum() {
+    let set = labelled(3, &[0, 1, 1, 2, 2, 2, 0, 2, 2, 2, 2, 2]);
+    let weights = balanced_class_weights(&set).unwrap();
+    assert_eq!(weights, [2.0, 2.0, 0.5]);
+    let error = balanced_class_weights(&labelled(4, &[0, 1, 3])).unwrap_err();
+    assert!(error.to_string().contains("class 2 has no training sample"), "{error}");
+}
+
+#[test]
+fn the_fingerprint_tells_sets_apart() {
+    let base = fingerprint(&labelled(3, &[0, 1, 2, 1]));
+    assert_eq!(base, fingerprint(&labelled(3, &[0, 1, 2, 1])));
+    assert_ne!(base, fingerprint(&labelled(3, &[0, 1, 1, 2])));
+    assert_ne!(base, fingerprint(&labelled(4, &[0, 1, 2, 1])));
+    assert_ne!(base, fingerprint(&labelled(3, &[0, 1, 2])));
+}
+
+#[test]
+fn parts_of_different_shapes_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for (part, side) in [("train", 2u8), ("t10k", 3u8)] {
+        let header = [0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, side, 0, 0, 0, side];
+        let images: Vec<u8> = header.into_iter().chain((0..side * side).map(|_| 0)).collect();
+        std::fs::write(folder.path().join(format!("{part}-images-idx3-ubyte")), images).unwrap();
+        std::fs::write(folder.path().join(format!("{part}-labels-idx1-ubyte")), [0, 0, 8, 1, 0, 0, 0, 1, 0]).unwrap();
+    }
+    let error = open(&Format::Idx { path: folder.path().to_owned() }, 0).err().unwrap();
+    assert!(error.to_string().contains("training images are 2x2x1, the test images 3x3x1"), "{error}");
+}

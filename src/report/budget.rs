@@ -1,0 +1,262 @@
+//! The step budget: where a rank's time went, in parts that add up to the whole.
+//!
+//! A `Clock` starts once and is never stopped; each lap gives all the time since the last one to one category. So no
+//! moment is counted twice or lost, and the parts add up by construction.
+
+use comfy_table::{CellAlignment, Table, presets};
+use std::time::{Duration, Instant};
+
+/// What a stretch of time was spent on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Category {
+    /// Forward, backward, optimizer.
+    Compute,
+    /// Moving and adding gradients while nothing else could go on.
+    Communication,
+    /// Inside communication, waiting for a rank that had not arrived.
+    Waiting,
+    /// Waiting for the next batch.
+    Data,
+    Evaluation,
+    Checkpoint,
+    /// Start, logging, and whatever has no name.
+    Other,
+}
+
+use Category::*;
+
+const CATEGORIES: [Category; 7] = [Compute, Communication, Waiting, Data, Evaluation, Checkpoint, Other];
+
+/// Time by category.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Budget {
+    spent: [Duration; CATEGORIES.len()],
+}
+
+/// Attributes a rank's time as it passes.
+#[derive(Debug)]
+pub struct Clock {
+    last: Instant,
+    budget: Budget,
+}
+
+impl Clock {
+    pub fn start() -> Clock {
+        Clock { last: Instant::now(), budget: Budget::default() }
+    }
+
+    /// Gives the time since the last lap to `category`, and returns it.
+    pub fn lap(&mut self, category: Category) -> Duration {
+        let now = Instant::now();
+        let spent = now - self.last;
+        self.last = now;
+        self.budget.spent[category as usize] += spent;
+        spent
+    }
+
+    /// Gives the time since the last lap to communication, but `waited` of it, as the Communicator returned it, to
+    /// waiting for the slowest rank. Waiting that passed behind computation is not in the lap and not counted.
+    pub fn lap_communication(&mut self, waited: Duration) {
+        let spent = self.lap(Communication);
+        let waited = waited.min(spent);
+        self.budget.spent[Communication as usize] -= waited;
+        self.budget.spent[Waiting as usize] += waited;
+    }
+
+    pub fn budget(&self) -> &Budget {
+        &self.budget
+    }
+}
+
+impl Budget {
+    pub fn seconds(&self, category: Category) -> f64 {
+        self.spent[category as usize].as_secs_f64()
+    }
+
+    pub fn total_seconds(&self) -> f64 {
+        self.spent.iter().sum::<Duration>().as_secs_f64()
+    }
+
+    /// Without evaluation and checkpoints: what throughput is measured over.
+    pub fn training_seconds(&self) -> f64 {
+        self.total_seconds() - self.seconds(Evaluation) - self.seconds(Checkpoint)
+    }
+
+    /// Share of the training time, 0 to 1.
+    pub fn share(&self, category: Category) -> f64 {
+        self.seconds(category) / self.training_seconds().max(f64::MIN_POSITIVE)
+    }
+
+    /// What was spent after `earlier` was read from the same clock.
+    pub fn since(&self, earlier: &Budget) -> Budget {
+        Budget { spent: std::array::from_fn(|i| self.spent[i] - earlier.spent[i]) }
+    }
+}
+
+/// The budgets of all ranks, or of as many as are known.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    ranks: Vec<Budget>,
+}
+
+impl Merged {
+    /// One rank's alone.
+    pub fn single(budget: &Budget) -> Merged {
+        Merged { ranks: vec![*budget] }
+    }
+
+    /// `rank`'s contribution in seconds; the sum of these vectors over all ranks is what `from_sum` takes.
+    pub fn contribution(budget: &Budget, rank: usize, size: usize) -> Vec<f32> {
+        let mut seconds = vec![0.0; size * CATEGORIES.len()];
+        for category in CATEGORIES {
+            seconds[rank * CATEGORIES.len() + category as usize] = budget.seconds(category) as f32;
+        }
+        seconds
+    }
+
+    pub fn from_sum(seconds: &[f32]) -> Merged {
+        let (ranks, _) = seconds.as_chunks();
+        let duration = |&seconds: &f32| Duration::try_from_secs_f32(seconds).unwrap_or_default();
+        Merged { ranks: ranks.iter().map(|rank| Budget { spent: rank.each_ref().map(duration) }).collect() }
+    }
+
+    /// The mean over ranks.
+    pub fn mean(&self) -> Budget {
+        let sum = |category: Category| self.ranks.iter().map(|rank| rank.spent[category as usize]).sum::<Duration>();
+        Budget { spent: CATEGORIES.map(|category| sum(category) / self.ranks.len() as u32) }
+    }
+
+    /// The rank that the others wait for: it waits least, and the one that waits most spends at least 1 % of its time on
+    /// it more. None where no rank stands out.
+    pub fn slowest(&self) -> Option<usize> {
+        let waiting = |rank: &usize| self.ranks[*rank].seconds(Waiting);
+        let least = (0..self.ranks.len()).min_by(|a, b| waiting(a).total_cmp(&waiting(b)))?;
+        let most = (0..self.ranks.len()).max_by(|a, b| waiting(a).total_cmp(&waiting(b)))?;
+        let stands_out = waiting(&most) - waiting(&least) > 0.01 * self.ranks[most].total_seconds();
+        stands_out.then_some(least)
+    }
+
+    /// The table at the end of a run: mean seconds a rank, and shares that add up to 100 %.
+    pub fn table(&self) -> String {
+        let mean = self.mean();
+        let seconds = CATEGORIES.map(|category| mean.seconds(category));
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING).set_header(["where the time went", "seconds", "share"]);
+        for ((category, seconds), tenths) in CATEGORIES.into_iter().zip(seconds).zip(tenths_of_percent(&seconds)) {
+            if seconds > 0.0 {
+                table.add_row([self.label(category), format!("{seconds:.2}"), percent(tenths)]);
+            }
+        }
+        table.add_row(["total".to_string(), format!("{:.2}", mean.total_seconds()), percent(1000)]);
+        for (index, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, 2));
+            if index > 0 {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table.trim_fmt()
+    }
+
+    fn label(&self, category: Category) -> String {
+        match category {
+            Compute => "compute",
+            Communication => "exposed communication",
+            Waiting => match self.slowest() {
+                Some(rank) => return format!("waiting for the slowest rank (rank {rank})"),
+                None => "waiting for the slowest rank (none stands out)",
+            },
+            Data => "data",
+            Evaluation => "evaluation",
+            Checkpoint => "checkpoint",
+            Other => "other (start, logging)",
+        }
+        .to_string()
+    }
+}
+
+fn percent(tenths: u32) -> String {
+    format!("{}.{} %", tenths / 10, tenths % 10)
+}
+
+/// Shares in tenths of a per cent that add up to 1000: rounded down, then the largest remainders rounded up.
+fn tenths_of_percent(parts: &[f64]) -> Vec<u32> {
+    let total = parts.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+    let exact: Vec<f64> = parts.iter().map(|part| 1000.0 * part / total).collect();
+    let mut shares: Vec<u32> = exact.iter().map(|&share| share as u32).collect();
+    let mut order: Vec<usize> = (0..parts.len()).collect();
+    order.sort_by(|&a, &b| exact[b].fract().total_cmp(&exact[a].fract()));
+    let missing = 1000u32.saturating_sub(shares.iter().sum());
+    for &index in order.iter().take(missing as usize) {
+        shares[index] += 1;
+    }
+    shares
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(seconds: [f32; 7]) -> Budget {
+        Budget { spent: seconds.map(Duration::from_secs_f32) }
+    }
+
+    #[test]
+    fn laps_cover_all_time_once() {
+        let mut clock = Clock::start();
+        let first = clock.last;
+        clock.lap(Compute);
+        std::thread::sleep(Duration::from_millis(2));
+        clock.lap_communication(Duration::from_secs(1000));
+        clock.lap_communication(Duration::ZERO);
+        clock.lap(Other);
+        let budget = *clock.budget();
+        assert_eq!(budget.spent.iter().sum::<Duration>(), clock.last - first);
+        assert!(budget.seconds(Waiting) >= 0.002, "waiting is cut to the lap, not dropped");
+    }
+
+    #[test]
+    fn shares_add_up_to_a_hundred() {
+        assert_eq!(tenths_of_percent(&[1.0, 1.0, 1.0]), [334, 333, 333]);
+        assert_eq!(tenths_of_percent(&[2.0, 0.0, 1.0]), [667, 0, 333]);
+        for seed in 0..100u64 {
+            let mut rng = crate::rng::Rng::new(seed, crate::rng::Purpose::Test, 0, 0);
+            let parts: Vec<f64> = (0..7).map(|_| rng.uniform().powi(4).into()).collect();
+            assert_eq!(tenths_of_percent(&parts).iter().sum::<u32>(), 1000, "{parts:?}");
+        }
+    }
+
+    #[test]
+    fn ranks_merge_through_a_sum_and_the_slowest_is_named() {
+        let ranks = [
+            budget([8.0, 0.5, 1.0, 0.25, 0.0, 0.25, 0.0]),
+            budget([9.0, 0.5, 0.0, 0.25, 0.0, 0.25, 0.0]),
+            budget([8.5, 0.5, 0.5, 0.25, 0.0, 0.25, 0.0]),
+        ];
+        let mut sum = vec![0.0; 21];
+        for (rank, budget) in ranks.iter().enumerate() {
+            for (total, part) in sum.iter_mut().zip(Merged::contribution(budget, rank, 3)) {
+                *total += part;
+            }
+        }
+        let merged = Merged::from_sum(&sum);
+        assert_eq!(merged.ranks, ranks);
+        assert_eq!(merged.slowest(), Some(1));
+        assert_eq!((merged.mean().seconds(Compute), merged.mean().total_seconds()), (8.5, 10.0));
+        let table = merged.table();
+        let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[1], ["compute", "8.50", "85.0", "%"]);
+        assert_eq!(rows[3][..6], ["waiting", "for", "the", "slowest", "rank", "(rank"]);
+        assert_eq!(rows.last().unwrap()[..], ["total", "10.00", "100.0", "%"]);
+        assert!(!table.contains("evaluation"), "empty rows are left out:\n{table}");
+        assert_eq!(Merged { ranks: vec![ranks[0]; 2] }.slowest(), None);
+    }
+
+    #[test]
+    fn shares_are_of_the_training_time() {
+        let all = budget([8.0, 1.0, 0.5, 0.5, 20.0, 10.0, 0.0]);
+        assert_eq!((all.total_seconds(), all.training_seconds(), all.share(Communication)), (40.0, 10.0, 0.1));
+        assert_eq!(all.since(&all), Budget::default());
+        assert_eq!(Budget::default().share(Data), 0.0);
+    }
+}

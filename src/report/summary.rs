@@ -1,0 +1,120 @@
+//! `summary.json`: how a run ended, in one object.
+
+use super::budget::{Category, Merged};
+use super::{Evaluation, Report};
+use crate::atomic_file;
+use crate::error::{Context, Kind, Result};
+use indicatif::HumanCount;
+use serde::Serialize;
+use std::fmt;
+use std::path::Path;
+
+/// Which of `[run]`'s ends came first, or what came before them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoppedBy {
+    Epochs,
+    Steps,
+    TargetAccuracy,
+    MaxMinutes,
+    Signal,
+    Error,
+}
+
+/// What the training loop knows at the end.
+#[derive(Clone, Debug)]
+pub struct Ending {
+    pub stopped_by: StoppedBy,
+    /// One sentence for people; on an error its text.
+    pub exit_reason: String,
+    /// Epochs completed.
+    pub epochs: u64,
+    pub weights_digest: String,
+    /// Of all ranks; after an error of this one alone.
+    pub budget: Merged,
+}
+
+/// The fields of `summary.json`. Losses and accuracies are null where nothing was measured; times and rates are of this
+/// process, not of those before a resume.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    pub run: String,
+    pub world_size: usize,
+    pub parameters: u64,
+    pub steps: u64,
+    pub epochs: u64,
+    /// Over the last epoch or what this process saw of it, while its weights changed.
+    pub train_loss: Option<f64>,
+    pub train_accuracy: Option<f64>,
+    /// The latest.
+    pub val_loss: Option<f64>,
+    pub val_accuracy: Option<f64>,
+    pub test_loss: Option<f64>,
+    pub test_accuracy: Option<f64>,
+    /// All ranks together, without evaluation and checkpoints.
+    pub samples_per_second: f64,
+    pub wall_seconds: f64,
+    pub stopped_by: StoppedBy,
+    pub exit_reason: String,
+    pub weights_digest: String,
+    /// Share of the training time, 0 to 1, mean over ranks.
+    pub exposed_communication: f64,
+    pub waiting: f64,
+    pub slowest_rank: Option<usize>,
+}
+
+impl Summary {
+    pub(super) fn new(report: &Report, ending: &Ending) -> Summary {
+        let trained = Some(&report.epoch).filter(|epoch| epoch.samples > 0);
+        let budget = ending.budget.mean();
+        Summary {
+            run: report.setup.run.clone(),
+            world_size: report.setup.world_size,
+            parameters: report.setup.parameters,
+            steps: report.last.step,
+            epochs: ending.epochs,
+            train_loss: trained.map(|epoch| epoch.loss()),
+            train_accuracy: trained.map(|epoch| epoch.accuracy()),
+            val_loss: report.validation.as_ref().map(Evaluation::loss),
+            val_accuracy: report.validation.as_ref().map(Evaluation::accuracy),
+            test_loss: report.test.as_ref().map(Evaluation::loss),
+            test_accuracy: report.test.as_ref().map(Evaluation::accuracy),
+            samples_per_second: report.trained_samples as f64 / budget.training_seconds(),
+            wall_seconds: budget.total_seconds(),
+            stopped_by: ending.stopped_by,
+            exit_reason: ending.exit_reason.clone(),
+            weights_digest: ending.weights_digest.clone(),
+            exposed_communication: budget.share(Category::Communication),
+            waiting: budget.share(Category::Waiting),
+            slowest_rank: ending.budget.slowest(),
+        }
+    }
+
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        let mut json = serde_json::to_string_pretty(self).expect("a summary can be written as JSON");
+        json.push('\n');
+        atomic_file::replace(path, json.as_bytes()).or_kind(Kind::Internal, format!("writing {}", path.display()))
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sets = [
+            ("training", self.train_loss, self.train_accuracy),
+            ("validation", self.val_loss, self.val_accuracy),
+            ("test", self.test_loss, self.test_accuracy),
+        ];
+        for (set, loss, accuracy) in sets {
+            if let (Some(loss), Some(accuracy)) = (loss, accuracy) {
+                writeln!(f, "{set:<10}  loss {loss:.4}  accuracy {accuracy:.4}")?;
+            }
+        }
+        let speed = HumanCount(self.samples_per_second as u64);
+        writeln!(
+            f,
+            "{} steps in {:.1} s, {speed} samples/s on {} ranks",
+            self.steps, self.wall_seconds, self.world_size
+        )?;
+        write!(f, "{}; weights {:.16}", self.exit_reason, self.weights_digest)
+    }
+}

@@ -1,0 +1,59 @@
+//! Evaluation: every rank takes its share of the set, and the sums go round once.
+
+use super::learner::Learner;
+use crate::data::Dataset;
+use crate::data::queue::{DataQueue, Loader};
+use crate::device::SliceMut;
+use crate::error::Result;
+use crate::model::Pass;
+use crate::report::{Evaluation, Set};
+use std::sync::Arc;
+
+/// The sets that a run is judged by.
+pub struct Evaluator {
+    pub validation: Option<Arc<dyn Dataset>>,
+    pub test: Arc<dyn Dataset>,
+    pub loader: Loader,
+    /// Samples a pass.
+    pub batch: usize,
+    pub rank: usize,
+    pub size: usize,
+}
+
+impl Evaluator {
+    /// The set to watch while training: the held-out part of the training set, or the test set if nothing is held out.
+    pub fn watched(&self) -> Set {
+        match self.validation {
+            Some(_) => Set::Validation,
+            None => Set::Test,
+        }
+    }
+
+    /// Loss and accuracy over all ranks' shares of a set. Collective. `step` and `epoch` are passed through.
+    pub fn run(&self, set: Set, learner: &mut Learner, step: u64, epoch: u64) -> Result<Evaluation> {
+        let dataset = match (set, &self.validation) {
+            (Set::Validation, Some(validation)) => validation,
+            _ => &self.test,
+        };
+        let mut queue = DataQueue::eval(dataset.clone(), self.loader.clone(), self.batch, self.rank, self.size)?;
+        let (mut loss_sum, mut correct) = (0.0, 0);
+        while let Some(batch) = queue.next()? {
+            let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };
+            learner.net.forward(&pass, &batch.images)?;
+            let out = learner.loss.evaluate(learner.net.output(&pass), &batch.labels);
+            loss_sum += f64::from(out.loss_sum);
+            correct += out.correct;
+        }
+        let mut sums = [loss_sum as f32, correct as f32];
+        learner.gradient.reducer().with(|comm| comm.all_reduce(SliceMut::from(&mut sums[..])))?;
+        let [loss_sum, correct] = sums;
+        Ok(Evaluation {
+            set,
+            step,
+            epoch,
+            loss_sum: f64::from(loss_sum),
+            correct: correct as u64,
+            samples: dataset.len() as u64,
+        })
+    }
+}

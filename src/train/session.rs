@@ -1,0 +1,330 @@
+//! The loop over steps: train, log, evaluate, save, until one of `[run]`'s ends comes.
+
+use super::checkpoint::{self, State};
+use super::eval::Evaluator;
+use super::gradient::Sums;
+use super::learner::{Done, Learner, Step};
+use super::resume::{self, Progress};
+use super::update::export_params;
+use super::{Options, Rank, setup};
+use crate::comm::Communicator;
+use crate::config::plan::Plan;
+use crate::config::raw::Config;
+use crate::data::queue::DataQueue;
+use crate::device::SliceMut;
+use crate::error::{Error, Kind, Result};
+use crate::launch::watch::Phase;
+use crate::report::budget::{Category, Clock, Merged};
+use crate::report::{self, Ending, Report, Set, StoppedBy};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// One rank's run.
+pub struct Session<'a> {
+    config: &'a Config,
+    rank: &'a Rank,
+    plan: Plan,
+    learner: Learner,
+    evaluator: Evaluator,
+    queue: DataQueue,
+    progress: Progress,
+    clock: Clock,
+    /// Rank 0's.
+    report: Option<Report>,
+    /// When `max_minutes` are over.
+    deadline: Option<Instant>,
+    /// Where checkpoints go, and the newest one.
+    checkpoints: PathBuf,
+    saved: Option<PathBuf>,
+    /// Step after which the watched set was last evaluated.
+    evaluated: Option<u64>,
+}
+
+/// Trains until the run ends. `Stopped` after a signal, with everything saved.
+pub fn train(config: &Config, options: &Options, rank: &Rank, comm: Box<dyn Communicator>) -> Result<()> {
+    let clock = Clock::start();
+    let directory = options.directory(config);
+    let checkpoints = config.checkpoint.directory.clone().unwrap_or_else(|| directory.join("checkpoints"));
+    let parts = setup::Parts::open(config)?;
+    let plan = setup::plan(config, &parts, &rank.world)?;
+    let mut learner = setup::learner(config, &plan, &parts, comm)?;
+    let found = match rank.world.rank {
+        0 => resume::find(&options.resume, &checkpoints, config, |state| learner.fits(state))?,
+        _ => None,
+    };
+    let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;
+    let saved = found.map(|(path, _)| path);
+    if let Some(path) = &saved {
+        rank.health.saved(path.display());
+        tracing::info!("going on from {} (step {})", path.display(), progress.step);
+    }
+    if let Some(end) = end_of(config, &progress) {
+        say_complete(config, end, &progress, &directory, rank.world.rank);
+        return Ok(());
+    }
+    let setup = report::Setup {
+        directory,
+        run: config.run.name.clone(),
+        world_size: rank.world.size,
+        parameters: learner.net.table().trainable() as u64,
+        epochs: config.run.epochs,
+        total_steps: plan.total_steps,
+        first_step: progress.step,
+        log_every: plan.log_every_steps,
+    };
+    let loader = parts.loader(config)?;
+    let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
+    let mut session = Session {
+        config,
+        rank,
+        evaluator: setup::evaluator(&plan, &parts, &rank.world, loader.clone()),
+        queue: setup::queue(config, &plan, &parts, &rank.world, loader, progress.position)?,
+        plan,
+        learner,
+        progress,
+        clock,
+        report: if rank.world.rank == 0 { Some(Report::start(setup)?) } else { None },
+        deadline: config.run.max_minutes.map(minutes),
+        checkpoints,
+        saved,
+        evaluated: None,
+    };
+    session.clock.lap(Category::Other);
+    match session.run() {
+        Ok(end) => session.finish(end),
+        Err(error) => {
+            session.summarise_failure(&error);
+            Err(error)
+        }
+    }
+}
+
+impl Session<'_> {
+    /// Steps until an end comes.
+    fn run(&mut self) -> Result<StoppedBy> {
+        loop {
+            let sums = self.step()?;
+            let end = self.asked_to_end(&sums).or_else(|| end_of(self.config, &self.progress));
+            if self.plan.eval.due(self.progress.step) && end != Some(StoppedBy::Signal) {
+                self.evaluate(self.evaluator.watched())?;
+            }
+            let end = end.or_else(|| end_of(self.config, &self.progress));
+            if end.is_some() || self.plan.checkpoint.due(self.progress.step) {
+                self.save()?;
+            }
+            self.clock.lap(Category::Other);
+            if let Some(end) = end {
+                return Ok(end);
+            }
+        }
+    }
+
+    fn step(&mut self) -> Result<Sums> {
+        let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        let flag = |flag: bool| if flag { 1.0 } else { 0.0 };
+        let step = Step {
+            number: self.progress.step,
+            queue: &mut self.queue,
+            clock: &mut self.clock,
+            health: &self.rank.health,
+            flags: Sums {
+                stop: flag(self.rank.signals.requested().is_some()),
+                deadline: flag(late),
+                ..Sums::default()
+            },
+        };
+        let Done { sums, lr, non_finite } = self.learner.step(step)?;
+        if !sums.loss.is_finite() {
+            return Err(self.not_finite(&sums, non_finite));
+        }
+        self.advance();
+        if let Some(report) = &mut self.report {
+            let step = report::Step {
+                step: self.progress.step,
+                epoch: self.progress.latest_epoch(),
+                lr,
+                loss_sum: f64::from(sums.loss),
+                correct: sums.correct as u64,
+                samples: sums.samples as u64,
+            };
+            report.step(&step, self.clock.budget())?;
+        }
+        Ok(sums)
+    }
+
+    fn advance(&mut self) {
+        let Progress { step, position, .. } = &mut self.progress;
+        *step += 1;
+        position.consumed += self.plan.global_batch;
+        if position.consumed >= self.learner.samples {
+            position.consumed = 0;
+            position.epoch += 1;
+        }
+    }
+
+    /// Any rank's signal or deadline ends the run on all ranks, after the same step.
+    fn asked_to_end(&self, sums: &Sums) -> Option<StoppedBy> {
+        match sums {
+            sums if sums.stop > 0.0 => Some(StoppedBy::Signal),
+            sums if sums.deadline > 0.0 => Some(StoppedBy::MaxMinutes),
+            _ => None,
+        }
+    }
+
+    fn evaluate(&mut self, set: Set) -> Result<()> {
+        self.clock.lap(Category::Other);
+        let step = self.progress.step;
+        self.rank.health.set(step, Phase::Evaluate);
+        let evaluation = self.evaluator.run(set, &mut self.learner, step, self.progress.latest_epoch())?;
+        if set == self.evaluator.watched() {
+            self.evaluated = Some(step);
+            let best = &mut self.progress.best_accuracy;
+            *best = Some(best.unwrap_or(0.0).max(evaluation.accuracy()));
+        }
+        if let Some(report) = &mut self.report {
+            report.evaluated(&evaluation)?;
+        }
+        self.clock.lap(Category::Evaluation);
+        Ok(())
+    }
+
+    /// Rank 0 writes; the others go on.
+    fn save(&mut self) -> Result<()> {
+        self.clock.lap(Category::Other);
+        let Progress { step, position, best_accuracy } = self.progress;
+        self.rank.health.set(step, Phase::Checkpoint);
+        if let Some(report) = &self.report {
+            let state = State {
+                run: self.config.run.name.clone(),
+                config: self.config.resolved().to_string(),
+                seed: self.config.run.seed,
+                world_size: self.rank.world.size,
+                step,
+                epoch: u64::from(position.epoch),
+                samples: position.consumed as u64,
+                best_accuracy,
+                tensors: self.learner.updater.export(&self.learner.net),
+            };
+            let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
+            self.rank.health.saved(path.display());
+            report.saved(&path);
+            self.saved = Some(path);
+        }
+        self.clock.lap(Category::Checkpoint);
+        Ok(())
+    }
+
+    /// The last evaluation, the budget of all ranks, and the summary.
+    fn finish(mut self, end: StoppedBy) -> Result<()> {
+        let signal = end == StoppedBy::Signal;
+        if !signal {
+            let watched = self.evaluator.watched();
+            if self.evaluated != Some(self.progress.step) {
+                self.evaluate(watched)?;
+            }
+            if watched != Set::Test {
+                self.evaluate(Set::Test)?;
+            }
+        }
+        self.rank.health.set(self.progress.step, Phase::Finish);
+        let world = &self.rank.world;
+        let mut seconds = Merged::contribution(self.clock.budget(), world.rank, world.size);
+        self.learner.gradient.reducer().with(|comm| comm.all_reduce(SliceMut::from(&mut seconds[..])))?;
+        let reason = self.reason(end);
+        if let Some(report) = self.report.take() {
+            report.finish(Ending {
+                stopped_by: end,
+                exit_reason: reason.clone(),
+                epochs: u64::from(self.progress.position.epoch),
+                weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
+                budget: Merged::from_sum(&seconds),
+            })?;
+        }
+        if signal { Err(Error::new(Kind::Stopped, reason)) } else { Ok(()) }
+    }
+
+    fn reason(&self, end: StoppedBy) -> String {
+        let best = self.progress.best_accuracy.unwrap_or(0.0);
+        match end {
+            StoppedBy::Signal => format!(
+                "{} after step {}; everything is saved, the same command goes on from there",
+                match self.rank.signals.requested() {
+                    Some(name) => format!("stopped by {name}"),
+                    None => "stopped by a signal to another rank".into(),
+                },
+                self.progress.step
+            ),
+            StoppedBy::Epochs => format!("all {} epochs are done", self.progress.position.epoch),
+            StoppedBy::Steps => format!("all {} steps are done", self.progress.step),
+            StoppedBy::TargetAccuracy => format!("the target accuracy is reached: {best:.4}"),
+            StoppedBy::MaxMinutes => "the time of run.max_minutes is over".into(),
+            StoppedBy::Error => "an error".into(),
+        }
+    }
+
+    fn not_finite(&self, sums: &Sums, here: Option<String>) -> Error {
+        let place = match here {
+            Some(place) => format!("on rank {}, {place}", self.rank.world.rank),
+            None => "another rank says where".into(),
+        };
+        let saved = match &self.saved {
+            Some(path) => format!(" The last checkpoint is {}.", path.display()),
+            None => String::new(),
+        };
+        Error::new(
+            Kind::NonFinite,
+            format!(
+                "the loss is {} in step {}: {place}. Lower optimizer.lr, or set optimizer.clip_norm or a warm-up.{saved}",
+                sums.loss,
+                self.progress.step + 1
+            ),
+        )
+    }
+
+    /// What can still be told after an error; the error itself goes to the caller.
+    fn summarise_failure(&mut self, error: &Error) {
+        let Some(report) = self.report.take() else { return };
+        let ending = Ending {
+            stopped_by: StoppedBy::Error,
+            exit_reason: error.to_string(),
+            epochs: u64::from(self.progress.position.epoch),
+            weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
+            budget: Merged::single(self.clock.budget()),
+        };
+        if let Err(error) = report.finish(ending) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+/// Which of `[run]`'s ends has come, if one has.
+fn end_of(config: &Config, progress: &Progress) -> Option<StoppedBy> {
+    let reached = |target: f64| progress.best_accuracy.is_some_and(|best| best >= target);
+    if config.run.target_accuracy.is_some_and(reached) {
+        Some(StoppedBy::TargetAccuracy)
+    } else if config.run.epochs.is_some_and(|epochs| u64::from(progress.position.epoch) >= epochs) {
+        Some(StoppedBy::Epochs)
+    } else if config.run.steps.is_some_and(|steps| progress.step >= steps) {
+        Some(StoppedBy::Steps)
+    } else {
+        None
+    }
+}
+
+/// The run had ended before it began.
+fn say_complete(config: &Config, end: StoppedBy, progress: &Progress, directory: &Path, rank: usize) {
+    if rank > 0 {
+        return;
+    }
+    let (done, more) = match end {
+        StoppedBy::TargetAccuracy => ("has reached run.target_accuracy".to_owned(), "run.target_accuracy=..."),
+        StoppedBy::Steps => (format!("has done its {} steps", progress.step), "run.steps=..."),
+        _ => (format!("has done its {} epochs ({} steps)", progress.position.epoch, progress.step), "run.epochs=..."),
+    };
+    println!(
+        "the run `{}` is complete: it {done}; results are in {}\nto go on: --set {more}; to begin anew: --resume none, \
+         or another --out",
+        config.run.name,
+        directory.join("summary.json").display()
+    );
+}

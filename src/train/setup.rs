@@ -1,0 +1,148 @@
+//! From the configuration to what one rank trains with.
+
+use super::eval::Evaluator;
+use super::gradient::Gradient;
+use super::learner::Learner;
+use super::update::Updater;
+use crate::comm::Communicator;
+use crate::config::plan::{Plan, Ranks, Samples};
+use crate::config::raw::{self, Config};
+use crate::data::augment::Augmenter;
+use crate::data::partition::Batching;
+use crate::data::queue::{DataQueue, Loader, Position};
+use crate::data::{self, Dataset, order};
+use crate::device::Place;
+use crate::error::{Error, Result};
+use crate::launch::world::World;
+use crate::model::loss::Loss;
+use crate::model::net::{self, Net};
+use crate::model::spec::NetSpec;
+use crate::optim::schedule::Schedule;
+use std::sync::Arc;
+
+/// The samples of a run.
+pub struct Parts {
+    pub train: Arc<dyn Dataset>,
+    pub validation: Option<Arc<dyn Dataset>>,
+    pub test: Arc<dyn Dataset>,
+}
+
+impl Parts {
+    /// Opens the sets and holds the validation split out of the training set.
+    pub fn open(config: &Config) -> Result<Parts> {
+        let seed = config.run.seed;
+        let data::Sets { train, test } = data::open(&config.data.format, seed)?;
+        let shape = train.shape();
+        if [shape.h, shape.w, shape.c] != config.model.input {
+            let [h, w, c] = config.model.input;
+            return Err(Error::usage(format!(
+                "model.input is {h}x{w}x{c}, but the images of this data set are {shape}; \
+                 write input = [{}, {}, {}]",
+                shape.h, shape.w, shape.c
+            )));
+        }
+        if config.data.shared.validation == 0.0 {
+            return Ok(Parts { train, validation: None, test });
+        }
+        let (train, validation) = order::split_validation(&train, config.data.shared.validation, seed)?;
+        Ok(Parts { train: Arc::new(train), validation: Some(Arc::new(validation)), test })
+    }
+
+    pub fn samples(&self) -> Samples {
+        Samples {
+            train: self.train.len(),
+            validation: self.validation.as_ref().map_or(0, |set| set.len()),
+            test: self.test.len(),
+        }
+    }
+
+    /// How batches are made of them. Normalisation reads the whole training set.
+    pub fn loader(&self, config: &Config) -> Result<Loader> {
+        Ok(Loader {
+            augmenter: Augmenter::new(&config.data.shared.augment, &*self.train)?,
+            seed: config.run.seed,
+            workers: config.data.shared.workers,
+            prefetch: config.data.shared.prefetch,
+        })
+    }
+}
+
+pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Plan::new(config, Ranks { size: world.size, local_size: world.local_size, cores }, parts.samples())
+}
+
+/// The net with its loss, gradient arenas and optimizer. Collective.
+pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Communicator>) -> Result<Learner> {
+    let options = net::Options {
+        batch: plan.micro_batch,
+        place: Place::Host,
+        threads: rayon::current_num_threads(),
+        seed: config.run.seed,
+        training: true,
+    };
+    let net = Net::new(NetSpec::new(&config.model)?, &options)?;
+    let gradient = Gradient::new(comm, net.table(), plan.micros_per_rank, plan.bucket_bytes, config.parallel.overlap)?;
+    let world_size = plan.ranks;
+    let schedule = Schedule::new(
+        &config.schedule,
+        config.optimizer.shared.lr,
+        plan.steps_per_epoch,
+        plan.total_steps,
+        world_size,
+    )?;
+    Ok(Learner {
+        loss: loss(config, &net, &*parts.train)?,
+        updater: Updater::new(&config.optimizer, net.table())?,
+        net,
+        gradient,
+        schedule,
+        samples: parts.train.len(),
+    })
+}
+
+fn loss(config: &Config, net: &Net, train: &dyn Dataset) -> Result<Loss> {
+    let (output, classes) = (net.spec().output(), train.classes());
+    if output.len() != classes {
+        let last = net.spec().nodes.last().map_or("", |node| &node.name);
+        return Err(Error::usage(format!(
+            "the last layer, `{last}`, gives {output}, {} values a sample, but the data set has {classes} classes",
+            output.len()
+        )));
+    }
+    let weights = match &config.loss {
+        raw::Loss::SoftmaxCrossEntropy { class_weights: Some(raw::ClassWeights::Given(weights)), .. } => {
+            Some(weights.clone())
+        }
+        raw::Loss::SoftmaxCrossEntropy { class_weights: Some(raw::ClassWeights::Balanced(_)), .. } => {
+            Some(data::balanced_class_weights(train)?)
+        }
+        _ => None,
+    };
+    Loss::new(&config.loss, classes, weights)
+}
+
+pub fn evaluator(plan: &Plan, parts: &Parts, world: &World, loader: Loader) -> Evaluator {
+    Evaluator {
+        validation: parts.validation.clone(),
+        test: parts.test.clone(),
+        loader,
+        batch: plan.micro_batch,
+        rank: world.rank,
+        size: world.size,
+    }
+}
+
+/// This rank's batches from `start` on, without end: the loop knows when the run is over.
+pub fn queue(
+    config: &Config,
+    plan: &Plan,
+    parts: &Parts,
+    world: &World,
+    loader: Loader,
+    start: Position,
+) -> Result<DataQueue> {
+    let batching =
+        Batching { global: plan.global_batch, micro: config.batch.micro, rank: world.rank, size: world.size };
+    DataQueue::train(parts.train.clone(), loader, batching, start, u32::MAX)
+}

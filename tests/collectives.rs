@@ -1,0 +1,278 @@
+//! One check for every transport: the same operations over 1 to 8 ranks and awkward lengths, with exact,
+//! index-dependent integers, in and outside of arenas, and with real values against a serial pairwise tree. Ranks are
+//! threads here: shared memory, futexes and sockets do not mind.
+
+use lockstep::comm::{Communicator, chunk, connect, split};
+use lockstep::config::raw::TransportChoice;
+use lockstep::device::{Arena, Slice, SliceMut};
+use lockstep::error::{Error, Kind};
+use lockstep::launch::rendezvous::Control;
+use lockstep::launch::watch::Health;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+const TRANSPORTS: [TransportChoice; 2] = [TransportChoice::Shm, TransportChoice::Tcp];
+
+/// Long enough for a machine that is busy with something else; a hang becomes a failure, not a stuck test.
+const WATCHDOG: Duration = Duration::from_secs(120);
+
+/// Runs `rank` on `size` connected ranks and gives what they return, by rank.
+fn world<T: Send + 'static>(
+    transport: TransportChoice,
+    size: usize,
+    rank: impl Fn(Box<dyn Communicator>) -> T + Send + Sync + Copy + 'static,
+) -> Vec<T> {
+    let (done, results) = mpsc::channel();
+    for (number, control) in Control::local(size).unwrap().into_iter().enumerate() {
+        let done = done.clone();
+        thread::spawn(move || {
+            let comm = connect(transport, control, Health::new(WATCHDOG)).unwrap();
+            done.send((number, rank(comm))).unwrap();
+        });
+    }
+    drop(done);
+    let mut all: Vec<(usize, T)> = (0..size)
+        .map(|_| results.recv_timeout(WATCHDOG).unwrap_or_else(|error| panic!("{transport:?}, {size} ranks: {error}")))
+        .collect();
+    all.sort_by_key(|(number, _)| *number);
+    all.into_iter().map(|(_, result)| result).collect()
+}
+
+/// Lengths around everything that a transport treats differently: nothing, less than a value a rank, cache lines, short
+/// messages, staging pieces.
+fn lengths(size: usize) -> Vec<usize> {
+    // The longest takes three staging pieces.
+    let mut lengths = vec![0, 1, size - 1, size, size + 1, 17, 16 * size + 1, 1023, 1024, 1025, 4099, 140_001];
+    lengths.dedup();
+    lengths
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Operation {
+    AllReduce,
+    ReduceScatter,
+    AllGather,
+    Broadcast { root: usize },
+}
+
+/// Where a rank's data lies.
+#[derive(Clone, Copy, Debug)]
+enum Where {
+    Arena,
+    /// An arena, from a value that begins no cache line.
+    Unaligned,
+    Heap,
+    /// Arenas on even ranks, the heap on odd ones.
+    Mixed,
+}
+
+/// Small integers: every partial sum is exact, so the result does not depend on the order.
+fn integer(rank: usize, index: usize, salt: usize) -> f32 {
+    ((index * 7 + rank * 131 + salt * 29) % 1009) as f32
+}
+
+/// Values whose sum depends on the order of addition.
+fn real(rank: usize, index: usize, salt: usize) -> f32 {
+    let x = ((index * 7919 + rank * 104_729 + salt) as f32 * 0.618_034).sin();
+    x * 10f32.powi((rank * 3 + index) as i32 % 7 - 3)
+}
+
+/// The order of addition that all transports promise, one value at a time.
+fn serial_tree(values: &[f32]) -> f32 {
+    match values {
+        [one] => *one,
+        _ => {
+            let (left, right) = values.split_at(split(values.len()));
+            serial_tree(left) + serial_tree(right)
+        }
+    }
+}
+
+/// Fills, runs one operation and compares every value that it defines, and that nothing beside the data was touched.
+fn check(
+    comm: &mut dyn Communicator,
+    arena: &Arena,
+    operation: Operation,
+    place: Where,
+    len: usize,
+    value: fn(usize, usize, usize) -> f32,
+) {
+    const GUARD: f32 = -77.25;
+    let (rank, size) = (comm.rank(), comm.size());
+    let salt = len + size;
+    let mut heap = vec![GUARD; len + 8];
+    let (start, buffer) = match place {
+        Where::Heap => (1, SliceMut::from(&mut heap[..])),
+        Where::Mixed if rank % 2 == 1 => (1, SliceMut::from(&mut heap[..])),
+        // SAFETY: this rank's arena is used by nobody else between operations.
+        Where::Unaligned => (3, unsafe { arena.slice_mut(0..4 * (len + 8)) }),
+        _ => (0, unsafe { arena.slice_mut(0..4 * (len + 8)) }),
+    };
+    let buffer = buffer.into_f32();
+    buffer.fill(GUARD);
+    let data = start..start + len;
+    buffer[data.clone()].iter_mut().enumerate().for_each(|(index, x)| *x = value(rank, index, salt));
+
+    let slice = SliceMut::from(&mut buffer[data.clone()]);
+    match operation {
+        Operation::AllReduce => comm.all_reduce(slice),
+        Operation::ReduceScatter => comm.reduce_scatter(slice),
+        Operation::AllGather => comm.all_gather(slice),
+        Operation::Broadcast { root } => comm.broadcast(slice, root),
+    }
+    .unwrap();
+
+    let chunks: Vec<_> = (0..size).map(|rank| chunk(len, size, rank)).collect();
+    let owner = |index| chunks.iter().position(|chunk| chunk.contains(&index)).unwrap();
+    let mut values = vec![0.0; size];
+    let mut sum = |index| {
+        values.iter_mut().enumerate().for_each(|(rank, x)| *x = value(rank, index, salt));
+        serial_tree(&values)
+    };
+    let mine = chunks[rank].clone();
+    for (index, found) in buffer[data.clone()].iter().enumerate() {
+        let expected = match operation {
+            Operation::AllReduce => sum(index),
+            Operation::ReduceScatter if mine.contains(&index) => sum(index),
+            Operation::ReduceScatter => continue,
+            Operation::AllGather => value(owner(index), index, salt),
+            Operation::Broadcast { root } => value(root, index, salt),
+        };
+        assert!(
+            found.to_bits() == expected.to_bits(),
+            "{} {operation:?} {place:?}, rank {rank} of {size}, value {index} of {len}: {found}, expected {expected}",
+            comm.transport()
+        );
+    }
+    let guards = buffer[..data.start].iter().chain(&buffer[data.end..]);
+    assert!(guards.into_iter().all(|guard| *guard == GUARD), "{operation:?} {place:?} {len}: wrote outside the data");
+}
+
+#[test]
+fn every_operation_is_exact_for_1_to_8_ranks_and_all_lengths() {
+    for transport in TRANSPORTS {
+        for size in 1..=8 {
+            world(transport, size, move |mut comm| {
+                let longest = lengths(size).into_iter().max().unwrap();
+                let arena = comm.allocate(4 * (longest + 8)).unwrap();
+                let operations = [
+                    Operation::AllReduce,
+                    Operation::ReduceScatter,
+                    Operation::AllGather,
+                    Operation::Broadcast { root: 0 },
+                    Operation::Broadcast { root: size - 1 },
+                ];
+                for len in lengths(size) {
+                    for operation in operations {
+                        for place in [Where::Arena, Where::Unaligned, Where::Heap, Where::Mixed] {
+                            check(&mut *comm, &arena, operation, place, len, integer);
+                        }
+                    }
+                    comm.barrier().unwrap();
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn sums_have_the_bits_of_the_serial_pairwise_tree() {
+    for transport in TRANSPORTS {
+        for size in 2..=8 {
+            world(transport, size, move |mut comm| {
+                let arena = comm.allocate(4 * (70_001 + 8)).unwrap();
+                for len in [5, 1000, 70_001] {
+                    for place in [Where::Arena, Where::Heap] {
+                        check(&mut *comm, &arena, Operation::AllReduce, place, len, real);
+                        check(&mut *comm, &arena, Operation::ReduceScatter, place, len, real);
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// Many operations of changing length without anything between them: a notice, a buffer or a byte of the operation
+/// before must never be taken for one of this.
+#[test]
+fn operations_back_to_back_do_not_mix() {
+    for transport in TRANSPORTS {
+        world(transport, 3, |mut comm| {
+            let arena = comm.allocate(4 * 100_008).unwrap();
+            for round in 0..60 {
+                let len = [3, 40_000, 1, 0, 1500, 99_999][round % 6];
+                check(&mut *comm, &arena, Operation::AllReduce, Where::Arena, len, integer);
+                check(&mut *comm, &arena, Operation::Broadcast { root: round % 3 }, Where::Heap, len, integer);
+            }
+        });
+    }
+}
+
+#[test]
+fn memory_of_an_arena_is_zeroed_and_aligned_and_outlives_its_communicator() {
+    for transport in TRANSPORTS {
+        world(transport, 2, |mut comm| {
+            let arenas = [comm.allocate(0).unwrap(), comm.allocate(100).unwrap(), comm.allocate(10_000).unwrap()];
+            drop(comm);
+            for (arena, bytes) in arenas.iter().zip([0, 100, 10_000]) {
+                // SAFETY: nobody else uses it.
+                let slice: Slice<'_> = unsafe { arena.slice(0..bytes) };
+                assert!(slice.u8().iter().all(|byte| *byte == 0));
+                assert_eq!((arena.bytes(), arena.address() % 64), (bytes, 0));
+            }
+        });
+    }
+}
+
+/// Rank `size - 1` leaves in the middle, others are in the operation it does not come to.
+#[test]
+fn a_rank_that_leaves_ends_the_others_with_peer_lost() {
+    for transport in TRANSPORTS {
+        for (size, len) in [(2, 1), (3, 100_000), (4, 5000)] {
+            let errors: Vec<Option<Error>> = world(transport, size, move |mut comm| {
+                let mut data = vec![1.0; len];
+                comm.all_reduce(SliceMut::from(&mut data[..])).unwrap();
+                if comm.rank() == comm.size() - 1 {
+                    return None;
+                }
+                comm.all_reduce(SliceMut::from(&mut data[..])).err()
+            });
+            for (rank, error) in errors.iter().enumerate().take(size - 1) {
+                let error = error.as_ref().unwrap_or_else(|| panic!("{transport:?}: rank {rank} noticed nothing"));
+                assert_eq!(error.kind(), Kind::PeerLost, "{error}");
+                assert!(error.to_string().contains("rank"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failure_reported_by_the_watch_ends_a_wait() {
+    for transport in TRANSPORTS {
+        let [first, second] = Control::local(2).unwrap().try_into().unwrap();
+        let health = Health::new(WATCHDOG);
+        let (failing, other) = (health.clone(), Health::new(WATCHDOG));
+        let idle = thread::spawn(move || connect(transport, second, other).unwrap());
+        let waiting = thread::spawn(move || connect(transport, first, health).unwrap().barrier());
+        let idle = idle.join().unwrap();
+        failing.fail(Error::peer_lost("rank 1 (host a, pid 7) was killed"));
+        let error = waiting.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("was killed"), "{error}");
+        drop(idle);
+    }
+}
+
+#[test]
+fn ranks_that_are_out_of_step_are_told_so() {
+    for transport in TRANSPORTS {
+        for (len, other) in [(10, 11), (10, 100_000), (100_000, 100_001)] {
+            let errors = world(transport, 2, move |mut comm| {
+                let mut data = vec![0.0; if comm.rank() == 0 { len } else { other }];
+                comm.all_reduce(SliceMut::from(&mut data[..])).unwrap_err()
+            });
+            let told = errors.iter().filter(|error| error.to_string().contains("out of step")).count();
+            assert!(told >= 1, "{transport:?}: {errors:?}");
+        }
+    }
+}
