@@ -43,6 +43,8 @@ pub struct Health {
     timeout: Duration,
     peers: Mutex<Option<Table>>,
     checkpoint: Mutex<Option<String>>,
+    /// The checkpoint is news to the other ranks.
+    untold: AtomicBool,
 }
 
 /// The wait that has lasted longest, of all threads that wait.
@@ -72,6 +74,7 @@ impl Health {
             timeout,
             peers: Mutex::new(None),
             checkpoint: Mutex::new(None),
+            untold: AtomicBool::new(false),
         })
     }
 
@@ -81,9 +84,10 @@ impl Health {
         self.phase.store(phase as u8, Relaxed);
     }
 
-    /// Where the run could go on from, for the message when a peer is lost.
+    /// Where the run could go on from, for the message when a peer is lost. The watch tells it to the other ranks.
     pub fn saved(&self, checkpoint: impl fmt::Display) {
         *lock(&self.checkpoint) = Some(checkpoint.to_string());
+        self.untold.store(true, Relaxed);
     }
 
     /// Ends all waits of this process with `error`; the first failure is kept.
@@ -98,7 +102,7 @@ impl Health {
     }
 
     /// Waits until `poll` says true. `poll` is given how long it may block at most (a few tens of milliseconds); between
-    /// polls the health is checked. Returns the time waited.
+    /// polls the health is checked. Returns the time waited. `what` reads behind "rank 0 is": "waiting for rank 1 in ...".
     pub fn wait(&self, what: &str, mut poll: impl FnMut(Duration) -> Result<bool>) -> Result<Duration> {
         let start = Instant::now();
         if self.poll(&mut poll)? {
@@ -139,14 +143,16 @@ impl Health {
     }
 
     fn timed_out(&self, what: &str, waited: Duration) -> Error {
-        let step = self.step.load(Relaxed);
-        let late = lock(&self.peers).as_ref().map(|peers| peers.late(Instant::now()));
-        let late = late.filter(|late| !late.is_empty()).unwrap_or_else(|| "the other ranks".to_string());
-        let advice = "[parallel] timeout sets how long a rank waits";
-        let hint = self.hint();
+        let Beat { step, phase, .. } = self.beat();
+        let (rank, late) = match lock(&self.peers).as_ref() {
+            Some(peers) => (format!("rank {}", peers.me()), peers.late(Instant::now())),
+            None => ("this rank".to_string(), String::new()),
+        };
+        let late = if late.is_empty() { late } else { format!("Late: {late}. ") };
+        let (waited, hint) = (waited.as_secs_f64(), self.hint());
         Error::peer_lost(format!(
-            "{what} of step {step} has waited {:.1} s for {late}; {advice}.{hint}",
-            waited.as_secs_f64()
+            "{rank} has spent {waited:.1} s {what}, in {phase} of step {step}. {late}[parallel] timeout sets how long a rank \
+             waits.{hint}"
         ))
     }
 
@@ -155,6 +161,11 @@ impl Health {
         lock(&self.checkpoint).as_ref().map_or_else(String::new, |checkpoint| {
             format!(" Last checkpoint: {checkpoint}; run the same command again to go on from it.")
         })
+    }
+
+    /// A checkpoint that was saved since the last call.
+    pub(super) fn news(&self) -> Option<String> {
+        if self.untold.swap(false, Relaxed) { lock(&self.checkpoint).clone() } else { None }
     }
 
     pub(super) fn failure(&self) -> Option<Error> {
@@ -172,14 +183,12 @@ impl Health {
         }
     }
 
-    /// `waiting in all-reduce of step 40`, or `in forward of step 40`.
+    /// What this rank is doing: `waiting for rank 1 in a collective, in all-reduce of step 40`.
     pub(super) fn activity(&self) -> String {
         let Beat { step, phase, .. } = self.beat();
         let waiting = lock(&self.waiting);
-        match waiting.threads {
-            0 => format!("in {phase} of step {step}"),
-            _ => format!("waiting in {} of step {step}", waiting.what),
-        }
+        let what = if waiting.threads > 0 { format!("{}, ", waiting.what) } else { String::new() };
+        format!("{what}in {phase} of step {step}")
     }
 
     pub(super) fn timeout(&self) -> Duration {
@@ -248,5 +257,54 @@ impl fmt::Display for Phase {
             Phase::Checkpoint => "checkpoint",
             Phase::Finish => "finish",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_ends_by_success_failure_or_timeout() {
+        let health = Health::new(Duration::from_millis(50));
+        let mut polls = 0;
+        let third = |_| {
+            polls += 1;
+            Ok(polls == 3)
+        };
+        health.wait("waiting for a friend", third).unwrap();
+
+        health.set(40, Phase::AllReduce);
+        let never = |limit| {
+            std::thread::sleep(limit);
+            Ok(false)
+        };
+        let error = health.wait("waiting for Godot", never).unwrap_err().to_string();
+        assert!(error.contains("waiting for Godot, in all-reduce of step 40. [parallel] timeout"), "{error}");
+        assert_eq!(health.beat().waited, Duration::ZERO, "no wait is left behind");
+
+        let broken = |_| Err(Error::peer_lost("the line is dead"));
+        assert_eq!(health.wait("waiting", broken).unwrap_err().to_string(), "the line is dead");
+
+        health.fail(Error::data("the first"));
+        health.fail(Error::data("the second"));
+        assert_eq!(health.wait("waiting", never).unwrap_err().to_string(), "the first");
+    }
+
+    #[test]
+    fn while_waiting_the_beat_says_so() {
+        let health = Health::new(Duration::from_secs(300));
+        let mut polls = 0;
+        let poll = |_| {
+            polls += 1;
+            std::thread::sleep(Duration::from_millis(2));
+            if polls == 4 {
+                assert!(health.beat().waited >= Duration::from_millis(4));
+                assert_eq!(health.activity(), "waiting for rank 1, in start of step 0");
+            }
+            Ok(polls == 4)
+        };
+        health.wait("waiting for rank 1", poll).unwrap();
+        assert_eq!(health.activity(), "in start of step 0");
     }
 }

@@ -171,6 +171,7 @@ impl Watcher {
                 }
             }
             Message::Lost { rank, beat, silent } => self.lost(rank, beat, silent),
+            Message::Saved { checkpoint } => self.health.saved(checkpoint),
             Message::Ended { rank, reason } => {
                 if let Some(table) = self.health.peers().as_mut()
                     && let Some(peer) = table.peer(rank)
@@ -224,6 +225,11 @@ impl Watcher {
     fn beat(&mut self, now: Instant) {
         let beat = self.health.beat();
         self.tell(&Message::Beat(beat));
+        if self.me == 0
+            && let Some(checkpoint) = self.health.news()
+        {
+            self.tell(&Message::Saved { checkpoint });
+        }
         let health = self.health.clone();
         let mut peers = health.peers();
         let Some(table) = peers.as_mut() else { return };

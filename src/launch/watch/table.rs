@@ -41,6 +41,9 @@ impl Table {
         Table { me, peers: identities.into_iter().map(peer).collect(), next_late: LATE }
     }
 
+    pub fn me(&self) -> usize {
+        self.me
+    }
     pub fn peer(&mut self, rank: usize) -> Option<&mut Peer> {
         self.peers.get_mut(rank)
     }
@@ -240,7 +243,9 @@ mod tests {
                 }
             }
             table.note_late(now);
-            if let Some(text) = table.warning(now, "waiting in all-reduce of step 7", Duration::from_secs(300)) {
+            if let Some(text) =
+                table.warning(now, "waiting for rank 1, in all-reduce of step 7", Duration::from_secs(300))
+            {
                 warnings.push((ms, text));
             }
         }
@@ -249,7 +254,7 @@ mod tests {
         assert_eq!(
             warnings[0].1,
             "rank 1 (pid 101 on host node1) has not been heard of for 3.0 s, last in all-reduce of step 7: it is stopped, \
-             or its machine is overloaded or gone. Rank 0 is waiting in all-reduce of step 7 (for 2.8 s). The run ends when \
+             or its machine is overloaded or gone. Rank 0 is waiting for rank 1, in all-reduce of step 7 (for 2.8 s). The run ends when \
              a rank has waited 300 s ([parallel] timeout)"
         );
         let now = start + Duration::from_secs(20);

@@ -1,4 +1,4 @@
-//! What goes over the links of the watch: six u64 (little-endian), then for the one message that has it a text. Nothing
+//! What goes over the links of the watch: six u64 (little-endian), then for some messages a text. Nothing
 //! here blocks, and heartbeats allocate nothing: a stopped peer's socket fills up, and its heartbeats are then left out.
 
 use super::health::{Beat, Phase};
@@ -15,13 +15,15 @@ pub enum Message {
     Late { rank: usize, beat: Beat, silent: Duration },
     /// Rank 0 tells: `rank` is gone without a word.
     Lost { rank: usize, beat: Beat, silent: Duration },
+    /// Rank 0 tells where the run could go on from.
+    Saved { checkpoint: String },
     /// `rank` has ended: in order, or for a reason. From that rank to rank 0, from rank 0 to all.
     Ended { rank: usize, reason: Option<String> },
 }
 
 const NUMBERS: usize = 6;
 const HEADER: usize = NUMBERS * 8;
-/// Reasons are cut to this many bytes.
+/// Texts are cut to this many bytes.
 const MAX_TEXT: usize = 2048;
 
 impl Message {
@@ -34,10 +36,10 @@ impl Message {
             Message::Late { rank, beat, silent } => (state(2, *rank, beat, *silent), &[][..]),
             Message::Lost { rank, beat, silent } => (state(3, *rank, beat, *silent), &[][..]),
             Message::Ended { rank, reason } => {
-                let text = reason.as_deref().unwrap_or_default().as_bytes();
-                let text = &text[..text.len().min(MAX_TEXT)];
+                let text = cut(reason.as_deref().unwrap_or_default());
                 ([4, *rank as u64, reason.is_some().into(), text.len() as u64, 0, 0], text)
             }
+            Message::Saved { checkpoint } => ([5, 0, 1, cut(checkpoint).len() as u64, 0, 0], cut(checkpoint)),
         };
         numbers.iter().for_each(|number| out.extend_from_slice(&number.to_le_bytes()));
         out.extend_from_slice(text);
@@ -52,11 +54,15 @@ impl Message {
         }
         let [kind, rank, a, b, c, d] = numbers;
         let rank = usize::try_from(rank).map_err(|_| Errno::BADMSG)?;
-        if kind == 4 {
+        if kind == 4 || kind == 5 {
             let end = usize::try_from(b).ok().filter(|length| *length <= MAX_TEXT).ok_or(Errno::BADMSG)? + HEADER;
             let Some(text) = bytes.get(HEADER..end) else { return Ok(None) };
-            let reason = (a == 1).then(|| String::from_utf8_lossy(text).into_owned());
-            return Ok(Some((Message::Ended { rank, reason }, end)));
+            let text = (a == 1).then(|| String::from_utf8_lossy(text).into_owned());
+            let message = match kind {
+                4 => Message::Ended { rank, reason: text },
+                _ => Message::Saved { checkpoint: text.unwrap_or_default() },
+            };
+            return Ok(Some((message, end)));
         }
         let phase = Phase::from_number(b).ok_or(Errno::BADMSG)?;
         let beat = Beat { step: a, phase, waited: Duration::from_millis(c) };
@@ -69,6 +75,10 @@ impl Message {
         };
         Ok(Some((message, HEADER)))
     }
+}
+
+fn cut(text: &str) -> &[u8] {
+    &text.as_bytes()[..text.len().min(MAX_TEXT)]
 }
 
 /// A link with what has come in part and what could not be sent yet.
@@ -86,7 +96,7 @@ impl Stream {
     /// Sends what the socket takes now, and the rest with the next message. Heartbeats do not queue up. A link that is
     /// broken is noticed where it is read.
     pub fn send(&mut self, message: &Message) {
-        if self.outbox.is_empty() || matches!(message, Message::Lost { .. } | Message::Ended { .. }) {
+        if self.outbox.is_empty() || !matches!(message, Message::Beat(_) | Message::Late { .. }) {
             message.encode(&mut self.outbox);
         }
         while !self.outbox.is_empty() {
@@ -133,6 +143,7 @@ mod tests {
             Message::Lost { rank: 7, beat: Beat { phase: Phase::Finish, ..beat }, silent },
             Message::Ended { rank: 1, reason: Some("train.idx: no such file – ü".into()) },
             Message::Ended { rank: 2, reason: None },
+            Message::Saved { checkpoint: "runs/x/step-30".into() },
         ]
     }
 

@@ -1,0 +1,351 @@
+//! What a whole run does when something fails: ranks are killed or stopped in several phases, signals come, checkpoints
+//! are damaged. Every wait has a deadline, and only processes that a test started are signalled.
+
+use rustix::process::{Pid, Signal, kill_process};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Far beyond what any part of a test takes on a slow machine.
+const WATCHDOG: Duration = Duration::from_secs(120);
+/// Survivors end within one second; a crowded machine gets this long. The launcher would intervene after five.
+const PROMPT: Duration = Duration::from_millis(4500);
+
+const CONFIG: &str = r#"
+[run]
+name = "failure"
+steps = 1000000
+[data]
+format = "shapes"
+train = 640
+test = 64
+[batch]
+global = 32
+[model]
+input = [32, 32, 3]
+[[model.layers]]
+type = "conv2d"
+filters = 4
+kernel = 3
+stride = 4
+activation = "relu"
+[[model.layers]]
+type = "global_avg_pool"
+[[model.layers]]
+type = "linear"
+units = 10
+[loss]
+type = "softmax_cross_entropy"
+[optimizer]
+type = "sgd"
+lr = 0.01
+[checkpoint]
+every_steps = 10
+[eval]
+every_epochs = 50
+[log]
+every_steps = 5
+"#;
+
+/// Each setting makes the run spend most of its time elsewhere.
+const STEPS: &[&str] = &[];
+const EVALUATING: &[&str] = &["data.test=2000", "eval.every_steps=2"];
+const SAVING: &[&str] = &["checkpoint.every_steps=1"];
+const TCP: &[&str] = &["parallel.transport=tcp"];
+
+#[test]
+fn a_killed_rank_ends_the_run_within_a_moment_and_is_named() {
+    for (ranks, victim, settings, after_ms) in [
+        (2, 1, STEPS, 0),
+        (2, 0, STEPS, 313),
+        (3, 2, EVALUATING, 127),
+        (2, 1, EVALUATING, 401),
+        (2, 1, SAVING, 211),
+        (4, 0, SAVING, 89),
+        (2, 1, TCP, 157),
+        (3, 0, TCP, 271),
+    ] {
+        let case = format!("rank {victim} of {ranks}, {settings:?}, {after_ms} ms");
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Run::start(&folder, ranks, settings);
+        run.trains();
+        thread::sleep(Duration::from_millis(after_ms));
+        let pids = run.pids();
+        let killed = Instant::now();
+        send(pids[victim], Signal::KILL);
+        let code = run.wait();
+        let (took, output) = (killed.elapsed(), run.output());
+        assert_eq!(code, 4, "{case}\n{output}");
+        assert!(took < PROMPT, "{case}: the others took {took:?}\n{output}");
+        let pid = pids[victim];
+        assert!(
+            output.contains(&format!("rank {victim} (pid {pid}) was killed by signal 9 (SIGKILL)")),
+            "{case}\n{output}"
+        );
+        assert!(output.contains(&format!("rank {victim} (pid {pid} on host ")), "{case}\n{output}");
+        assert!(output.contains("was lost") && output.contains("of step "), "{case}\n{output}");
+        assert!(
+            output.contains("Last checkpoint: ") && output.contains("run the same command again"),
+            "{case}\n{output}"
+        );
+        assert!(!output.contains("did not stop by itself"), "{case}\n{output}");
+        assert_nothing_is_left(&pids);
+    }
+}
+
+#[test]
+fn after_kills_in_the_middle_of_checkpoints_the_same_command_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut newest = 0;
+    for after_ms in [50, 83, 131] {
+        let mut run = Run::start(&folder, 2, SAVING);
+        until("a newer checkpoint", || (checkpoints(&folder).last()? > &newest).then_some(()));
+        thread::sleep(Duration::from_millis(after_ms));
+        let pids = run.pids();
+        send(pids[0], Signal::KILL);
+        assert_eq!(run.wait(), 4, "{}", run.output());
+        if newest > 0 {
+            assert!(run.output().contains("going on from"), "{}", run.output());
+        }
+        assert!(!run.output().contains("is not used"), "no checkpoint is half a checkpoint\n{}", run.output());
+        newest = *checkpoints(&folder).last().unwrap();
+    }
+    let mut run = Run::start(&folder, 2, SAVING);
+    until("a newer checkpoint", || (checkpoints(&folder).last()? > &newest).then_some(()));
+    send(run.launcher.id() as i32, Signal::TERM);
+    assert_eq!(run.wait(), 75, "{}", run.output());
+    let leftovers = files(&folder).into_iter().filter(|file| file.contains("tmp")).collect::<Vec<_>>();
+    assert!(leftovers.is_empty(), "{leftovers:?}");
+}
+
+#[test]
+fn a_stopped_rank_is_a_warning_and_after_the_timeout_an_error() {
+    let stop = |victim: usize, settings: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Run::start(&folder, 2, &[&["parallel.timeout=7.0"], settings].concat());
+        run.trains();
+        let pids = run.pids();
+        let name = format!("rank {victim} (pid {} on host ", pids[victim]);
+        let stopped = Instant::now();
+        send(pids[victim], Signal::STOP);
+        run.expect(|output| output.contains("has not been heard of for") && output.contains(&name));
+        assert!(stopped.elapsed() < Duration::from_secs(9), "the warning came after {:?}", stopped.elapsed());
+        assert_eq!(run.wait(), 4, "{}", run.output());
+        let output = run.output();
+        assert_eq!(output.matches("has not been heard of").count(), 1, "{output}");
+        let error = output.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
+        assert!(error.contains(&name) && error.contains("[parallel] timeout"), "{output}");
+        assert_nothing_is_left(&pids);
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| stop(1, STEPS));
+        scope.spawn(|| stop(0, TCP));
+    });
+}
+
+#[test]
+fn a_killed_launcher_takes_its_ranks_along() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = Run::start(&folder, 3, STEPS);
+    run.trains();
+    let pids = run.pids();
+    run.launcher.kill().unwrap();
+    assert_nothing_is_left(&pids);
+}
+
+#[test]
+fn every_signal_saves_and_exits_75_and_says_so_once() {
+    for (signal, name) in
+        [(Signal::TERM, "SIGTERM"), (Signal::USR1, "SIGUSR1"), (Signal::HUP, "SIGHUP"), (Signal::INT, "SIGINT")]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Run::start(&folder, 2, STEPS);
+        run.trains();
+        let pids = run.pids();
+        send(run.launcher.id() as i32, signal);
+        assert_eq!(run.wait(), 75, "{}", run.output());
+        let output = run.output();
+        assert_eq!(output.matches(&format!("stopped by {name}")).count(), 1, "{output}");
+        assert!(output.contains("the same command goes on"), "{output}");
+        assert_nothing_is_left(&pids);
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used() {
+    let damages: [(&str, fn(&mut Vec<u8>), &str); 3] = [
+        ("truncated", |bytes| bytes.truncate(bytes.len() / 2), "is truncated or not a safetensors file"),
+        ("bit-flipped", |bytes| *bytes.last_mut().unwrap() ^= 1, "is damaged"),
+        ("foreign", |bytes| *bytes = b"\x02\0\0\0\0\0\0\0{}".to_vec(), "is a safetensors file, but not a checkpoint"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let ended = Run::start(&folder, 2, &["run.steps=30"]).wait();
+    assert_eq!(ended, 0);
+    let steps = checkpoints(&folder);
+    let [before, newest] = steps[..] else { panic!("two checkpoints are kept: {steps:?}") };
+    let path = folder.path().join(format!("out/checkpoints/step-{newest:08}.safetensors"));
+    let whole = fs::read(&path).unwrap();
+    for (damage, spoil, reason) in damages {
+        let mut bytes = whole.clone();
+        spoil(&mut bytes);
+        fs::write(&path, bytes).unwrap();
+        let mut run = Run::start(&folder, 2, &["run.steps=30"]);
+        assert_eq!(run.wait(), 0, "{damage}\n{}", run.output());
+        let output = run.output();
+        assert!(output.contains("is not used") && output.contains(reason), "{damage}\n{output}");
+        assert!(output.contains(&format!("(step {before})")), "{damage}\n{output}");
+        assert!(fs::read(&path).unwrap() == whole, "{damage}: the steps done again gave other bits");
+    }
+}
+
+/// A launcher with its ranks. Dropped, the launcher is killed, and its ranks with it.
+struct Run {
+    launcher: Child,
+    ranks: usize,
+    out: PathBuf,
+    output: Arc<Mutex<String>>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Run {
+    fn start(folder: &TempDir, ranks: usize, settings: &[&str]) -> Run {
+        let config = folder.path().join("failure.toml");
+        fs::write(&config, CONFIG).unwrap();
+        let out = folder.path().join("out");
+        let mut launcher = Command::new(env!("CARGO_BIN_EXE_trainer"))
+            .args(["-n", &ranks.to_string(), "--config"])
+            .arg(config)
+            .arg("--out")
+            .arg(&out)
+            .args(settings.iter().flat_map(|setting| ["--set", setting]))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = Arc::new(Mutex::new(String::new()));
+        let readers = vec![
+            read_lines(launcher.stdout.take().unwrap(), &output),
+            read_lines(launcher.stderr.take().unwrap(), &output),
+        ];
+        Run { launcher, ranks, out, output, readers }
+    }
+
+    /// Waits until steps are being done and a checkpoint is there.
+    fn trains(&mut self) {
+        let saved = || fs::read_dir(self.out.join("checkpoints")).is_ok_and(|mut files| files.next().is_some());
+        let logged = || fs::metadata(self.out.join("metrics.jsonl")).is_ok_and(|file| file.len() > 0);
+        until("the first steps", || (saved() && logged()).then_some(()));
+    }
+
+    /// The processes of the ranks, by rank.
+    fn pids(&self) -> Vec<i32> {
+        let of_rank = |rank: usize| {
+            let wanted = format!("LOCKSTEP_RANK={rank}");
+            children(self.launcher.id()).into_iter().find(|pid| {
+                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+                environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
+            })
+        };
+        (0..self.ranks).map(|rank| until("a rank to start", || of_rank(rank))).collect()
+    }
+
+    fn expect(&self, found: impl Fn(&str) -> bool) {
+        until("a line of output", || found(&self.output.lock().unwrap()).then_some(()));
+    }
+
+    /// The launcher's exit code, with all output read.
+    fn wait(&mut self) -> i32 {
+        let status = until("the launcher to end", || self.launcher.try_wait().unwrap());
+        self.readers.drain(..).for_each(|reader| reader.join().unwrap());
+        status.code().unwrap_or(-1)
+    }
+
+    fn output(&self) -> String {
+        self.output.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.launcher.kill();
+        let _ = self.launcher.wait();
+    }
+}
+
+fn read_lines(from: impl Read + Send + 'static, output: &Arc<Mutex<String>>) -> JoinHandle<()> {
+    let output = output.clone();
+    thread::spawn(move || {
+        for line in BufReader::new(from).lines().map_while(|line| line.ok()) {
+            *output.lock().unwrap() += &format!("{line}\n");
+        }
+    })
+}
+
+/// Steps of the checkpoints of the run in `folder`, ascending.
+fn checkpoints(folder: &TempDir) -> Vec<u64> {
+    let names = files(folder);
+    let steps = names.iter().filter_map(|name| name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok());
+    steps.collect::<BTreeSet<u64>>().into_iter().collect()
+}
+
+/// Names of all files of the run in `folder`.
+fn files(folder: &TempDir) -> Vec<String> {
+    let names = |folder: &Path| {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
+    };
+    let out = folder.path().join("out");
+    [names(&out), names(&out.join("checkpoints"))].concat()
+}
+
+fn send(pid: i32, signal: Signal) {
+    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+}
+
+/// No process, and nothing of ours in /dev/shm.
+fn assert_nothing_is_left(pids: &[i32]) {
+    for &pid in pids {
+        until("a rank to be gone", || (!alive(pid)).then_some(()));
+    }
+    let shared = fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+    let ours = shared.map(|entry| entry.file_name()).filter(|name| name.to_string_lossy().contains("lockstep"));
+    assert_eq!(ours.count(), 0, "something is left in /dev/shm");
+}
+
+fn children(parent: u32) -> Vec<i32> {
+    let processes =
+        fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    processes.filter(|pid| stat(*pid).is_some_and(|(_, other)| other == parent)).collect()
+}
+
+/// Whether the process runs; one that is dead and not reaped does not.
+fn alive(pid: i32) -> bool {
+    stat(pid).is_some_and(|(state, _)| !matches!(state.as_str(), "Z" | "X"))
+}
+
+/// State and parent of a process.
+fn stat(pid: i32) -> Option<(String, u32)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit(')').next()?.split_whitespace();
+    Some((fields.next()?.to_string(), fields.next()?.parse().ok()?))
+}
+
+/// Polls until there is something, at most until the watchdog bites.
+#[track_caller]
+fn until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = poll() {
+            return found;
+        }
+        assert!(start.elapsed() < WATCHDOG, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
