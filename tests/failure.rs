@@ -276,6 +276,9 @@ impl Drop for Run {
     fn drop(&mut self) {
         let _ = self.launcher.kill();
         let _ = self.launcher.wait();
+        if std::thread::panicking() {
+            eprintln!("the program said:\n{}", self.output());
+        }
     }
 }
 
