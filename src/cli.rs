@@ -31,8 +31,14 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
     #[command(flatten)]
-    pub train: Option<TrainArgs>,
-    /// Ranks to start here [default: the launcher's, else 1]
+    pub experiment: Option<Experiment>,
+    /// Checkpoint to go on from: auto (the newest), none, PATH
+    #[arg(long, value_name = "PATH", value_parser = resume)]
+    pub resume: Option<Resume>,
+    /// The run's directory [default: runs/<name>]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Ranks to start here [default: by launcher]
     #[arg(short = 'n', long = "ranks", value_name = "N", global = true, value_parser = ranks)]
     pub ranks: Option<usize>,
     /// Say more; twice for everything
@@ -46,7 +52,7 @@ pub struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   trainer -n 2 --config configs/quickstart.toml
-  trainer --config a.toml --set optimizer.lr=0.01 --set model.layers.0.filters=64";
+  trainer --config a.toml --set optimizer.lr=0.01 --set model.layers.0.units=9";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -69,18 +75,6 @@ pub struct Experiment {
     /// Change a key, such as optimizer.lr=0.1 (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct TrainArgs {
-    #[command(flatten)]
-    pub experiment: Experiment,
-    /// Go on from the run's newest checkpoint (auto), none, or PATH
-    #[arg(long, value_name = "PATH", default_value = "auto", hide_default_value = true, value_parser = resume)]
-    pub resume: Resume,
-    /// The run's directory [default: runs/<name>]
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
 }
 
 /// Show what a run would do: layers, memory, buckets, bytes
@@ -126,32 +120,40 @@ impl Experiment {
 
 /// Does what was asked; the value is the exit code.
 pub fn run(cli: Cli) -> Result<u8> {
-    match (&cli.command, &cli.train) {
-        (Some(_), Some(_)) => Err(Error::usage(
-            "--config, --set, --resume and --out of a training run stand before a subcommand; put them behind it",
-        )),
-        (Some(Command::Plan(args)), None) => {
+    let Some(command) = &cli.command else {
+        return cli.train();
+    };
+    if cli.experiment.is_some() || cli.resume.is_some() || cli.out.is_some() {
+        return Err(Error::usage(
+            "--config, --set, --resume and --out before a subcommand are for training; put them behind the subcommand",
+        ));
+    }
+    match command {
+        Command::Plan(args) => {
             let ranks = args.np.or(cli.ranks).unwrap_or(1);
             print(&plan::describe(&args.experiment.load()?, ranks)?)
         }
-        (Some(Command::Info), None) => print(&info::describe()),
-        (Some(Command::Schema), None) => print(&format!("{:#}\n", config::schema())),
-        (Some(Command::Eval(args)), None) => {
+        Command::Eval(args) => {
             let config = args.experiment.load()?;
             cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, cli.verbosity()))
         }
-        (Some(Command::BenchComm(args)), None) => cli.on_every_rank(|| bench(args, cli.verbosity())),
-        (None, Some(args)) => {
-            let config = args.experiment.load()?;
-            let options =
-                train::Options { resume: args.resume.clone(), out: args.out.clone(), verbosity: cli.verbosity() };
-            cli.on_every_rank(|| train::run(&config, &options))
-        }
-        (None, None) => Err(Error::usage("nothing to do; give --config FILE, or see --help")),
+        Command::BenchComm(args) => cli.on_every_rank(|| bench(args, cli.verbosity())),
+        Command::Info => print(&info::describe()),
+        Command::Schema => print(&format!("{:#}\n", config::schema())),
     }
 }
 
 impl Cli {
+    fn train(&self) -> Result<u8> {
+        let Some(experiment) = &self.experiment else {
+            return Err(Error::usage("nothing to do; give --config FILE, or see --help"));
+        };
+        let config = experiment.load()?;
+        let resume = self.resume.clone().unwrap_or(Resume::Auto);
+        let options = train::Options { resume, out: self.out.clone(), verbosity: self.verbosity() };
+        self.on_every_rank(|| train::run(&config, &options))
+    }
+
     /// With `-n`, starts this program again as so many ranks, and the work is theirs; else does it as the rank that this
     /// process is.
     fn on_every_rank(&self, work: impl FnOnce() -> Result<()>) -> Result<u8> {

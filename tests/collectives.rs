@@ -42,7 +42,8 @@ fn world<T: Send + 'static>(
 /// Lengths around everything that a transport treats differently: nothing, less than a value a rank, cache lines, short
 /// messages, staging pieces.
 fn lengths(size: usize) -> Vec<usize> {
-    let mut lengths = vec![0, 1, size - 1, size, size + 1, 17, 16 * size + 1, 1023, 1024, 1025, 4099, 65_536, 200_003];
+    // The longest takes three staging pieces.
+    let mut lengths = vec![0, 1, size - 1, size, size + 1, 17, 16 * size + 1, 1023, 1024, 1025, 4099, 140_001];
     lengths.dedup();
     lengths
 }
@@ -122,9 +123,14 @@ fn check(
     }
     .unwrap();
 
-    let owner = |index| (0..size).find(|&rank| chunk(len, size, rank).contains(&index)).unwrap();
-    let sum = |index| serial_tree(&(0..size).map(|rank| value(rank, index, salt)).collect::<Vec<_>>());
-    let mine = chunk(len, size, rank);
+    let chunks: Vec<_> = (0..size).map(|rank| chunk(len, size, rank)).collect();
+    let owner = |index| chunks.iter().position(|chunk| chunk.contains(&index)).unwrap();
+    let mut values = vec![0.0; size];
+    let mut sum = |index| {
+        values.iter_mut().enumerate().for_each(|(rank, x)| *x = value(rank, index, salt));
+        serial_tree(&values)
+    };
+    let mine = chunks[rank].clone();
     for (index, found) in buffer[data.clone()].iter().enumerate() {
         let expected = match operation {
             Operation::AllReduce => sum(index),

@@ -22,7 +22,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 for ((pair = 1; pair <= pairs; pair++)); do
     target/release/trainer -n $ranks --config "$config" --set data.path="$data" --set run.steps=$steps \
-        --resume none --out "$scratch/$pair" >"$scratch/$pair.log" 2>&1 || { cat "$scratch/$pair.log" >&2; exit 1; }
+        --set schedule.warmup_epochs=0 --resume none --out "$scratch/$pair" >"$scratch/$pair.log" 2>&1 || { cat "$scratch/$pair.log" >&2; exit 1; }
     "$PYTHON" scripts/peers/fashion_mnist_ddp.py -n $ranks --config "$config" --data "$data" --steps $steps \
         >"$scratch/$pair.peer.json"
     echo "pair $pair: $("$PYTHON" - "$scratch" "$pair" <<'END'

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::model::params::{ParamTable, Role};
 use crate::model::spec::{NetSpec, Node};
 use crate::train::setup::Parts;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
 
 pub fn describe(config: &Config, ranks: usize) -> Result<String> {
@@ -59,6 +59,7 @@ fn totals(net: &NetSpec, params: &ParamTable, plan: &Plan) -> String {
 
 fn buckets(params: &ParamTable, plan: &Plan) -> Table {
     let mut table = table(&["bucket", "bytes", "parameters"]);
+    table.set_content_arrangement(ContentArrangement::Dynamic).set_width(100);
     for (number, bucket) in params.buckets(plan.bucket_bytes).into_iter().enumerate() {
         let inside = params.params.iter().filter(|param| bucket.contains(&param.range.start));
         let names: Vec<&str> = inside.map(|param| param.name.as_str()).collect();
@@ -87,7 +88,7 @@ fn traffic(params: &ParamTable, plan: &Plan) -> String {
 fn run(plan: &Plan, samples: Samples) -> String {
     let steps = plan.total_steps.map_or("until target accuracy or time".to_owned(), |steps| steps.to_string());
     format!(
-        "ranks        {} of {} threads\n\
+        "ranks        {}, each with {} of the threads here\n\
          samples      {} train, {} validation, {} test\n\
          batch        {} global, {} a rank, in {} of {}\n\
          steps        {} an epoch, {steps} in all, {} of warm-up\n\

@@ -10,35 +10,9 @@ use super::Communicator;
 use crate::device::SliceMut;
 use crate::error::{Context, Error, Kind, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-/// Tensors that are reduced together.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bucket {
-    /// Numbers of the tensors, in the order of the arena.
-    pub tensors: Range<usize>,
-    /// Their bytes in the arena, with the gaps between them.
-    pub bytes: Range<usize>,
-}
-
-/// Cuts an arena into buckets of at most `bucket_bytes`. `tensors` are their byte ranges in the order of the arena; a
-/// tensor larger than a bucket is one of its own.
-pub fn buckets(tensors: &[Range<usize>], bucket_bytes: usize) -> Vec<Bucket> {
-    let mut buckets: Vec<Bucket> = Vec::new();
-    for (number, tensor) in tensors.iter().enumerate() {
-        match buckets.last_mut() {
-            Some(bucket) if tensor.end - bucket.bytes.start <= bucket_bytes => {
-                bucket.tensors.end = number + 1;
-                bucket.bytes.end = tensor.end;
-            }
-            _ => buckets.push(Bucket { tensors: number..number + 1, bytes: tensor.clone() }),
-        }
-    }
-    buckets
-}
 
 /// What waiting for a bucket cost the training thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -173,19 +147,6 @@ mod tests {
     use crate::comm::connect;
     use crate::config::raw::TransportChoice;
     use crate::launch::{rendezvous::Control, watch::Health};
-
-    #[test]
-    fn buckets_are_contiguous_and_no_larger_than_asked() {
-        let tensors = [0..100, 128..256, 256..300, 320..2000, 2048..2050, 2112..2200];
-        let cut = buckets(&tensors, 256);
-        let tensors_of = |bucket: &Bucket| bucket.tensors.clone();
-        assert_eq!(cut.iter().map(tensors_of).collect::<Vec<_>>(), [0..2, 2..3, 3..4, 4..6]);
-        assert_eq!(cut[0].bytes, 0..256);
-        assert_eq!(cut[3].bytes, 2048..2200);
-        assert!(buckets(&[], 256).is_empty());
-        assert_eq!(buckets(&tensors, 0).len(), tensors.len());
-        assert_eq!(buckets(&tensors, usize::MAX).len(), 1);
-    }
 
     /// Three buckets a step, waited for out of order, with other collectives in between.
     #[test]

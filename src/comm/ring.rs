@@ -39,8 +39,9 @@ pub trait Mesh {
     fn send(&mut self, peer: usize, bytes: &[u8]) -> Result<usize>;
     /// Gives as many bytes as are there, perhaps none.
     fn receive(&mut self, peer: usize, buffer: &mut [u8]) -> Result<usize>;
-    /// Returns when some connection may have become ready since it last said no. `peer` is one that is waited for.
-    fn wait(&mut self, peer: usize) -> Result<()>;
+    /// Returns when some connection may have become ready since it last said no. `peer` is one that is waited for, `what`
+    /// the operation.
+    fn wait(&mut self, what: &str, peer: usize) -> Result<()>;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,25 +72,28 @@ impl Operation {
         }
     }
 
-    fn code(self) -> (u32, u32) {
+    /// Its number in a header; its name is `NAMES` of that.
+    fn code(self) -> usize {
         match self {
-            Operation::AllReduce => (1, 0),
-            Operation::ReduceScatter => (2, 0),
-            Operation::AllGather => (3, 0),
-            Operation::Broadcast { root } => (4, root as u32),
-            Operation::Barrier => (5, 0),
+            Operation::AllReduce => 1,
+            Operation::ReduceScatter => 2,
+            Operation::AllGather => 3,
+            Operation::Broadcast { .. } => 4,
+            Operation::Barrier => 5,
         }
     }
 }
+
+const NAMES: [&str; 6] = ["?", "all-reduce", "reduce-scatter", "all-gather", "broadcast", "barrier"];
 
 const HEADER: usize = 24;
 
 /// What a connection carries first: the operation, its root, its length, and how many came before it.
 fn header(operation: Operation, len: usize, sequence: u64) -> [u8; HEADER] {
-    let (code, root) = operation.code();
+    let root = if let Operation::Broadcast { root } = operation { root } else { 0 };
     let mut bytes = [0; HEADER];
-    bytes[0..4].copy_from_slice(&code.to_le_bytes());
-    bytes[4..8].copy_from_slice(&root.to_le_bytes());
+    bytes[0..4].copy_from_slice(&(operation.code() as u32).to_le_bytes());
+    bytes[4..8].copy_from_slice(&(root as u32).to_le_bytes());
     bytes[8..16].copy_from_slice(&(len as u64).to_le_bytes());
     bytes[16..24].copy_from_slice(&sequence.to_le_bytes());
     bytes
@@ -150,7 +154,7 @@ impl Ring {
             let all_here =
                 pass.ring.flows.iter().enumerate().all(|(peer, flow)| peer == rank || flow.header_received == HEADER);
             let start = Instant::now();
-            pass.mesh.wait(peer)?;
+            pass.mesh.wait(NAMES[operation.code()], peer)?;
             if !all_here {
                 waited += start.elapsed();
             }
@@ -291,8 +295,7 @@ impl Pass<'_> {
     fn out_of_step(&self, peer: usize) -> Error {
         let say = |header: &[u8; HEADER]| {
             let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
-            let name = ["?", "all_reduce", "reduce_scatter", "all_gather", "broadcast", "barrier"];
-            let name = name.get(number(0) as usize).unwrap_or(&"?");
+            let name = NAMES.get(number(0) as usize).unwrap_or(&NAMES[0]);
             format!("{name} of {} values (root {}, operation {})", number(8), number(4), number(16))
         };
         let theirs = say(&self.ring.flows[peer].header);

@@ -80,8 +80,6 @@ struct Sockets {
     peers: Vec<Option<Peer>>,
     epoll: OwnedFd,
     health: Arc<Health>,
-    /// What a wait for rank r is called; made here because waits allocate nothing.
-    names: Vec<String>,
 }
 
 struct Peer {
@@ -146,8 +144,7 @@ impl Sockets {
             epoll::add(&epoll, &socket, epoll::EventData::new_u64(peer as u64), flags)?;
             peers[peer] = Some(Peer { socket, readable: true, writable: true });
         }
-        let names = (0..size).map(|rank| format!("waiting for rank {rank} in a collective")).collect();
-        Ok(Sockets { rank, size, peers, epoll, health, names })
+        Ok(Sockets { rank, size, peers, epoll, health })
     }
 
     fn peer(&mut self, peer: usize) -> &mut Peer {
@@ -195,8 +192,8 @@ impl Mesh for Sockets {
         }
     }
 
-    fn wait(&mut self, for_peer: usize) -> Result<()> {
-        let Sockets { peers, epoll, health, names, .. } = self;
+    fn wait(&mut self, what: &str, for_peer: usize) -> Result<()> {
+        let Sockets { peers, epoll, health, .. } = self;
         let poll = |limit: Duration| {
             let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
             let mut space = [MaybeUninit::uninit(); 64];
@@ -214,7 +211,11 @@ impl Mesh for Sockets {
             }
             Ok(!events.is_empty())
         };
-        health.wait(&names[for_peer], poll).map(drop)
+        health.wait(what, poll).map(drop).map_err(|error| match health.check() {
+            // The watch has its own, better account.
+            Err(_) => error,
+            Ok(()) => error.context(format!("rank {for_peer} has not come or not answered")),
+        })
     }
 }
 

@@ -143,7 +143,7 @@ impl<'a> Excerpt<'a> {
             // A long line is cut around the place; columns count characters, and a tab is shown as one space.
             let start = self.line.get(..self.columns.start).map_or(0, |before| before.chars().count());
             let length = self.line.get(self.columns.clone()).map_or(1, |marked| marked.chars().count());
-            let skipped = if start > WIDTH / 2 { start - WIDTH / 2 } else { 0 };
+            let skipped = start.saturating_sub(WIDTH / 2);
             let shown: String = self.line.chars().skip(skipped).take(WIDTH).collect();
             let caret = "^".repeat(length.clamp(1, WIDTH - (start - skipped)));
             let shown = shown.replace('\t', " ");

@@ -196,6 +196,12 @@ fn the_resolved_form_reads_back_as_itself_and_shows_floats_as_written() {
 }
 
 #[test]
+fn every_layer_of_the_quickstart_survives_the_resolved_form() {
+    let resolved = parse(include_str!("../../configs/quickstart.toml"), &[]).unwrap().resolved();
+    assert_eq!(parse(&resolved.to_string(), &[]).unwrap().resolved(), resolved);
+}
+
+#[test]
 fn the_difference_names_what_matters_for_going_on() {
     let resolved = |sets: &[&str]| parse(MINIMAL, sets).unwrap().resolved();
     let base = resolved(&[]);

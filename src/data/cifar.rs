@@ -1,4 +1,4 @@
-//! CIFAR-10's binary format (https://www.cs.toronto.edu/~kriz/cifar.html): records of one label byte and 32x32 red, then
+//! CIFAR-10's binary format (<https://www.cs.toronto.edu/~kriz/cifar.html>): records of one label byte and 32x32 red, then
 //! green, then blue bytes, row by row. All `data_batch_*.bin` in the order of their numbers are the training set.
 
 use super::files::{self, DataFile};

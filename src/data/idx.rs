@@ -1,4 +1,4 @@
-//! The idx format of MNIST and Fashion-MNIST (http://yann.lecun.com/exdb/mnist): big-endian, a magic number whose third
+//! The idx format of MNIST and Fashion-MNIST (<http://yann.lecun.com/exdb/mnist>): big-endian, a magic number whose third
 //! byte is the element type (8: unsigned byte) and whose fourth is the number of dimensions, the dimensions as u32, data.
 
 use super::files::DataFile;

@@ -3,7 +3,7 @@
 //! A figure is a signed distance function in units of its own size: negative inside, positive outside, zero on the
 //! outline. For each pixel its place is turned and scaled into the figure's frame, and the distance, in pixels, becomes
 //! the share of the pixel that the figure covers (clamped to half a pixel on each side), which is the anti-aliasing.
-//! Formulas: Quilez, "2D distance functions", https://iquilezles.org/articles/distfunctions2d.
+//! Formulas: Quilez, "2D distance functions", <https://iquilezles.org/articles/distfunctions2d>.
 //!
 //! Varied: place, size, rotation, both colours, a brightness gradient over the background, noise. Kept apart: no two
 //! kinds are equal under rotation, a figure is at least 14 pixels wide, wholly inside, and its colour differs from the

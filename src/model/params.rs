@@ -131,6 +131,10 @@ impl ParamTable {
                 range: 0..0,
             }));
         }
+        ParamTable::place(params)
+    }
+
+    fn place(mut params: Vec<Param>) -> ParamTable {
         params.sort_by_key(|param| (std::cmp::Reverse(param.node), param.number));
         let mut end = 0;
         for param in &mut params {
@@ -186,6 +190,49 @@ impl ParamTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Layer by layer from the last: a weight of 100 and a bias of 10, then running statistics, then a weight of 300.
+    fn table() -> ParamTable {
+        let param = |node: usize, number: u32, len: usize, role: Role| Param {
+            name: format!("{node}.{number}"),
+            node,
+            number,
+            spec: ParamSpec {
+                name: "weight",
+                shape: vec![len],
+                layout: Layout::Canonical,
+                init: Init::Constant(0.0),
+                role,
+            },
+            range: 0..0,
+        };
+        let running = Role::Running { momentum: 0.1 };
+        ParamTable::place(vec![
+            param(0, 0, 300, Role::Trainable),
+            param(1, 1, 8, running),
+            param(3, 2, 100, Role::Trainable),
+            param(3, 3, 10, Role::Trainable),
+        ])
+    }
+
+    #[test]
+    fn the_last_layer_comes_first_and_tensors_start_at_cache_lines() {
+        let table = table();
+        let ranges: Vec<_> = table.params.iter().map(|p| p.range.clone()).collect();
+        assert_eq!(ranges, [0..100, 112..122, 128..136, 144..444]);
+        assert_eq!((table.tail.clone(), table.len(), table.trainable()), (448..464, 448, 410));
+        assert_eq!(table.of_node(3).iter().map(|p| p.number).collect::<Vec<_>>(), [2, 3]);
+        assert!(table.of_node(2).is_empty());
+    }
+
+    #[test]
+    fn buckets_end_with_layers_and_the_last_takes_the_tail_along() {
+        let table = table();
+        assert_eq!(table.buckets(0), [0..128, 128..144, 144..464]);
+        assert_eq!(table.buckets(4 * 129), [0..144, 144..464]);
+        assert_eq!(table.buckets(4 * 400), [0..464]);
+        assert_eq!(ParamTable::place(Vec::new()).buckets(1), [0..TAIL]);
+    }
 
     #[test]
     fn hwio_goes_there_and_back() {

@@ -3,7 +3,8 @@
 //! and inlined once into a function with AVX2 and once into one without. Nothing is reordered: both give equal bits.
 
 /// Runs `body`, compiled for AVX2 and FMA where the CPU has them. Mark the closure and what it calls
-/// `#[inline(always)]`; a call that stays a call keeps the narrow instructions.
+/// `#[inline(always)]`, and write `for` loops: a call that stays a call, such as an iterator's `for_each`, keeps the narrow
+/// instructions.
 #[inline(always)]
 pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]

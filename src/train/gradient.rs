@@ -25,6 +25,9 @@ use crate::report::budget::{Category, Clock};
 use std::ops::Range;
 use std::time::Duration;
 
+/// How long the wait for a batch goes on before it looks whether the peers are alive.
+const PATIENCE: Duration = Duration::from_millis(50);
+
 /// What a step sums over all ranks beside the gradient: it travels in the tail of the gradient arena.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sums {
@@ -155,6 +158,9 @@ impl Gradient {
 
     fn leaf(&mut self, depth: usize, last: bool, work: &mut Work<'_>) -> Result<()> {
         work.health.set(work.step, Phase::Data);
+        while !work.queue.ready(PATIENCE) {
+            work.health.check()?;
+        }
         let batch = work.queue.next()?.expect("the queue goes on until the run's last epoch is over");
         work.clock.lap(Category::Data);
         let (arenas, outbox) = (&self.arenas[..], &mut self.outbox);

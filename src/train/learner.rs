@@ -1,5 +1,6 @@
 //! What learns on one rank, and the step that all ranks take together.
 
+use super::checkpoint::State;
 use super::gradient::{Gradient, Sums, Work};
 use super::update::Updater;
 use crate::data::queue::DataQueue;
@@ -70,6 +71,11 @@ impl Learner {
             }
         }
         Ok(Done { sums: self.gradient.sums(), lr: at.lr, non_finite })
+    }
+
+    /// Whether a checkpoint is of this net and optimizer; else what differs.
+    pub fn fits(&self, state: &State) -> Result<()> {
+        self.updater.fits(self.net.table(), state)
     }
 
     /// Clipping by norm needs the whole gradient before the first update.

@@ -61,7 +61,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, verbosity: i8) -> Result<()>
         let mut learner = setup::learner(config, &plan, &parts, comm)?;
         update::import_params(&mut learner.net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
-        let evaluator = setup::evaluator(config, &plan, &parts, &rank.world)?;
+        let evaluator = setup::evaluator(&plan, &parts, &rank.world, parts.loader(config)?);
         let sets = if evaluator.validation.is_some() { &[Set::Validation, Set::Test][..] } else { &[Set::Test] };
         for &set in sets {
             let evaluation = evaluator.run(set, &mut learner, state.step, state.epoch)?;

@@ -41,8 +41,13 @@ impl Progress {
     }
 }
 
-/// Finds the checkpoint to go on from. Rank 0 only.
-pub fn find(resume: &Resume, folder: &Path, config: &Config) -> Result<Option<(PathBuf, State)>> {
+/// Finds the checkpoint to go on from. `fits` says whether a state is of this net and optimizer. Rank 0 only.
+pub fn find(
+    resume: &Resume,
+    folder: &Path,
+    config: &Config,
+    fits: impl Fn(&State) -> Result<()>,
+) -> Result<Option<(PathBuf, State)>> {
     match resume {
         Resume::Never => {
             move_aside(folder)?;
@@ -57,7 +62,9 @@ pub fn find(resume: &Resume, folder: &Path, config: &Config) -> Result<Option<(P
             Ok(Some((path.clone(), state)))
         }
         Resume::Auto => {
-            let Some((path, state)) = checkpoint::newest(folder, |_| Ok(()))? else { return Ok(None) };
+            // One of another configuration is not skipped: it would be overwritten.
+            let accept = |state: &State| if differences(state, config)?.is_empty() { fits(state) } else { Ok(()) };
+            let Some((path, state)) = checkpoint::newest(folder, accept)? else { return Ok(None) };
             let different = differences(&state, config)?;
             if different.is_empty() {
                 return Ok(Some((path, state)));

@@ -49,7 +49,7 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, comm: Box<dyn Comm
     let plan = setup::plan(config, &parts, &rank.world)?;
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
-        0 => resume::find(&options.resume, &checkpoints, config)?,
+        0 => resume::find(&options.resume, &checkpoints, config, |state| learner.fits(state))?,
         _ => None,
     };
     let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;
@@ -72,12 +72,13 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, comm: Box<dyn Comm
         first_step: progress.step,
         log_every: plan.log_every_steps,
     };
+    let loader = parts.loader(config)?;
     let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let mut session = Session {
         config,
         rank,
-        evaluator: setup::evaluator(config, &plan, &parts, &rank.world)?,
-        queue: setup::queue(config, &plan, &parts, &rank.world, progress.position)?,
+        evaluator: setup::evaluator(&plan, &parts, &rank.world, loader.clone()),
+        queue: setup::queue(config, &plan, &parts, &rank.world, loader, progress.position)?,
         plan,
         learner,
         progress,

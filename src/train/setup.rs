@@ -56,7 +56,8 @@ impl Parts {
         }
     }
 
-    fn loader(&self, config: &Config) -> Result<Loader> {
+    /// How batches are made of them. Normalisation reads the whole training set.
+    pub fn loader(&self, config: &Config) -> Result<Loader> {
         Ok(Loader {
             augmenter: Augmenter::new(&config.data.shared.augment, &*self.train)?,
             seed: config.run.seed,
@@ -121,20 +122,27 @@ fn loss(config: &Config, net: &Net, train: &dyn Dataset) -> Result<Loss> {
     Loss::new(&config.loss, classes, weights)
 }
 
-pub fn evaluator(config: &Config, plan: &Plan, parts: &Parts, world: &World) -> Result<Evaluator> {
-    Ok(Evaluator {
+pub fn evaluator(plan: &Plan, parts: &Parts, world: &World, loader: Loader) -> Evaluator {
+    Evaluator {
         validation: parts.validation.clone(),
         test: parts.test.clone(),
-        loader: parts.loader(config)?,
+        loader,
         batch: plan.micro_batch,
         rank: world.rank,
         size: world.size,
-    })
+    }
 }
 
-/// This rank's batches from `start` on. With fewer epochs than the run has already seen there are none.
-pub fn queue(config: &Config, plan: &Plan, parts: &Parts, world: &World, start: Position) -> Result<DataQueue> {
+/// This rank's batches from `start` on, without end: the loop knows when the run is over.
+pub fn queue(
+    config: &Config,
+    plan: &Plan,
+    parts: &Parts,
+    world: &World,
+    loader: Loader,
+    start: Position,
+) -> Result<DataQueue> {
     let batching =
         Batching { global: plan.global_batch, micro: config.batch.micro, rank: world.rank, size: world.size };
-    DataQueue::train(parts.train.clone(), parts.loader(config)?, batching, start, u32::MAX)
+    DataQueue::train(parts.train.clone(), loader, batching, start, u32::MAX)
 }

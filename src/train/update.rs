@@ -97,6 +97,12 @@ impl Updater {
         tensors
     }
 
+    /// Whether all tensors of a checkpoint are of this net and optimizer.
+    pub fn fits(&self, table: &ParamTable, state: &State) -> Result<()> {
+        table.params.iter().try_for_each(|param| state.tensor(&param.name, &param.spec.shape).map(|_| ()))?;
+        self.each_state(table, |name, param, _| state.tensor(&name, &param.spec.shape).map(|_| ()))
+    }
+
     /// The counterpart of `export`: fails, naming the tensor, where the state does not fit this net and optimizer.
     pub fn import(&mut self, net: &mut Net, state: &State) -> Result<()> {
         import_params(net, state)?;

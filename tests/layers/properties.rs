@@ -21,7 +21,7 @@ fn dropout_drops_its_rate_and_keeps_the_mean() {
 fn dropout_depends_on_the_sample_not_on_its_batch() {
     let section = section("dropout", "", &[Shape::vector(40)]);
     let x = values(120, 0);
-    let together = section.build(3).forward(&training(3), &[x.clone()], &[]);
+    let together = section.build(3).forward(&training(3), std::slice::from_ref(&x), &[]);
     for (i, (x, y)) in x.chunks(40).zip(together.chunks(40)).enumerate() {
         let pass = Pass { first_sample: training(1).first_sample + i as u64, ..training(1) };
         assert_eq!(section.build(1).forward(&pass, &[x.to_vec()], &[]), y, "sample {i}");
@@ -32,17 +32,17 @@ fn dropout_depends_on_the_sample_not_on_its_batch() {
     );
 }
 
-/// 17 x 13 pixels of 3 samples are several chunks of rows, the last one short; the mean is far from zero.
+/// 7500 rows are three chunks, the last one short; the mean is far from zero and drifts from chunk to chunk.
 #[test]
 fn batch_statistics_are_exact_over_many_chunks() {
-    let (pixels, c) = (17 * 13 * 3, 5);
-    let section = section("batch_norm", "", &[Shape::new(17, 13, c)]);
-    let x: Vec<f32> = values(pixels * c, 3).iter().map(|x| x + 100.0).collect();
+    let (pixels, c) = (50 * 50 * 3, 5);
+    let section = section("batch_norm", "", &[Shape::new(50, 50, c)]);
+    let x: Vec<f32> = values(pixels * c, 3).iter().enumerate().map(|(i, x)| x + 100.0 + i as f32 * 1e-4).collect();
     let params = [vec![1.0; c], vec![0.0; c], vec![0.0; c], vec![1.0; c]];
     let mut subject = section.build(3);
     let pass = Pass { share: 0.25, ..training(3) };
-    let y = subject.forward(&pass, &[x.clone()], &params);
-    let grads = subject.backward(&pass, &[x.clone()], &[], &vec![1.0; x.len()], &params);
+    let y = subject.forward(&pass, std::slice::from_ref(&x), &params);
+    let grads = subject.backward(&pass, std::slice::from_ref(&x), &[], &vec![1.0; x.len()], &params);
     for channel in 0..c {
         let column = |x: &[f32]| x.iter().skip(channel).step_by(c).map(|x| f64::from(*x)).collect::<Vec<_>>();
         let x = column(&x);
@@ -54,7 +54,7 @@ fn batch_statistics_are_exact_over_many_chunks() {
         }
         let slot = |param: usize| f64::from(grads.params[param][channel]);
         assert!((slot(2) - 0.25 * mean).abs() < 1e-5, "running_mean");
-        assert!((slot(3) - 0.25 * squares / (pixels - 1) as f64).abs() < 1e-6, "running_var");
+        assert!((slot(3) - 0.25 * squares / (pixels - 1) as f64).abs() < 1e-5, "running_var");
     }
 }
 

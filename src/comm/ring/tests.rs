@@ -52,7 +52,7 @@ impl Mesh for Reluctant {
         self.streams.changed.notify_all();
         Ok(count)
     }
-    fn wait(&mut self, _: usize) -> Result<()> {
+    fn wait(&mut self, _: &str, _: usize) -> Result<()> {
         // A mood may have said no where a stream would not have: the next try comes after a moment in any case.
         let bytes = self.streams.bytes.lock().unwrap();
         drop(self.streams.changed.wait_timeout(bytes, Duration::from_micros(50)).unwrap());

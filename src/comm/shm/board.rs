@@ -47,6 +47,18 @@ pub enum Operation {
     Barrier,
 }
 
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Operation::AllReduce => "all-reduce",
+            Operation::ReduceScatter => "reduce-scatter",
+            Operation::AllGather => "all-gather",
+            Operation::Broadcast => "broadcast",
+            Operation::Barrier => "barrier",
+        }
+    }
+}
+
 impl Call {
     /// Whether two ranks call the same operation; where their data lies may differ.
     fn same(self, other: Call) -> bool {
@@ -84,8 +96,8 @@ pub struct Board {
     /// Whether a wait may look a while before it sleeps: only with a core for every rank.
     spins: u32,
     health: Arc<Health>,
-    /// What a wait for rank r is called; made here because waits allocate nothing.
-    names: Vec<String>,
+    /// The operation under way, for who asks what this rank waits in.
+    what: &'static str,
 }
 
 impl Board {
@@ -93,8 +105,7 @@ impl Board {
         let size = control.size();
         let spins = if cores(control)? >= size { SPINS } else { 0 };
         let boards = share(control, "lockstep-board", size_of::<Lines>())?;
-        let names = (0..size).map(|rank| format!("waiting for rank {rank} in a collective")).collect();
-        Ok(Board { rank: control.rank(), boards, reached: 0, spins, health, names })
+        Ok(Board { rank: control.rank(), boards, reached: 0, spins, health, what: "" })
     }
 
     pub fn size(&self) -> usize {
@@ -104,6 +115,7 @@ impl Board {
     /// Announces `call`, with the values that `write` puts into the notice, and waits until all ranks have announced
     /// theirs. An error if these differ.
     pub fn agree(&mut self, call: Call, write: impl FnOnce(&mut [f32])) -> Result<Duration> {
+        self.what = call.operation.name();
         let point = self.reached.wrapping_add(1);
         // SAFETY: only this rank writes its board, and nobody reads this notice before `reached` says so.
         let notice = unsafe { &mut (*self.lines(self.rank)).notices[point as usize % 2] };
@@ -114,9 +126,15 @@ impl Board {
             let other = self.call(rank);
             if !call.same(other) {
                 return Err(Error::internal(format!(
-                    "the ranks are out of step: rank {rank} called {:?} of {} values (root {}), rank {} {:?} of {} \
+                    "the ranks are out of step: rank {rank} called {} of {} values (root {}), rank {} {} of {} \
                      values (root {})",
-                    other.operation, other.len, other.root, self.rank, call.operation, call.len, call.root
+                    other.operation.name(),
+                    other.len,
+                    other.root,
+                    self.rank,
+                    self.what,
+                    call.len,
+                    call.root
                 )));
             }
         }
@@ -175,9 +193,13 @@ impl Board {
                 come => Ok(come),
             }
         };
-        self.health.wait(&self.names[rank], poll).map(drop).map_err(|error| {
-            let missing: Vec<usize> = (0..self.size()).filter(|&rank| !self.has_come(rank)).collect();
-            error.context(format!("a collective for which ranks {missing:?} are missing"))
+        self.health.wait(self.what, poll).map(drop).map_err(|error| match self.health.check() {
+            // The watch has its own, better account.
+            Err(_) => error,
+            Ok(()) => {
+                let missing: Vec<usize> = (0..self.size()).filter(|&rank| !self.has_come(rank)).collect();
+                error.context(format!("ranks {missing:?} have not come"))
+            }
         })
     }
 

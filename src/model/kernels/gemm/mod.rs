@@ -82,35 +82,70 @@ fn panel_len(kernel: &Kernel, k: usize) -> usize {
 
 /// Packs B on the calling thread; `bias` (N values, zeros without) is where the sums will start.
 pub fn pack(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, packed: &mut [f32]) {
-    let panel_len = panel_len(kernel, right.rows.len());
-    for (number, panel) in packed.chunks_exact_mut(panel_len).take(right.n.div_ceil(kernel.nr)).enumerate() {
-        pack_panel(kernel.nr, right, bias, number * kernel.nr, panel);
-    }
-}
-
-/// The same on all threads of the current pool.
-pub fn pack_parallel(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, packed: &mut [f32]) {
     let packed = &mut packed[..packed_len(kernel, right.rows.len(), right.n)];
-    let panels = packed.par_chunks_exact_mut(panel_len(kernel, right.rows.len())).enumerate();
-    panels.for_each(|(number, panel)| pack_panel(kernel.nr, right, bias, number * kernel.nr, panel));
+    pack_panels(kernel, right, bias, 0, packed);
 }
 
-fn pack_panel(nr: usize, right: Right<'_>, bias: Option<&[f32]>, first: usize, panel: &mut [f32]) {
-    let width = nr.min(right.n - first);
-    let (start, body) = panel.split_at_mut(nr);
-    start.fill(0.0);
-    if let Some(bias) = bias {
-        start[..width].copy_from_slice(&bias[first..first + width]);
+/// The same on all threads of the current pool, each with a few neighbouring panels.
+pub fn pack_parallel(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, packed: &mut [f32]) {
+    const PANELS: usize = 16;
+    let packed = &mut packed[..packed_len(kernel, right.rows.len(), right.n)];
+    let chunks = packed.par_chunks_mut(PANELS * panel_len(kernel, right.rows.len())).enumerate();
+    chunks.for_each(|(number, panels)| pack_panels(kernel, right, bias, number * PANELS * kernel.nr, panels));
+}
+
+/// Packs the panels of the columns from `first` on.
+fn pack_panels(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, first: usize, panels: &mut [f32]) {
+    match kernel.nr {
+        8 => pack_panels_of::<8>(right, bias, first, panels),
+        16 => pack_panels_of::<16>(right, bias, first, panels),
+        32 => pack_panels_of::<32>(right, bias, first, panels),
+        nr => unreachable!("a kernel of {nr} columns"),
     }
-    for (row, &offset) in body.chunks_exact_mut(nr).zip(right.rows) {
-        let from = offset as usize + first * right.step;
-        if right.step == 1 {
-            row[..width].copy_from_slice(&right.data[from..from + width]);
-        } else {
-            let source = right.data[from..].iter().step_by(right.step);
-            row[..width].iter_mut().zip(source).for_each(|(to, from)| *to = *from);
+}
+
+fn pack_panels_of<const NR: usize>(right: Right<'_>, bias: Option<&[f32]>, first: usize, panels: &mut [f32]) {
+    let panel_len = (right.rows.len() + 1) * NR;
+    let last = right.n.min(first + panels.len() / panel_len * NR);
+    for (panel, column) in panels.chunks_exact_mut(panel_len).zip((first..last).step_by(NR)) {
+        let width = NR.min(last - column);
+        let (start, body) = panel.split_at_mut(NR);
+        start.fill(0.0);
+        if let Some(bias) = bias {
+            start[..width].copy_from_slice(&bias[column..column + width]);
         }
-        row[width..].fill(0.0);
+        if right.step != 1 {
+            pack_strided::<NR>(right, column, width, body);
+        }
+    }
+    if right.step == 1 {
+        // Row by row over all panels, so that B is read in the order in which it lies.
+        for (k, &row) in right.rows.iter().enumerate() {
+            let row = &right.data[row as usize + first..row as usize + last];
+            for (values, panel) in row.chunks(NR).zip(panels.chunks_exact_mut(panel_len)) {
+                let to: &mut [f32] = &mut panel[(1 + k) * NR..(2 + k) * NR];
+                match <&[f32; NR]>::try_from(values) {
+                    Ok(values) => to.copy_from_slice(values),
+                    Err(_) => {
+                        to[..values.len()].copy_from_slice(values);
+                        to[values.len()..].fill(0.0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One panel of a B whose columns do not lie side by side: a few rows at a time, each column read along them, since they
+/// often do lie side by side.
+fn pack_strided<const NR: usize>(right: Right<'_>, column: usize, width: usize, body: &mut [f32]) {
+    const ROWS: usize = 16;
+    for (to, rows) in body.chunks_mut(ROWS * NR).zip(right.rows.chunks(ROWS)) {
+        for j in 0..width {
+            let from = &right.data[(column + j) * right.step..];
+            rows.iter().enumerate().for_each(|(k, &row)| to[k * NR + j] = from[row as usize]);
+        }
+        to.chunks_exact_mut(NR).for_each(|row| row[width..].fill(0.0));
     }
 }
 

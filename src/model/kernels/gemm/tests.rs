@@ -2,7 +2,7 @@ use super::*;
 
 /// Values that depend on the index and are not small integers.
 fn values(len: usize, seed: usize) -> Vec<f32> {
-    (0..len).map(|i| ((i * 37 + seed * 101) % 211) as f32 / 211.0 - 0.4).collect()
+    (0..len).map(|i| ((i * 37 + seed * 101) % 211) as f32 / 211.0 - 0.5).collect()
 }
 
 /// How a matrix lies in memory: (offset of a row step, of a column step).

@@ -60,20 +60,33 @@ impl Activation {
         match self {
             Activation::None => {}
             // Not `max`, which turns NaN into 0: a broken value must be seen.
-            Activation::Relu => y.iter_mut().for_each(|y| *y = if *y < 0.0 { 0.0 } else { *y }),
-            Activation::Sigmoid => y.iter_mut().for_each(|y| *y = 1.0 / (1.0 + (-*y).exp())),
-            Activation::Tanh => y.iter_mut().for_each(|y| *y = y.tanh()),
+            Activation::Relu => each(y, |y| if y < 0.0 { 0.0 } else { y }),
+            Activation::Sigmoid => each(y, |y| 1.0 / (1.0 + (-y).exp())),
+            Activation::Tanh => each(y, f32::tanh),
         }
     }
 
     #[inline(always)]
     fn backward_chunk(self, y: &[f32], dy: &mut [f32]) {
-        let pairs = dy.iter_mut().zip(y);
         match self {
             Activation::None => {}
-            Activation::Relu => pairs.for_each(|(dy, y)| *dy = if *y > 0.0 { *dy } else { 0.0 }),
-            Activation::Sigmoid => pairs.for_each(|(dy, y)| *dy *= y * (1.0 - y)),
-            Activation::Tanh => pairs.for_each(|(dy, y)| *dy *= 1.0 - y * y),
+            Activation::Relu => each_pair(y, dy, |y, dy| if y > 0.0 { dy } else { 0.0 }),
+            Activation::Sigmoid => each_pair(y, dy, |y, dy| dy * y * (1.0 - y)),
+            Activation::Tanh => each_pair(y, dy, |y, dy| dy * (1.0 - y * y)),
         }
+    }
+}
+
+#[inline(always)]
+fn each(y: &mut [f32], f: impl Fn(f32) -> f32) {
+    for y in y {
+        *y = f(*y);
+    }
+}
+
+#[inline(always)]
+fn each_pair(y: &[f32], dy: &mut [f32], f: impl Fn(f32, f32) -> f32) {
+    for (dy, y) in dy.iter_mut().zip(y) {
+        *dy = f(*y, *dy);
     }
 }

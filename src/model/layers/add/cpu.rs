@@ -37,6 +37,10 @@ impl Layer for Add {
 fn add(y: &mut [f32], x: &[f32]) {
     vectorized(
         #[inline(always)]
-        || y.iter_mut().zip(x).for_each(|(y, x)| *y += x),
+        || {
+            for (y, x) in y.iter_mut().zip(x) {
+                *y += x;
+            }
+        },
     );
 }

@@ -62,7 +62,8 @@ impl Layer for BatchNorm {
         let [weight, bias, running_mean, running_var] = [0, 1, 2, 3].map(|i| io.params[i].f32());
         let (factors, partial) = io.scratch.f32().split_at_mut(FACTORS * wide);
         let (mean, rest) = factors.split_at_mut(wide);
-        let (scale, shift) = rest.split_at_mut(wide);
+        let (scale, rest) = rest.split_at_mut(wide);
+        let shift = &mut rest[..wide];
         if pass.training {
             let saved = io.saved.f32();
             self.batch_statistics(x, partial, saved);
@@ -73,9 +74,9 @@ impl Layer for BatchNorm {
             spread(mean, c, |i| running_mean[i]);
             spread(scale, c, |i| weight[i] / (running_var[i] + self.epsilon).sqrt());
         }
-        spread(&mut shift[..wide], c, |i| bias[i]);
+        spread(shift, c, |i| bias[i]);
 
-        let (mean, scale, shift) = (&*mean, &*scale, &shift[..wide]);
+        let (mean, scale, shift) = (&*mean, &*scale, &*shift);
         (io.output.f32().par_chunks_mut(self.chunk), x.par_chunks(self.chunk)).into_par_iter().for_each(|(y, x)| {
             vectorized(
                 #[inline(always)]
@@ -197,11 +198,15 @@ impl BatchNorm {
 fn chunk_moments(c: usize, x: &[f32], mean: &mut [f32], squares: &mut [f32]) {
     mean.fill(0.0);
     for x in x.chunks(mean.len()) {
-        mean.iter_mut().zip(x).for_each(|(mean, x)| *mean += x);
+        for (mean, x) in mean.iter_mut().zip(x) {
+            *mean += x;
+        }
     }
     fold(mean, c);
     let count = (x.len() / c) as f32;
-    mean[..c].iter_mut().for_each(|mean| *mean /= count);
+    for mean in &mut mean[..c] {
+        *mean /= count;
+    }
     for start in (c..mean.len()).step_by(c) {
         mean.copy_within(..c, start);
     }
@@ -265,6 +270,8 @@ fn spread(wide: &mut [f32], c: usize, f: impl Fn(usize) -> f32) {
 fn fold(wide: &mut [f32], c: usize) {
     let (sum, rest) = wide.split_at_mut(c);
     for row in rest.chunks_exact(c) {
-        sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+        for (sum, value) in sum.iter_mut().zip(row) {
+            *sum += value;
+        }
     }
 }

@@ -201,6 +201,17 @@ fn all_three_products_equal_the_definition() {
 }
 
 #[test]
+fn blocks_of_a_part_add_up() {
+    // An image fills a block, and 35 images are more than there are parts.
+    let case = case((96, 96, 4), "filters = 2\nkernel = 1");
+    let values = case.values(35);
+    let found = case.run(&values, 35, 35, 2);
+    let [_, _, dweight, dbias] = case.reference(&values, 35);
+    assert_close("dweight", &case, &found.dweight, &dweight);
+    assert_close("dbias", &case, &found.dbias, &dbias);
+}
+
+#[test]
 fn threads_do_not_change_a_bit() {
     for case in CASES {
         let values = case.values(37);

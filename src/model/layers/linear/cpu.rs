@@ -16,9 +16,9 @@ use rayon::prelude::*;
 
 /// Units of a task of forward and of backward-weight.
 const TASK_UNITS: usize = 48;
-/// Inputs and units of a block of the weight in backward-data: 128 * 512 * 4 bytes = 256 KiB of L2.
-const BLOCK_INPUTS: usize = 128;
-const BLOCK_UNITS: usize = 512;
+/// Inputs and units of a block of the weight in backward-data: 384 * 192 * 4 bytes = 288 KiB of L2.
+const BLOCK_INPUTS: usize = 384;
+const BLOCK_UNITS: usize = 192;
 
 pub struct Linear {
     kernel: &'static Kernel,

@@ -115,7 +115,7 @@ fn all_three_products_equal_the_definition() {
         check(batch, batch + 3, inputs, units, Activation::None);
     }
     // More than one block of the weight in backward-data.
-    check(5, 5, 131, 517, Activation::Relu);
+    check(5, 5, 391, 197, Activation::Relu);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! 2r + 1 shifted adds of whole vectors. Nothing is saved for backward: to compute s again costs 2r + 1 adds a value, to
 //! save it would cost another activation (148 MB for AlexNet's first layer at batch 128) and its way through memory.
 
+use super::super::rows_per_task;
 use super::Lrn;
 use crate::error::Result;
 use crate::model::simd::vectorized;
@@ -22,12 +23,16 @@ pub struct Cpu {
 impl Layer for Cpu {
     fn forward(&mut self, _: &Pass, mut io: Forward<'_>) -> Result<()> {
         let (keys, c) = (self.keys, self.channels);
-        let pixels = super::super::rows_per_task(c * 16) * c;
+        let pixels = rows_per_task(c * 16) * c;
         (io.output.f32().par_chunks_mut(pixels), io.inputs[0].f32().par_chunks(pixels)).into_par_iter().for_each(
             |(y, x)| {
                 vectorized(
                     #[inline(always)]
-                    || y.chunks_exact_mut(c).zip(x.chunks_exact(c)).for_each(|(y, x)| forward_pixel(&keys, x, y)),
+                    || {
+                        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                            forward_pixel(&keys, x, y);
+                        }
+                    },
                 );
             },
         );
@@ -36,7 +41,7 @@ impl Layer for Cpu {
 
     fn backward(&mut self, _: &Pass, mut io: Backward<'_>) -> Result<()> {
         let (keys, c) = (self.keys, self.channels);
-        let pixels = super::super::rows_per_task(c * 32) * c;
+        let pixels = rows_per_task(c * 32) * c;
         let (x, dy) = (io.inputs[0].f32(), io.grad_output.f32());
         (io.grad_inputs[0].f32().par_chunks_mut(pixels), x.par_chunks(pixels), dy.par_chunks(pixels))
             .into_par_iter()
@@ -64,8 +69,9 @@ fn forward_pixel(keys: &Lrn, x: &[f32], y: &mut [f32]) {
         load(x, start, r, &mut squares[..y.len() + 2 * r], |x| x * x);
         let mut s = [0f32; WIDE];
         scales(keys, &squares, &mut s[..y.len()]);
-        for ((y, x), s) in y.iter_mut().zip(&x[start..]).zip(s) {
-            *y = x * power(s, keys.beta);
+        powers(keys.beta, &mut s[..y.len()]);
+        for ((y, x), power) in y.iter_mut().zip(&x[start..]).zip(&s) {
+            *y = x * power;
         }
     }
 }
@@ -86,9 +92,12 @@ fn backward_pixel(keys: &Lrn, x: &[f32], dy: &[f32], dx: &mut [f32]) {
         load(x, start, r, &mut xs[..near], |x| x);
         load(dy, start, r, &mut dys[..near], |dy| dy);
 
+        let mut powers_of_s = s;
+        powers(keys.beta, &mut powers_of_s[..near]);
         let mut shares = [0f32; WIDE];
-        for (((share, dy), x), s) in shares[..near].iter_mut().zip(&mut dys).zip(&xs).zip(&s) {
-            *dy *= power(*s, keys.beta);
+        for ((((share, dy), x), s), power) in shares[..near].iter_mut().zip(&mut dys).zip(&xs).zip(&s).zip(&powers_of_s)
+        {
+            *dy *= power;
             *share = *dy * x / s;
         }
         let mut sums = [0f32; WIDE];
@@ -113,7 +122,9 @@ fn load(x: &[f32], start: usize, halo: usize, padded: &mut [f32], f: impl Fn(f32
 #[inline(always)]
 fn scales(keys: &Lrn, squares: &[f32; WIDE], s: &mut [f32]) {
     add_neighbours(keys.depth_radius, squares, s);
-    s.iter_mut().for_each(|s| *s = keys.bias + keys.alpha * *s);
+    for s in s {
+        *s = keys.bias + keys.alpha * *s;
+    }
 }
 
 /// sums_i += values_i + ... + values_(i + 2r).
@@ -126,13 +137,17 @@ fn add_neighbours(r: usize, values: &[f32; WIDE], sums: &mut [f32]) {
     }
 }
 
-/// s^-beta; the usual 0.75 by two square roots, which are vector instructions.
+/// s = s^-beta; the usual 0.75 by two square roots, which are vector instructions.
 #[inline(always)]
-fn power(s: f32, beta: f32) -> f32 {
+fn powers(beta: f32, s: &mut [f32]) {
     if beta == 0.75 {
-        let root = s.sqrt();
-        1.0 / (root * root.sqrt())
+        for s in s {
+            let root = s.sqrt();
+            *s = 1.0 / (root * root.sqrt());
+        }
     } else {
-        s.powf(-beta)
+        for s in s {
+            *s = s.powf(-beta);
+        }
     }
 }
