@@ -262,3 +262,45 @@ impl Watcher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two ranks that are threads: what one says as it goes, the other knows.
+    #[test]
+    fn a_checkpoint_and_the_reason_of_an_end_are_told_to_the_others() {
+        let healths = [0, 1].map(|_| Health::new(Duration::from_secs(60)));
+        let watches: Vec<Watch> = std::thread::scope(|scope| {
+            let start = |(control, health): (Control, &Arc<Health>)| {
+                let health = health.clone();
+                scope.spawn(move || Watch::start(control, health).unwrap())
+            };
+            let started: Vec<_> = Control::local(2).unwrap().into_iter().zip(&healths).map(start).collect();
+            started.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let until = |what: &str, done: &dyn Fn() -> bool| {
+            let start = Instant::now();
+            while !done() {
+                assert!(start.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        };
+        healths[0].saved("runs/x/step-30");
+        until("the checkpoint", &|| healths[1].hint().contains("runs/x/step-30"));
+
+        healths[0].set(40, Phase::Backward);
+        let mut watches = watches.into_iter();
+        let (first, second) = (watches.next().unwrap(), watches.next().unwrap());
+        second.finish::<()>(&Err(Error::data("train.idx is cut off")));
+        until("the reason", &|| healths[0].failure().is_some());
+        first.finish(&Ok(()));
+        let failure = healths[0].check().unwrap_err();
+        assert_eq!(failure.kind(), Kind::PeerLost);
+        let text = failure.to_string();
+        assert!(text.starts_with(&format!("rank 1 (pid {} on host ", std::process::id())), "{text}");
+        let end = ") stopped: train.idx is cut off; rank 0 was in backward of step 40. Last checkpoint: runs/x/step-30; run \
+                   the same command again to go on from it.";
+        assert!(text.ends_with(end), "{text}");
+    }
+}

@@ -183,14 +183,18 @@ impl Table {
         )
     }
 
-    /// How a peer was lost, seen from this rank in `my_step`. A heartbeat is up to 0.2 s old, so steps may differ.
+    /// How a peer was lost, seen from this rank in `my_step`. The last heartbeat may be many short steps old, but a peer
+    /// is never more than one step away.
     pub fn lost(&self, rank: usize, beat: Beat, silent: Duration, my_step: u64) -> String {
         let Beat { step, phase, .. } = beat;
         let name = self.name(rank);
         if step == my_step {
             return format!("{name} was lost in step {step} while in {phase}");
         }
-        format!("{name} was lost; {:.1} s before, it was in {phase} of step {step}", silent.as_secs_f64())
+        format!(
+            "{name} was lost about step {my_step}; {:.1} s before, it was in {phase} of step {step}",
+            silent.as_secs_f64()
+        )
     }
 
     fn longest_wait(&self) -> Duration {
