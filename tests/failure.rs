@@ -101,10 +101,11 @@ fn a_killed_rank_ends_the_run_within_a_moment_and_is_named() {
 #[test]
 fn after_kills_in_the_middle_of_checkpoints_the_same_command_goes_on() {
     let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
     let mut newest = 0;
     for after_ms in [50, 83, 131] {
         let mut run = Run::start(&folder, 2, SAVING);
-        until("a newer checkpoint", || (checkpoints(&folder).last()? > &newest).then_some(()));
+        until("a newer checkpoint", || (checkpoints(&out).last()? > &newest).then_some(()));
         thread::sleep(Duration::from_millis(after_ms));
         let pids = run.pids();
         send(pids[0], Signal::KILL);
@@ -113,13 +114,13 @@ fn after_kills_in_the_middle_of_checkpoints_the_same_command_goes_on() {
             assert!(run.output().contains("going on from"), "{}", run.output());
         }
         assert!(!run.output().contains("is not used"), "no checkpoint is half a checkpoint\n{}", run.output());
-        newest = *checkpoints(&folder).last().unwrap();
+        newest = *checkpoints(&out).last().unwrap();
     }
     let mut run = Run::start(&folder, 2, SAVING);
-    until("a newer checkpoint", || (checkpoints(&folder).last()? > &newest).then_some(()));
+    until("a newer checkpoint", || (checkpoints(&out).last()? > &newest).then_some(()));
     send(run.launcher.id() as i32, Signal::TERM);
     assert_eq!(run.wait(), 75, "{}", run.output());
-    let leftovers = files(&folder).into_iter().filter(|file| file.contains("tmp")).collect::<Vec<_>>();
+    let leftovers = files(&out).into_iter().filter(|file| file.contains("tmp")).collect::<Vec<_>>();
     assert!(leftovers.is_empty(), "{leftovers:?}");
 }
 
@@ -188,7 +189,7 @@ fn a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used() 
     let folder = tempfile::tempdir().unwrap();
     let mut undisturbed = Run::start(&folder, 2, &["run.steps=30"]);
     assert_eq!(undisturbed.wait(), 0, "{}", undisturbed.output());
-    let steps = checkpoints(&folder);
+    let steps = checkpoints(&undisturbed.out);
     let [before, newest] = steps[..] else { panic!("two checkpoints are kept: {steps:?}") };
     let path = folder.path().join(format!("out/checkpoints/step-{newest:08}.safetensors"));
     let whole = fs::read(&path).unwrap();
@@ -238,11 +239,9 @@ impl Run {
         Run { launcher, ranks, out, output, readers }
     }
 
-    /// Waits until steps are being done and a checkpoint is there.
+    /// Waits until steps are being done, and a second checkpoint shows that the first is known to be there.
     fn trains(&mut self) {
-        let saved = || fs::read_dir(self.out.join("checkpoints")).is_ok_and(|mut files| files.next().is_some());
-        let logged = || fs::metadata(self.out.join("metrics.jsonl")).is_ok_and(|file| file.len() > 0);
-        until("the first steps", || (saved() && logged()).then_some(()));
+        until("the second checkpoint", || (checkpoints(&self.out).len() >= 2).then_some(()));
     }
 
     /// The processes of the ranks, by rank.
@@ -298,21 +297,20 @@ fn read_lines(from: impl Read + Send + 'static, output: &Arc<Mutex<String>>) -> 
     })
 }
 
-/// Steps of the checkpoints of the run in `folder`, ascending.
-fn checkpoints(folder: &TempDir) -> Vec<u64> {
-    let names = files(folder);
+/// Steps of the checkpoints of a run, ascending.
+fn checkpoints(out: &Path) -> Vec<u64> {
+    let names = files(out);
     let steps = names.iter().filter_map(|name| name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok());
     steps.collect::<BTreeSet<u64>>().into_iter().collect()
 }
 
-/// Names of all files of the run in `folder`.
-fn files(folder: &TempDir) -> Vec<String> {
+/// Names of all files of a run.
+fn files(out: &Path) -> Vec<String> {
     let names = |folder: &Path| {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
     };
-    let out = folder.path().join("out");
-    [names(&out), names(&out.join("checkpoints"))].concat()
+    [names(out), names(&out.join("checkpoints"))].concat()
 }
 
 fn send(pid: i32, signal: Signal) {

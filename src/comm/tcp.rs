@@ -171,7 +171,7 @@ impl Mesh for Sockets {
                 peer.writable = false;
                 Ok(0)
             }
-            Err(error) => Err(lost(to, error)),
+            Err(error) => Err(self.health.account(lost(to, error))),
         }
     }
 
@@ -181,14 +181,14 @@ impl Mesh for Sockets {
             return Ok(0);
         }
         match rustix::net::recv(&peer.socket, buffer, RecvFlags::DONTWAIT) {
-            Ok((_, 0)) => Err(lost(from, Errno::CONNRESET)),
+            Ok((_, 0)) => Err(self.health.account(lost(from, Errno::CONNRESET))),
             Ok((_, count)) => Ok(count),
             Err(Errno::AGAIN) => {
                 peer.readable = false;
                 Ok(0)
             }
             Err(Errno::INTR) => Ok(0),
-            Err(error) => Err(lost(from, error)),
+            Err(error) => Err(self.health.account(lost(from, error))),
         }
     }
 

@@ -60,7 +60,7 @@ const SLICE: Duration = Duration::from_millis(20);
 /// machine): not the peers' fault, so it does not count.
 const LONGEST_SLICE: Duration = Duration::from_secs(1);
 /// A broken connection is often seen before the watch knows whose death it was; so long its word is waited for.
-const VERDICT: Duration = Duration::from_millis(300);
+const ACCOUNT: Duration = Duration::from_millis(300);
 
 impl Health {
     /// `timeout`: how long a rank waits for others, `[parallel] timeout`.
@@ -126,13 +126,14 @@ impl Health {
     }
 
     fn poll(&self, poll: &mut impl FnMut(Duration) -> Result<bool>) -> Result<bool> {
-        poll(SLICE).map_err(|error| if error.kind() == Kind::PeerLost { self.verdict(error) } else { error })
+        poll(SLICE).map_err(|error| if error.kind() == Kind::PeerLost { self.account(error) } else { error })
     }
 
-    /// The watch's account of a lost peer, which knows rank, pid, step and phase; `error` if it has none.
-    fn verdict(&self, error: Error) -> Error {
+    /// The watch's account of a lost peer, which knows rank, pid, step and phase, for a connection that broke with
+    /// `error`; that one if the watch has none.
+    pub fn account(&self, error: Error) -> Error {
         let start = Instant::now();
-        while lock(&self.peers).is_some() && start.elapsed() < VERDICT {
+        while lock(&self.peers).is_some() && start.elapsed() < ACCOUNT {
             if let Some(failure) = self.failure() {
                 return failure;
             }
@@ -152,14 +153,14 @@ impl Health {
         let (waited, hint) = (waited.as_secs_f64(), self.hint());
         Error::peer_lost(format!(
             "{rank} has spent {waited:.1} s {what}, in {phase} of step {step}. {late}[parallel] timeout sets how long a rank \
-             waits.{hint}"
+             waits{hint}"
         ))
     }
 
-    /// Where to go on, as a sentence with a space in front.
+    /// Where to go on, as a sentence to be appended.
     pub(super) fn hint(&self) -> String {
         lock(&self.checkpoint).as_ref().map_or_else(String::new, |checkpoint| {
-            format!(" Last checkpoint: {checkpoint}; run the same command again to go on from it.")
+            format!(". Last checkpoint: {checkpoint}; run the same command again to go on from it")
         })
     }
 

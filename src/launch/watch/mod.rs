@@ -214,7 +214,7 @@ impl Watcher {
     fn fail(&self, what: impl FnOnce(&Table) -> String) {
         let what = self.health.peers().as_ref().map(what).unwrap_or_default();
         let (me, activity, hint) = (self.me, self.health.activity(), self.health.hint());
-        self.health.fail(Error::peer_lost(format!("{what}; rank {me} was {activity}.{hint}")));
+        self.health.fail(Error::peer_lost(format!("{what}; rank {me} was {activity}{hint}")));
     }
 
     fn tell(&mut self, message: &Message) {
@@ -300,7 +300,7 @@ mod tests {
         let text = failure.to_string();
         assert!(text.starts_with(&format!("rank 1 (pid {} on host ", std::process::id())), "{text}");
         let end = ") stopped: train.idx is cut off; rank 0 was in backward of step 40. Last checkpoint: runs/x/step-30; run \
-                   the same command again to go on from it.";
+                   the same command again to go on from it";
         assert!(text.ends_with(end), "{text}");
     }
 }
