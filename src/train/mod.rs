@@ -1,6 +1,7 @@
 //! Training. `join` makes this process a rank among its peers; `session` is the loop over steps; `learner` is the step:
 //! forward, backward, all-reduce, update.
 
+mod agreement;
 pub mod checkpoint;
 mod eval;
 mod gradient;

@@ -6,7 +6,7 @@ use super::gradient::Sums;
 use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress};
 use super::update::export_params;
-use super::{Options, Rank, setup};
+use super::{Options, Rank, agreement, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
@@ -41,12 +41,13 @@ pub struct Session<'a> {
 }
 
 /// Trains until the run ends. `Stopped` after a signal, with everything saved.
-pub fn train(config: &Config, options: &Options, rank: &Rank, comm: Box<dyn Communicator>) -> Result<()> {
+pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn Communicator>) -> Result<()> {
     let clock = Clock::start();
     let directory = options.directory(config);
     let checkpoints = config.checkpoint.directory.clone().unwrap_or_else(|| directory.join("checkpoints"));
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
+    agreement::check(config, &*parts.train, &mut *comm)?;
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
         0 => resume::find(&options.resume, &checkpoints, config, |state| learner.fits(state))?,

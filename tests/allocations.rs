@@ -1,0 +1,132 @@
+//! After the first steps a step allocates nothing: a run of more steps makes no more allocations. Counted over every
+//! thread of every rank: compute, communication, data workers, watch.
+
+use lockstep::config;
+use lockstep::launch::spawn;
+use lockstep::launch::world::{Launcher, World};
+use lockstep::train::{self, Options, Resume};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is the system allocator's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+        // SAFETY: the caller's contract is passed on.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's contract is passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Every kind of layer, several micro-batches a rank, an epoch's end with a short step every eight.
+const CONFIG: &str = r#"
+[run]
+name = "allocations"
+steps = 1
+[data]
+format = "shapes"
+train = 250
+test = 8
+augment = ["random_crop", "horizontal_flip", "normalize"]
+[batch]
+global = 32
+micro = 4
+[model]
+input = [32, 32, 3]
+layers = [
+    { type = "conv2d", filters = 8, kernel = 3, stride = 4, padding = "same", activation = "relu" },
+    { type = "lrn" },
+    { type = "conv2d", name = "thin", filters = 8, kernel = 3, groups = 8, padding = "same" },
+    { type = "batch_norm", name = "left", activation = "relu" },
+    { type = "conv2d", name = "right", filters = 8, kernel = 1, from = "thin" },
+    { type = "add", name = "sum", from = ["left", "right"] },
+    { type = "concat", from = ["sum", "left"] },
+    { type = "max_pool", name = "max", size = 2 },
+    { type = "avg_pool", size = 2 },
+    { type = "tanh" },
+    { type = "global_max_pool", name = "largest", from = "max" },
+    { type = "global_avg_pool", name = "mean", from = "tanh_10" },
+    { type = "concat", from = ["largest", "mean"] },
+    { type = "sigmoid" },
+    { type = "relu" },
+    { type = "flatten" },
+    { type = "dropout", rate = 0.1 },
+    { type = "linear", units = 10 },
+]
+[optimizer]
+type = "adam"
+lr = 0.001
+clip_norm = 1.0
+clip_value = 1.0
+l1 = 1e-6
+[parallel]
+bucket_mib = 0.0005
+[log]
+every_steps = 1000000
+[eval]
+every_steps = 1000000
+[checkpoint]
+every_steps = 1000000
+"#;
+
+#[test]
+fn a_step_allocates_nothing() {
+    for transport in ["shm", "tcp"] {
+        let (few, many) = (100, 500);
+        let [before, after] = [few, many].map(|steps| allocations(transport, steps));
+        for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
+            // One allocation a step would be 400 more; a heartbeat or two may fall into the longer run.
+            let more = after.saturating_sub(before);
+            assert!(more < 100, "{transport}, rank {rank}: {few} steps {before} allocations, {many} steps {after}");
+        }
+    }
+}
+
+/// Allocations of each of two ranks in a run of so many steps.
+fn allocations(transport: &str, steps: u64) -> [usize; 2] {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "program", "--nocapture"])
+        .env("ALLOCATIONS_FOLDER", folder.path())
+        .env("ALLOCATIONS_SETS", format!("run.steps={steps} parallel.transport={transport}"))
+        .status()
+        .unwrap();
+    assert!(status.success());
+    [0, 1].map(|rank| fs::read_to_string(folder.path().join(rank.to_string())).unwrap().parse().unwrap())
+}
+
+/// The program under test; a test of its own only in name.
+#[test]
+fn program() {
+    let Some(folder) = std::env::var_os("ALLOCATIONS_FOLDER").map(PathBuf::from) else { return };
+    let world = World::from_env(|name| std::env::var(name).ok()).unwrap();
+    if world.launcher == Launcher::None {
+        let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+        std::process::exit(spawn::launch(&std::env::current_exe().unwrap(), &args, 2).unwrap().into());
+    }
+    train(&folder);
+    fs::write(folder.join(world.rank.to_string()), ALLOCATIONS.load(Relaxed).to_string()).unwrap();
+    std::process::exit(0);
+}
+
+fn train(folder: &Path) {
+    let sets: Vec<String> = std::env::var("ALLOCATIONS_SETS").unwrap().split(' ').map(str::to_owned).collect();
+    let config = config::load(&folder.join("config.toml"), &sets).unwrap();
+    let options = Options { resume: Resume::Never, out: Some(folder.join("run")), verbosity: 0 };
+    train::run(&config, &options).unwrap();
+}
