@@ -1,44 +1,56 @@
-//! Files that are there whole or not at all: written under a temporary name in the same folder, flushed to the disk,
-//! renamed, and the folder flushed. A process killed in the middle leaves the old file as it was, and a temporary one
-//! that the next write into the folder clears away. A folder has one writer, the run's rank 0.
+//! Files that are there whole or not at all: written without a name, flushed to the disk, named, renamed into place, and
+//! the folder flushed. A process killed in the middle leaves the old file as it was and, where the file system can keep
+//! nameless files, nothing else; where it cannot, a temporary file that the next write into the folder clears away. A
+//! folder has one writer, the run's rank 0.
 
-use std::fs::{self, File, Permissions};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
-const TEMPORARY: &str = ".lockstep-tmp";
+const TEMPORARY: &str = ".next.lockstep-tmp";
 
 /// Makes or replaces `path`, creating its folder.
 pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
-    clear_leftovers(folder)?;
-    // tempfile makes private files; these are meant to be as readable as any other output.
-    let mut file = tempfile::Builder::new()
-        .prefix(".")
-        .suffix(TEMPORARY)
-        .permissions(Permissions::from_mode(0o666))
-        .tempfile_in(folder)?;
-    file.write_all(contents)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|failed| failed.error)?;
+    let temporary = folder.join(TEMPORARY);
+    clear(&temporary)?;
+    let replaced = write(folder, &temporary, contents).and_then(|()| fs::rename(&temporary, path));
+    if replaced.is_err() {
+        clear(&temporary)?;
+    }
+    replaced?;
     File::open(folder)?.sync_all()
 }
 
-fn clear_leftovers(folder: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().ends_with(TEMPORARY) {
-            fs::remove_file(entry.path())?;
-        }
+/// Leaves a whole and flushed file under the temporary name.
+fn write(folder: &Path, temporary: &Path, contents: &[u8]) -> io::Result<()> {
+    let nameless = open(folder, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(0o666));
+    let (mut file, named) = match nameless {
+        Ok(file) => (File::from(file), false),
+        Err(_) => (File::create(temporary)?, true),
+    };
+    file.write_all(contents)?;
+    file.sync_all()?;
+    if !named {
+        linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, temporary, AtFlags::SYMLINK_FOLLOW)?;
     }
     Ok(())
+}
+
+fn clear(temporary: &Path) -> io::Result<()> {
+    match fs::remove_file(temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn names(folder: &Path) -> Vec<String> {
         let entries = fs::read_dir(folder).unwrap();
@@ -68,7 +80,7 @@ mod tests {
     #[test]
     fn the_leftover_of_a_killed_write_is_cleared_by_the_next() {
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join(".Ab3xyz.lockstep-tmp"), "half").unwrap();
+        fs::write(folder.path().join(TEMPORARY), "half").unwrap();
         replace(&folder.path().join("a"), b"whole").unwrap();
         assert_eq!(names(folder.path()), ["a"]);
     }

@@ -4,6 +4,7 @@
 
 mod arena;
 
+use crate::error::{Error, Result};
 pub use arena::{ALIGN, Arena};
 use std::marker::PhantomData;
 
@@ -13,6 +14,14 @@ pub enum Place {
     Host,
     /// A GPU's memory; the address is meaningless to the CPU.
     Cuda,
+}
+
+/// Zeroed memory of a device.
+pub fn allocate(place: Place, bytes: usize) -> Result<Arena> {
+    match place {
+        Place::Host => Arena::host(bytes),
+        Place::Cuda => Err(Error::device("this build has no CUDA support; run on the CPU")),
+    }
 }
 
 /// Bytes that may be read. `Copy`, like `&[T]`.

@@ -144,3 +144,60 @@ pub struct Backward<'a> {
     pub saved: Slice<'a>,
     pub scratch: SliceMut<'a>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `y = 2 x` on a device: it gets addresses, hands them to its "kernel", and never asks for a CPU slice.
+    struct Doubling;
+
+    impl Layer for Doubling {
+        fn forward(&mut self, pass: &Pass, io: Forward<'_>) -> Result<()> {
+            launch(io.inputs[0].address(), io.output.address(), pass.batch);
+            Ok(())
+        }
+        fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()> {
+            launch(io.grad_output.address(), io.grad_inputs[0].address(), pass.batch);
+            Ok(())
+        }
+    }
+
+    fn launch(from: usize, to: usize, count: usize) {
+        for i in 0..count {
+            // SAFETY: the test lends `count` values at both addresses.
+            unsafe { *(to as *mut f32).add(i) = 2.0 * *(from as *const f32).add(i) };
+        }
+    }
+
+    /// A GPU's buffers fit behind the same trait: the net passes addresses on, and a CPU kernel that were given one
+    /// would assert instead of reading it.
+    #[test]
+    fn a_layer_of_another_device_stands_behind_the_same_trait() {
+        let memory = [1.0f32, 2.0, 3.0, 0.0, 0.0, 0.0].map(std::cell::Cell::new);
+        let at = |i: usize| memory[i].as_ptr() as usize;
+        // SAFETY: three values each, which only `launch` touches.
+        let read = unsafe { Slice::from_raw(Place::Cuda, at(0), 12) };
+        // SAFETY: as above.
+        let write = |i: usize| unsafe { SliceMut::from_raw(Place::Cuda, at(i), 12) };
+        let pass = Pass { batch: 3, training: true, first_sample: 0, share: 1.0 };
+        let mut layer: Box<dyn Layer> = Box::new(Doubling);
+        let (saved, scratch) = (SliceMut::empty(), SliceMut::empty());
+        layer.forward(&pass, Forward { inputs: &[read], output: write(3), params: &[], saved, scratch }).unwrap();
+        assert_eq!(memory.each_ref().map(|value| value.get()), [1.0, 2.0, 3.0, 2.0, 4.0, 6.0]);
+
+        let io = Backward {
+            inputs: &[],
+            output: Slice::empty(),
+            grad_output: write(3),
+            grad_inputs: &mut [write(0)],
+            params: &[],
+            grad_params: &mut [],
+            saved: Slice::empty(),
+            scratch: SliceMut::empty(),
+        };
+        layer.backward(&pass, io).unwrap();
+        assert_eq!(memory.each_ref().map(|value| value.get())[..3], [4.0, 8.0, 12.0]);
+        assert!(std::panic::catch_unwind(|| read.f32()[0]).is_err(), "a CPU kernel must not read device memory");
+    }
+}

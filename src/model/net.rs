@@ -70,7 +70,7 @@ impl Net {
         let plan = Plan::new(&spec, options, scratch);
         let memory =
             Arena::host(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
-        let params = Arena::host(table.len() * size_of::<f32>())?;
+        let params = device::allocate(options.place, table.len() * size_of::<f32>())?;
         let mut net = Net { spec, table, layers, plan, memory, params };
         net.initialise(options.seed);
         Ok(net)
