@@ -1,8 +1,10 @@
 //! Gradients are reduced while backward goes on. They lie in one arena in the order in which backward finishes them; a
 //! bucket is a contiguous range of it, all-reduced in place as soon as its last tensor is written.
 //!
-//!     training thread        backward ... start(0) ... start(1) ... start(2)  wait(0) update  wait(1) update ...
-//!     lockstep-comm thread               [ all-reduce 0 ][ all-reduce 1 ][ all-reduce 2 ]
+//! ```text
+//! training thread        backward ... start(0) ... start(1) ... start(2)  wait(0) update  wait(1) update ...
+//! lockstep-comm thread               [ all-reduce 0 ][ all-reduce 1 ][ all-reduce 2 ]
+//! ```
 //!
 //! Buckets are reduced one after the other, in the order in which they were started, which must be the same on all ranks.
 

@@ -2,8 +2,10 @@ use super::{At, Optimizer, Penalty, elementwise};
 
 /// Adadelta (Zeiler 2012; torch.optim.Adadelta):
 ///
-///     v <- rho v + (1 - rho) g^2         d = sqrt(u + eps) / sqrt(v + eps) * g
-///     u <- rho u + (1 - rho) d^2         w <- w - lr d
+/// ```text
+/// v <- rho v + (1 - rho) g^2         d = sqrt(u + eps) / sqrt(v + eps) * g
+/// u <- rho u + (1 - rho) d^2         w <- w - lr d
+/// ```
 pub(super) struct Adadelta {
     pub rho: f32,
     pub eps: f32,

@@ -2,7 +2,9 @@ use super::{At, Optimizer, Penalty, elementwise};
 
 /// Adagrad (Duchi, Hazan, Singer 2011; torch.optim.Adagrad). With t the number of updates before this one:
 ///
-///     s <- s + g^2         w <- w - lr / (1 + t lr_decay) * g / (sqrt(s) + eps)
+/// ```text
+/// s <- s + g^2         w <- w - lr / (1 + t lr_decay) * g / (sqrt(s) + eps)
+/// ```
 pub(super) struct Adagrad {
     pub eps: f32,
     pub lr_decay: f32,

@@ -2,8 +2,10 @@ use super::{At, Optimizer, Penalty, elementwise};
 
 /// Adam (Kingma and Ba 2015; torch.optim.Adam). With t the number of this update, from 1:
 ///
-///     m <- m + (1 - beta1) (g - m)         v <- beta2 v + (1 - beta2) g^2
-///     w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+/// ```text
+/// m <- m + (1 - beta1) (g - m)         v <- beta2 v + (1 - beta2) g^2
+/// w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+/// ```
 pub(super) struct Adam {
     pub betas: [f64; 2],
     pub eps: f32,

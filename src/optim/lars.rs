@@ -2,8 +2,10 @@ use super::{At, Optimizer, Penalty, elementwise};
 
 /// Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, algorithm 1). The norms are of the whole tensor:
 ///
-///     rate = lr * trust_coefficient |w| / (|g| + weight_decay |w| + eps)
-///     b <- momentum b + rate (g + weight_decay w)         w <- w - b
+/// ```text
+/// rate = lr * trust_coefficient |w| / (|g| + weight_decay |w| + eps)
+/// b <- momentum b + rate (g + weight_decay w)         w <- w - b
+/// ```
 ///
 /// A tensor whose weight or gradient is all zero (a fresh bias) has no ratio to trust and takes the plain rate, lr.
 /// An L1 penalty is added to g in the second line only.

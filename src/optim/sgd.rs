@@ -2,7 +2,9 @@ use super::{At, Optimizer, Penalty, elementwise};
 
 /// Stochastic gradient descent (torch.optim.SGD with dampening 0):
 ///
-///     b <- momentum b + g         w <- w - lr b,   nesterov: w <- w - lr (g + momentum b)
+/// ```text
+/// b <- momentum b + g         w <- w - lr b,   nesterov: w <- w - lr (g + momentum b)
+/// ```
 ///
 /// PyTorch starts b as the first gradient, which is what momentum * 0 + g gives.
 pub(super) struct Sgd {

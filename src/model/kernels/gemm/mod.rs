@@ -10,7 +10,9 @@
 //! The right matrix is packed into panels of `nr` columns, k-major, so that the kernel reads it in order. Ahead of its
 //! K rows each panel has one more: the values at which the sums start (a bias, or zeros).
 //!
-//!     packed B:  [panel: N / nr] [start row, then K rows] [nr values, zeros beyond column N]
+//! ```text
+//! packed B:  [panel: N / nr] [start row, then K rows] [nr values, zeros beyond column N]
+//! ```
 //!
 //! The kernel computes an mr x nr tile of C in registers: per k, `nr / lanes` vector loads of B, one table entry,
 //! mr broadcasts of A, and mr * nr / lanes multiply-adds. The floor is the arithmetic: a Zen 3 core retires two 8-lane

@@ -1,6 +1,8 @@
 //! Batch normalisation (Ioffe and Szegedy 2015) of each channel over samples and pixels:
 //!
-//!     y = activation(weight * (x - mean) / sqrt(variance + epsilon) + bias)
+//! ```text
+//! y = activation(weight * (x - mean) / sqrt(variance + epsilon) + bias)
+//! ```
 //!
 //! In training, mean and (biased) variance are those of the call's own samples: each rank, and each micro-batch,
 //! normalises by itself, as in PyTorch's DistributedDataParallel. The running statistics that evaluation uses are a

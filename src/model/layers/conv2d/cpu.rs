@@ -1,9 +1,11 @@
 //! Convolution as an implicit GEMM: 2 * OH * OW * F * taps FLOP a sample in each of the three products
 //! (taps = KH * KW * C / groups), whose rows are
 //!
-//!     forward            y  (pixels, F)    = im2col(x) (pixels, taps)  W (taps, F)
-//!     backward, weight   dW (taps, F)      = im2col(x)^T (taps, pixels)  dy (pixels, F)
-//!     backward, data     dx (pixels, C)    = im2col(dy) (pixels, KH * KW * F)  flipped W^T (KH * KW * F, C)
+//! ```text
+//! forward            y  (pixels, F)    = im2col(x) (pixels, taps)  W (taps, F)
+//! backward, weight   dW (taps, F)      = im2col(x)^T (taps, pixels)  dy (pixels, F)
+//! backward, data     dx (pixels, C)    = im2col(dy) (pixels, KH * KW * F)  flipped W^T (KH * KW * F, C)
+//! ```
 //!
 //! None of the im2col matrices is written down: the image is copied once with zeros around it, and an element's place in
 //! the copy is the sum of what its pixel and what its tap contributes, which is how `gemm` addresses its left matrix.

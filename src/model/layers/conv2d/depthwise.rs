@@ -1,7 +1,9 @@
 //! As many groups as channels and filters: the three products of a convolution fall apart into one for each channel,
 //! too small for matrices. Instead the vectors run over channels, which lie side by side everywhere:
 //!
-//!     C(i, c) (+)= sum over k of A(i, k, c) * B(k, c)
+//! ```text
+//! C(i, c) (+)= sum over k of A(i, k, c) * B(k, c)
+//! ```
 //!
 //! with A and C addressed by the same tables as in the matrix products, A(i, k, c) = data[rows[i] + cols[k] + c]. Two
 //! FLOP need two loads, so a Zen 3 core (two vector loads a cycle) cannot pass a quarter of its arithmetic.

@@ -1,8 +1,10 @@
 //! A linear layer's three products, each 2 * batch * inputs * units FLOP:
 //!
-//!     forward            y^T (units, batch)  = W (units, inputs)  x^T (inputs, batch)
-//!     backward, weight   dW (units, inputs)  = dy^T (units, batch)  x (batch, inputs)
-//!     backward, data     dx (batch, inputs)  = dy (batch, units)  W (units, inputs)
+//! ```text
+//! forward            y^T (units, batch)  = W (units, inputs)  x^T (inputs, batch)
+//! backward, weight   dW (units, inputs)  = dy^T (units, batch)  x (batch, inputs)
+//! backward, data     dx (batch, inputs)  = dy (batch, units)  W (units, inputs)
+//! ```
 //!
 //! The weight is the largest of the matrices: where it stands on the left it is read in place, once, and the output
 //! comes out transposed, which is cheap to undo. In backward-data it stands on the right and is packed block by block,

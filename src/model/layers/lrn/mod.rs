@@ -1,6 +1,8 @@
 //! Local response normalisation across channels (Krizhevsky, Sutskever, Hinton 2012, section 3.3):
 //!
-//!     b_i = a_i / s_i^beta        s_i = bias + alpha * sum over |j - i| <= depth_radius of a_j^2
+//! ```text
+//! b_i = a_i / s_i^beta        s_i = bias + alpha * sum over |j - i| <= depth_radius of a_j^2
+//! ```
 //!
 //! PyTorch's `LocalResponseNorm(size, alpha, beta, k)` divides alpha by the size of the neighbourhood: it is this layer
 //! with size = 2 * depth_radius + 1, PyTorch's alpha = (2 * depth_radius + 1) * alpha, and k = bias.

@@ -1,0 +1,215 @@
+//! Whole runs: equal bits whatever the ranks and the transport, and through every interruption.
+
+use assert_cmd::Command;
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// 150 training samples are 4.7 steps of 32, so every epoch ends with a short one; validation, dropout, batch statistics
+/// and clipping are all there. Sixteen micro-batches a step serve up to 8 ranks, two each.
+const CONFIG: &str = r#"
+[run]
+name = "run"
+seed = 3
+epochs = 3
+[data]
+format = "shapes"
+train = 200
+test = 70
+validation = 0.25
+augment = ["random_crop", "horizontal_flip", "normalize"]
+[batch]
+global = 32
+micro = 2
+[model]
+input = [32, 32, 3]
+[[model.layers]]
+type = "conv2d"
+name = "conv1"
+filters = 6
+kernel = 3
+stride = 4
+[[model.layers]]
+type = "batch_norm"
+activation = "relu"
+[[model.layers]]
+type = "dropout"
+rate = 0.2
+[[model.layers]]
+type = "conv2d"
+name = "conv2"
+filters = 12
+kernel = 3
+stride = 2
+activation = "relu"
+[[model.layers]]
+type = "global_avg_pool"
+[[model.layers]]
+type = "linear"
+units = 10
+[optimizer]
+type = "adam"
+lr = 0.01
+clip_norm = 1.0
+[parallel]
+bucket_mib = 0.001
+[log]
+every_steps = 1
+"#;
+
+fn trainer(out: &Path, ranks: usize, settings: &[&str]) -> Command {
+    let config = out.with_extension("toml");
+    fs::write(&config, CONFIG).unwrap();
+    let mut command = Command::cargo_bin("trainer").unwrap();
+    command.args(["-n", &ranks.to_string(), "--config"]).arg(config).arg("--out").arg(out);
+    for setting in settings {
+        command.args(["--set", setting]);
+    }
+    command.timeout(Duration::from_secs(300));
+    command
+}
+
+fn summary(out: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(out.join("summary.json")).unwrap()).unwrap()
+}
+
+fn digest(out: &Path) -> String {
+    summary(out)["weights_digest"].as_str().unwrap().to_owned()
+}
+
+/// A finished run's digest.
+fn run(folder: &TempDir, name: &str, ranks: usize, settings: &[&str]) -> String {
+    let out = folder.path().join(name);
+    trainer(&out, ranks, settings).assert().success();
+    digest(&out)
+}
+
+#[test]
+fn ranks_transports_threads_and_buckets_do_not_change_a_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let one = run(&folder, "1", 1, &[]);
+    for (name, ranks, settings) in [
+        ("again", 1, &[][..]),
+        ("2", 2, &[]),
+        ("4", 4, &[]),
+        ("8", 8, &[]),
+        ("tcp2", 2, &["parallel.transport=tcp"]),
+        ("tcp4", 4, &["parallel.transport=tcp"]),
+        ("late", 2, &["parallel.overlap=false"]),
+        ("whole", 2, &["parallel.bucket_mib=64"]),
+        ("workers", 2, &["data.workers=3"]),
+    ] {
+        assert_eq!(run(&folder, name, ranks, settings), one, "{name}");
+    }
+    assert_ne!(run(&folder, "seed", 1, &["run.seed=4"]), one);
+}
+
+#[test]
+fn without_micro_batches_two_runs_and_both_transports_still_agree() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = |transport| [transport, "batch.micro=16", "batch.global=48"];
+    let shm = run(&folder, "shm", 3, &settings("parallel.transport=shm"));
+    assert_eq!(run(&folder, "again", 3, &settings("parallel.transport=shm")), shm);
+    assert_eq!(run(&folder, "tcp", 3, &settings("parallel.transport=tcp")), shm);
+}
+
+/// Ended after any number of steps and continued on any number of ranks, a run uses the samples of the uninterrupted
+/// one: a single sample used twice or left out would change the weights.
+#[test]
+fn a_run_in_pieces_on_changing_ranks_ends_with_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = run(&folder, "whole", 2, &[]);
+    for (name, pieces) in [("a", [(2, 3), (1, 7)]), ("b", [(2, 6), (4, 11)]), ("c", [(8, 5), (2, 14)])] {
+        let out = folder.path().join(name);
+        for (ranks, steps) in pieces {
+            trainer(&out, ranks, &[&format!("run.steps={steps}")]).assert().success();
+            assert_eq!(summary(&out)["stopped_by"], "steps");
+        }
+        trainer(&out, 4, &[]).assert().success();
+        assert_eq!(digest(&out), whole, "{pieces:?}");
+        let metrics = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let steps: Vec<u64> = metrics
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap())
+            .filter(|record| record["kind"] == "train")
+            .map(|record| record["step"].as_u64().unwrap())
+            .collect();
+        assert_eq!(steps, (1..=15).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_complete_run_says_so_and_how_to_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    trainer(&out, 2, &[]).assert().success();
+    let before = fs::read(out.join("summary.json")).unwrap();
+    let again = trainer(&out, 2, &[]).assert().success().get_output().clone();
+    let said = String::from_utf8_lossy(&again.stdout).into_owned();
+    assert!(said.contains("is complete: it has done its 3 epochs") && said.contains("--set run.epochs"), "{said}");
+    assert_eq!(fs::read(out.join("summary.json")).unwrap(), before);
+
+    trainer(&out, 2, &["run.epochs=4"]).assert().success();
+    assert_eq!(summary(&out)["epochs"], 4);
+
+    let other = trainer(&out, 2, &["optimizer.lr=0.02"]).assert().code(2).get_output().clone();
+    let said = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(said.contains("optimizer.lr") && said.contains("--resume none"), "{said}");
+    trainer(&out, 2, &["optimizer.lr=0.02"]).args(["--resume", "none"]).assert().success();
+    assert!(out.join("checkpoints.1").is_dir(), "the earlier checkpoints are moved, not lost");
+}
+
+#[test]
+fn every_sample_is_counted_once_in_metrics_and_evaluation() {
+    let folder = tempfile::tempdir().unwrap();
+    for ranks in [1, 4] {
+        let out = folder.path().join(ranks.to_string());
+        trainer(&out, ranks, &["log.every_steps=5"]).assert().success();
+        let summary = summary(&out);
+        // 150 samples an epoch in the last one; accuracies are whole numbers of samples.
+        for (accuracy, samples) in [("train_accuracy", 150.0), ("val_accuracy", 50.0), ("test_accuracy", 70.0)] {
+            let correct = summary[accuracy].as_f64().unwrap() * samples;
+            assert!((correct - correct.round()).abs() < 1e-6, "{ranks} ranks: {accuracy} is {correct} of {samples}");
+        }
+    }
+}
+
+#[test]
+fn eval_gives_the_numbers_of_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    trainer(&out, 2, &[]).assert().success();
+    let checkpoint = out.join("checkpoints/step-00000015.safetensors");
+    let mut eval = Command::cargo_bin("trainer").unwrap();
+    eval.args(["-n", "2", "eval", "--config"]).arg(out.with_extension("toml")).arg("--checkpoint").arg(checkpoint);
+    let said = String::from_utf8_lossy(&eval.assert().success().get_output().stdout).into_owned();
+    let accuracy = format!("accuracy {:.4}", summary(&out)["test_accuracy"].as_f64().unwrap());
+    assert!(said.lines().any(|line| line.to_lowercase().starts_with("test") && line.contains(&accuracy)), "{said}");
+}
+
+#[test]
+fn target_accuracy_and_minutes_end_a_run_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, setting) in [("target_accuracy", "run.target_accuracy=0.01"), ("max_minutes", "run.max_minutes=1e-9")] {
+        let out = folder.path().join(name);
+        trainer(&out, 2, &[setting]).assert().success();
+        let summary = summary(&out);
+        assert_eq!(summary["stopped_by"], name);
+        assert!(summary["test_accuracy"].is_f64() && summary["steps"].as_u64().unwrap() < 15, "{summary}");
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_with_code_5_and_names_step_and_layer() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let settings = ["optimizer.type=\"sgd\"", "optimizer.lr=1e30", "optimizer.clip_norm=1e30"];
+    let output = trainer(&out, 2, &settings).assert().code(5).get_output().clone();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("not finite") || said.contains("NaN") || said.contains("inf"), "{said}");
+    assert!(said.contains("in step 2") || said.contains("in step 3"), "{said}");
+    assert!(said.contains("layer `") || said.contains("parameter `"), "{said}");
+    assert_eq!(summary(&out)["stopped_by"], "error");
+}
