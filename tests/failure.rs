@@ -179,12 +179,10 @@ fn every_signal_saves_and_exits_75_and_says_so_once() {
     }
 }
 
-/// What is done to a checkpoint's bytes, and what is said of it.
-type Damage = (&'static str, fn(&mut Vec<u8>), &'static str);
-
 #[test]
 fn a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used() {
-    let damages: [Damage; 3] = [
+    type Spoil = fn(&mut Vec<u8>);
+    let damages: [(&str, Spoil, &str); 3] = [
         ("truncated", |bytes| bytes.truncate(bytes.len() / 2), "is truncated or not a safetensors file"),
         ("bit-flipped", |bytes| *bytes.last_mut().unwrap() ^= 1, "is damaged"),
         ("foreign", |bytes| *bytes = b"\x02\0\0\0\0\0\0\0{}".to_vec(), "is a safetensors file, but not a checkpoint"),

@@ -267,33 +267,35 @@ impl Watcher {
 mod tests {
     use super::*;
 
-    /// Two ranks that are threads: what one says as it goes, the other knows.
+    fn until(what: &str, done: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ranks that are threads of this process; `start` is what each does with its end of the star.
+    fn ranks<T: Send>(size: usize, start: impl Fn(usize, Control) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let start = &start;
+            let controls = Control::local(size).unwrap().into_iter().enumerate();
+            let threads: Vec<_> = controls.map(|(rank, control)| scope.spawn(move || start(rank, control))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
     #[test]
     fn a_checkpoint_and_the_reason_of_an_end_are_told_to_the_others() {
         let healths = [0, 1].map(|_| Health::new(Duration::from_secs(60)));
-        let watches: Vec<Watch> = std::thread::scope(|scope| {
-            let start = |(control, health): (Control, &Arc<Health>)| {
-                let health = health.clone();
-                scope.spawn(move || Watch::start(control, health).unwrap())
-            };
-            let started: Vec<_> = Control::local(2).unwrap().into_iter().zip(&healths).map(start).collect();
-            started.into_iter().map(|thread| thread.join().unwrap()).collect()
-        });
-        let until = |what: &str, done: &dyn Fn() -> bool| {
-            let start = Instant::now();
-            while !done() {
-                assert!(start.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
-                std::thread::sleep(Duration::from_millis(5));
-            }
-        };
+        let watches = ranks(2, |rank, control| Watch::start(control, healths[rank].clone()).unwrap());
+        let [first, second] = <[Watch; 2]>::try_from(watches).ok().unwrap();
         healths[0].saved("runs/x/step-30");
-        until("the checkpoint", &|| healths[1].hint().contains("runs/x/step-30"));
+        until("the checkpoint", || healths[1].hint().contains("runs/x/step-30"));
 
         healths[0].set(40, Phase::Backward);
-        let mut watches = watches.into_iter();
-        let (first, second) = (watches.next().unwrap(), watches.next().unwrap());
         second.finish::<()>(&Err(Error::data("train.idx is cut off")));
-        until("the reason", &|| healths[0].failure().is_some());
+        until("the reason", || healths[0].failure().is_some());
         first.finish(&Ok(()));
         let failure = healths[0].check().unwrap_err();
         assert_eq!(failure.kind(), Kind::PeerLost);
@@ -302,5 +304,22 @@ mod tests {
         let end = ") stopped: train.idx is cut off; rank 0 was in backward of step 40. Last checkpoint: runs/x/step-30; run \
                    the same command again to go on from it";
         assert!(text.ends_with(end), "{text}");
+    }
+
+    #[test]
+    fn a_death_is_told_to_those_who_have_no_link_to_the_dead() {
+        let healths = [0, 1].map(|_| Health::new(Duration::from_secs(60)));
+        let watches = ranks(3, |rank, mut control| match healths.get(rank) {
+            Some(health) => Some(Watch::start(control, health.clone()).unwrap()),
+            // Dies as soon as it has said who it is.
+            None => control.all_gather(b"4711 far").map(|_| None).unwrap(),
+        });
+        until("the death", || healths[1].failure().is_some());
+        watches.into_iter().flatten().for_each(|watch| watch.finish(&Ok(())));
+        let text = healths[1].check().unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "rank 2 (pid 4711 on host far) was lost in step 0 while in start; rank 1 was in start of step 0"
+        );
     }
 }
