@@ -128,7 +128,7 @@ impl Net {
                 self.backward_node(node, pass, images.into(), grads)?;
             }
             if let Some(last) = self.table.of_node(node).last() {
-                done(last.range.end)?;
+                done(last.end_of_line())?;
             }
         }
         Ok(())

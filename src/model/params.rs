@@ -105,6 +105,13 @@ pub struct Param {
     pub range: Range<usize>,
 }
 
+impl Param {
+    /// Where the next tensor may start: the end of the cache line in which this one ends.
+    pub fn end_of_line(&self) -> usize {
+        self.range.end.next_multiple_of(TAIL)
+    }
+}
+
 /// Every parameter of a net, laid out once. The order is that in which backward finishes the gradients (last layer
 /// first), so that what is ready to be reduced is always a prefix, and a bucket a contiguous range. Behind the last
 /// tensor lies a tail of `TAIL` elements in which the loss, the counts and the flags of a step are summed over ranks
@@ -139,7 +146,7 @@ impl ParamTable {
         let mut end = 0;
         for param in &mut params {
             param.range = end..end + param.spec.len();
-            end = param.range.end.next_multiple_of(TAIL);
+            end = param.end_of_line();
         }
         ParamTable { params, tail: end..end + TAIL }
     }
@@ -172,7 +179,7 @@ impl ParamTable {
         let mut buckets = Vec::new();
         let mut start = 0;
         for (i, param) in self.params.iter().enumerate() {
-            let end = param.range.end.next_multiple_of(TAIL);
+            let end = param.end_of_line();
             let layer_ends = self.params.get(i + 1).is_none_or(|next| next.node != param.node);
             if layer_ends && (end - start) * size_of::<f32>() >= bytes {
                 buckets.push(start..end);

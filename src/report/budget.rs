@@ -78,9 +78,9 @@ impl Budget {
         self.spent.iter().sum::<Duration>().as_secs_f64()
     }
 
-    /// Without evaluation and checkpoints: what throughput is measured over.
+    /// What steps are made of, and so what throughput and shares are measured over.
     pub fn training_seconds(&self) -> f64 {
-        self.total_seconds() - self.seconds(Evaluation) - self.seconds(Checkpoint)
+        [Compute, Communication, Waiting, Data].map(|category| self.seconds(category)).iter().sum()
     }
 
     /// Share of the training time, 0 to 1.

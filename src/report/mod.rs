@@ -86,6 +86,11 @@ pub struct Report {
 /// Seconds between changes of the bar's text, long enough to read it.
 const SHOW_SECONDS: f64 = 0.5;
 
+/// Whether `directory` holds the results of a run that ended in order after `step`.
+pub fn has_results(directory: &Path, step: u64) -> bool {
+    Summary::is_of(&directory.join("summary.json"), step)
+}
+
 impl Report {
     /// Opens `metrics.jsonl`, cutting off what lies beyond `setup.first_step`, and shows the bar if the outputs are a
     /// terminal. A `log_every` of 0 logs nothing.

@@ -6,6 +6,7 @@ use crate::atomic_file;
 use crate::error::{Context, Kind, Result};
 use indicatif::HumanCount;
 use serde::Serialize;
+use serde_json::Value;
 use std::fmt;
 use std::path::Path;
 
@@ -88,6 +89,14 @@ impl Summary {
             waiting: budget.share(Category::Waiting),
             slowest_rank: ending.budget.slowest(),
         }
+    }
+
+    /// Whether `path` holds the results of a run that ended in order after `step`.
+    pub(super) fn is_of(path: &Path, step: u64) -> bool {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let summary: Value = serde_json::from_str(&text).unwrap_or_default();
+        let stopped_by = summary["stopped_by"].as_str();
+        summary["steps"] == step && stopped_by.is_some_and(|by| by != "signal" && by != "error")
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {

@@ -36,11 +36,8 @@ pub fn check(config: &Config, train: &dyn Dataset, comm: &mut dyn Communicator) 
 fn encode(facts: &[blake3::Hash; FACTS.len()]) -> [f32; WORDS] {
     let mut words = [0.0; WORDS];
     for (pair, fact) in words.chunks_exact_mut(2).zip(facts) {
-        let bytes = fact.as_bytes();
-        pair.copy_from_slice(bytemuck::cast_slice::<[u8; 4], f32>(&[
-            [bytes[0], bytes[1], bytes[2], bytes[3]],
-            [bytes[4], bytes[5], bytes[6], bytes[7]],
-        ]));
+        let [a, b, c, d, e, f, g, h, ..] = *fact.as_bytes();
+        pair.copy_from_slice(&[f32::from_le_bytes([a, b, c, d]), f32::from_le_bytes([e, f, g, h])]);
     }
     words
 }

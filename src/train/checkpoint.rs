@@ -110,6 +110,11 @@ pub fn newest(folder: &Path, accept: impl Fn(&State) -> Result<()>) -> Result<Op
     Ok(None)
 }
 
+/// Steps of the checkpoints in `folder`, whole or not, the newest first.
+pub fn steps(folder: &Path) -> Result<Vec<u64>> {
+    Ok(list(folder)?.into_iter().map(|(step, _)| step).collect())
+}
+
 /// Reads and verifies one checkpoint. The error says what is wrong with the file; the caller names it.
 pub fn load(path: &Path) -> Result<State> {
     // A device or a pipe has no end.

@@ -1,13 +1,15 @@
 //! Evaluation: every rank takes its share of the set, and the sums go round once.
 
-use super::learner::Learner;
 use crate::data::Dataset;
 use crate::data::queue::{DataQueue, Loader};
 use crate::device::SliceMut;
 use crate::error::Result;
 use crate::model::Pass;
+use crate::model::loss::Loss;
+use crate::model::net::Net;
 use crate::report::{Evaluation, Set};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The sets that a run is judged by.
 pub struct Evaluator {
@@ -29,8 +31,15 @@ impl Evaluator {
         }
     }
 
-    /// Loss and accuracy over all ranks' shares of a set. Collective. `step` and `epoch` are passed through.
-    pub fn run(&self, set: Set, learner: &mut Learner, step: u64, epoch: u64) -> Result<Evaluation> {
+    /// Loss and accuracy over all ranks' shares of a set. `at` is the step and epoch to report; `all_reduce` adds up what
+    /// the ranks found.
+    pub fn run(
+        &self,
+        set: Set,
+        (net, loss): (&mut Net, &Loss),
+        at: (u64, u64),
+        all_reduce: impl FnOnce(SliceMut<'_>) -> Result<Duration>,
+    ) -> Result<Evaluation> {
         let dataset = match (set, &self.validation) {
             (Set::Validation, Some(validation)) => validation,
             _ => &self.test,
@@ -39,18 +48,18 @@ impl Evaluator {
         let (mut loss_sum, mut correct) = (0.0, 0);
         while let Some(batch) = queue.next()? {
             let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };
-            learner.net.forward(&pass, &batch.images)?;
-            let out = learner.loss.evaluate(learner.net.output(&pass), &batch.labels);
+            net.forward(&pass, &batch.images)?;
+            let out = loss.evaluate(net.output(&pass), &batch.labels);
             loss_sum += f64::from(out.loss_sum);
             correct += out.correct;
         }
         let mut sums = [loss_sum as f32, correct as f32];
-        learner.gradient.reducer().with(|comm| comm.all_reduce(SliceMut::from(&mut sums[..])))?;
+        all_reduce(SliceMut::from(&mut sums[..]))?;
         let [loss_sum, correct] = sums;
         Ok(Evaluation {
             set,
-            step,
-            epoch,
+            step: at.0,
+            epoch: at.1,
             loss_sum: f64::from(loss_sum),
             correct: correct as u64,
             samples: dataset.len() as u64,

@@ -60,7 +60,7 @@ pub struct Work<'a> {
     pub queue: &'a mut DataQueue,
     pub clock: &'a mut Clock,
     pub health: &'a Health,
-    /// Updates done before this step.
+    /// Number of this step, from 1.
     pub step: u64,
     /// Samples of an epoch: with the position, a sample's place in the run.
     pub samples: usize,
@@ -71,9 +71,10 @@ pub struct Work<'a> {
 }
 
 pub struct Gradient {
+    /// Before the arenas, so that it is dropped before them: its thread may still be at work in one after an error.
+    outbox: Outbox,
     /// By depth of the tree.
     arenas: Vec<Arena>,
-    outbox: Outbox,
     /// This rank's micro-batches of a step.
     micros: usize,
     tail: Range<usize>,

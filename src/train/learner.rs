@@ -53,7 +53,7 @@ impl Learner {
             queue,
             clock,
             health,
-            step: number,
+            step: number + 1,
             samples: self.samples,
             flags,
             non_finite: None,
@@ -66,7 +66,7 @@ impl Learner {
             self.reduce_all_then_update(at, clock, health)?;
         } else {
             for bucket in 0..self.gradient.buckets() {
-                self.wait(bucket, at.step, clock, health)?;
+                self.wait(bucket, at, clock, health)?;
                 self.update(bucket, 1.0, at, clock, health);
             }
         }
@@ -82,7 +82,7 @@ impl Learner {
     fn reduce_all_then_update(&mut self, at: At, clock: &mut Clock, health: &Health) -> Result<()> {
         let mut squares = 0.0;
         for bucket in 0..self.gradient.buckets() {
-            self.wait(bucket, at.step, clock, health)?;
+            self.wait(bucket, at, clock, health)?;
             let (range, grads) = self.gradient.bucket(bucket);
             squares += Updater::squares(self.net.table(), &range, grads);
         }
@@ -91,16 +91,16 @@ impl Learner {
         Ok(())
     }
 
-    fn wait(&mut self, bucket: usize, step: u64, clock: &mut Clock, health: &Health) -> Result<()> {
+    fn wait(&mut self, bucket: usize, at: At, clock: &mut Clock, health: &Health) -> Result<()> {
         clock.lap(Category::Compute);
-        health.set(step, Phase::AllReduce);
+        health.set(at.step + 1, Phase::AllReduce);
         let waited = self.gradient.wait(bucket)?;
         clock.lap_communication(waited);
         Ok(())
     }
 
     fn update(&mut self, bucket: usize, factor: f32, at: At, clock: &mut Clock, health: &Health) {
-        health.set(at.step, Phase::Update);
+        health.set(at.step + 1, Phase::Update);
         let (range, grads) = self.gradient.bucket(bucket);
         self.updater.update(&mut self.net, &range, grads, factor, at);
         clock.lap(Category::Compute);

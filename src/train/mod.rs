@@ -54,18 +54,20 @@ pub fn run(config: &Config, options: &Options) -> Result<()> {
 
 /// Evaluates a checkpoint on the validation split, if there is one, and on the test set; rank 0 gets to print.
 pub fn evaluate(config: &Config, checkpoint: &Path, verbosity: i8) -> Result<()> {
-    join(&config.parallel, verbosity, |rank, comm| {
+    join(&config.parallel, verbosity, |rank, mut comm| {
         let state =
             checkpoint::load(checkpoint).map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
-        let mut learner = setup::learner(config, &plan, &parts, comm)?;
-        update::import_params(&mut learner.net, &state)
+        let mut net = setup::net(config, &plan, false)?;
+        let loss = setup::loss(config, &net, &*parts.train)?;
+        update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let evaluator = setup::evaluator(&plan, &parts, &rank.world, parts.loader(config)?);
         let sets = if evaluator.validation.is_some() { &[Set::Validation, Set::Test][..] } else { &[Set::Test] };
         for &set in sets {
-            let evaluation = evaluator.run(set, &mut learner, state.step, state.epoch)?;
+            let at = (state.step, state.epoch);
+            let evaluation = evaluator.run(set, (&mut net, &loss), at, |sums| comm.all_reduce(sums))?;
             if rank.world.rank == 0 {
                 print(&evaluation);
             }

@@ -41,7 +41,8 @@ impl Progress {
     }
 }
 
-/// Finds the checkpoint to go on from. `fits` says whether a state is of this net and optimizer. Rank 0 only.
+/// Finds the checkpoint in `folder` to go on from. `fits` says whether a state is of this net and optimizer. Rank 0 only.
+/// Nothing is lost: what the run would overwrite is moved aside, and checkpoints that cannot be used stop it.
 pub fn find(
     resume: &Resume,
     folder: &Path,
@@ -59,25 +60,39 @@ pub fn find(
             if !different.is_empty() {
                 tracing::warn!("{} was saved with another configuration: {}", path.display(), different.join(", "));
             }
+            if checkpoint::steps(folder)?.first().is_some_and(|&newest| newest > state.step) {
+                move_aside(folder)?;
+            }
             Ok(Some((path.clone(), state)))
         }
-        Resume::Auto => {
-            // One of another configuration is not skipped: it would be overwritten.
-            let accept = |state: &State| if differences(state, config)?.is_empty() { fits(state) } else { Ok(()) };
-            let Some((path, state)) = checkpoint::newest(folder, accept)? else { return Ok(None) };
-            let different = differences(&state, config)?;
-            if different.is_empty() {
-                return Ok(Some((path, state)));
-            }
-            Err(Error::usage(format!(
-                "{} was saved with another configuration ({}); to begin anew: --resume none, or another --out; to go on \
-                 from it all the same: --resume {}",
-                path.display(),
-                different.join(", "),
-                path.display()
-            )))
-        }
+        Resume::Auto => newest(folder, config, fits),
     }
+}
+
+fn newest(folder: &Path, config: &Config, fits: impl Fn(&State) -> Result<()>) -> Result<Option<(PathBuf, State)>> {
+    // One of another configuration is not skipped: it would be overwritten.
+    let accept = |state: &State| if differences(state, config)?.is_empty() { fits(state) } else { Ok(()) };
+    let Some((path, state)) = checkpoint::newest(folder, accept)? else {
+        return match checkpoint::steps(folder)?.is_empty() {
+            true => Ok(None),
+            false => Err(Error::data(format!(
+                "none of the checkpoints in {} can be used, for the reasons above; to begin anew: --resume none, which \
+                 moves them aside",
+                folder.display()
+            ))),
+        };
+    };
+    let different = differences(&state, config)?;
+    if different.is_empty() {
+        return Ok(Some((path, state)));
+    }
+    Err(Error::usage(format!(
+        "{} was saved with another configuration ({}); to begin anew: --resume none, or another --out; to go on from it \
+         all the same: --resume {}",
+        path.display(),
+        different.join(", "),
+        path.display()
+    )))
 }
 
 /// Puts every rank where `found` stands, of which only rank 0 knows. Collective.

@@ -4,7 +4,7 @@ use super::checkpoint::{self, State};
 use super::eval::Evaluator;
 use super::gradient::Sums;
 use super::learner::{Done, Learner, Step};
-use super::resume::{self, Progress};
+use super::resume::{self, Progress, Resume};
 use super::update::export_params;
 use super::{Options, Rank, agreement, setup};
 use crate::comm::Communicator;
@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 /// One rank's run.
 pub struct Session<'a> {
     config: &'a Config,
+    options: &'a Options,
     rank: &'a Rank,
     plan: Plan,
     learner: Learner,
@@ -54,12 +55,25 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
         _ => None,
     };
     let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;
-    let saved = found.map(|(path, _)| path);
+    let saved = found.as_ref().map(|(path, _)| path.clone());
+    if let Some((_, state)) = found.as_ref().filter(|(_, state)| state.world_size != rank.world.size)
+        && config.batch.local.is_some()
+    {
+        let size = rank.world.size;
+        tracing::warn!(
+            "saved by {} ranks, going on with {size}: with batch.local a step is now {} samples, and the schedule counts steps",
+            state.world_size,
+            plan.global_batch
+        );
+    }
     if let Some(path) = &saved {
         rank.health.saved(path.display());
         tracing::info!("going on from {} (step {})", path.display(), progress.step);
     }
-    if let Some(end) = end_of(config, &progress) {
+    let end = end_of(config, &progress);
+    if let Some(end) = end
+        && has_results(&directory, progress.step, rank, &mut learner)?
+    {
         say_complete(config, end, &progress, &directory, rank.world.rank);
         return Ok(());
     }
@@ -77,6 +91,7 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
     let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let mut session = Session {
         config,
+        options,
         rank,
         evaluator: setup::evaluator(&plan, &parts, &rank.world, loader.clone()),
         queue: setup::queue(config, &plan, &parts, &rank.world, loader, progress.position)?,
@@ -91,7 +106,8 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
         evaluated: None,
     };
     session.clock.lap(Category::Other);
-    match session.run() {
+    // Without an end, it was interrupted between its last step and its results.
+    match end.map_or_else(|| session.run(), Ok) {
         Ok(end) => session.finish(end),
         Err(error) => {
             session.summarise_failure(&error);
@@ -105,11 +121,15 @@ impl Session<'_> {
     fn run(&mut self) -> Result<StoppedBy> {
         loop {
             let sums = self.step()?;
-            let end = self.asked_to_end(&sums).or_else(|| end_of(self.config, &self.progress));
-            if self.plan.eval.due(self.progress.step) && end != Some(StoppedBy::Signal) {
+            let asked = self.asked_to_end(&sums);
+            if self.plan.eval.due(self.progress.step) {
+                // Whoever sent the signal may not wait for the evaluation.
+                if asked == Some(StoppedBy::Signal) {
+                    self.save()?;
+                }
                 self.evaluate(self.evaluator.watched())?;
             }
-            let end = end.or_else(|| end_of(self.config, &self.progress));
+            let end = end_of(self.config, &self.progress).or(asked);
             if end.is_some() || self.plan.checkpoint.due(self.progress.step) {
                 self.save()?;
             }
@@ -176,7 +196,10 @@ impl Session<'_> {
         self.clock.lap(Category::Other);
         let step = self.progress.step;
         self.rank.health.set(step, Phase::Evaluate);
-        let evaluation = self.evaluator.run(set, &mut self.learner, step, self.progress.latest_epoch())?;
+        let Learner { net, loss, gradient, .. } = &mut self.learner;
+        let at = (step, self.progress.latest_epoch());
+        let all_reduce = |sums: SliceMut<'_>| gradient.reducer().with(|comm| comm.all_reduce(sums));
+        let evaluation = self.evaluator.run(set, (net, loss), at, all_reduce)?;
         if set == self.evaluator.watched() {
             self.evaluated = Some(step);
             let best = &mut self.progress.best_accuracy;
@@ -248,12 +271,13 @@ impl Session<'_> {
         let best = self.progress.best_accuracy.unwrap_or(0.0);
         match end {
             StoppedBy::Signal => format!(
-                "{} after step {}; everything is saved, the same command goes on from there",
+                "{} after step {}; everything is saved, {} goes on from there",
                 match self.rank.signals.requested() {
                     Some(name) => format!("stopped by {name}"),
                     None => "stopped by a signal to another rank".into(),
                 },
-                self.progress.step
+                self.progress.step,
+                if self.options.resume == Resume::Auto { "the same command" } else { "--resume auto" }
             ),
             StoppedBy::Epochs => format!("all {} epochs are done", self.progress.position.epoch),
             StoppedBy::Steps => format!("all {} steps are done", self.progress.step),
@@ -310,6 +334,13 @@ fn end_of(config: &Config, progress: &Progress) -> Option<StoppedBy> {
     } else {
         None
     }
+}
+
+/// Whether the results of the run's end, after `step`, are written: what rank 0 finds holds for all. Collective.
+fn has_results(directory: &Path, step: u64, rank: &Rank, learner: &mut Learner) -> Result<bool> {
+    let mut found = [if rank.world.rank == 0 && report::has_results(directory, step) { 1.0 } else { 0.0 }];
+    learner.gradient.reducer().with(|comm| comm.broadcast(SliceMut::from(&mut found[..]), 0))?;
+    Ok(found == [1.0])
 }
 
 /// The run had ended before it began.

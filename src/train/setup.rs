@@ -74,14 +74,7 @@ pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
 pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Communicator>) -> Result<Learner> {
-    let options = net::Options {
-        batch: plan.micro_batch,
-        place: Place::Host,
-        threads: rayon::current_num_threads(),
-        seed: config.run.seed,
-        training: true,
-    };
-    let net = Net::new(NetSpec::new(&config.model)?, &options)?;
+    let net = net(config, plan, true)?;
     let gradient = Gradient::new(comm, net.table(), plan.micros_per_rank, plan.bucket_bytes, config.parallel.overlap)?;
     let world_size = plan.ranks;
     let schedule = Schedule::new(
@@ -101,7 +94,18 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Commun
     })
 }
 
-fn loss(config: &Config, net: &Net, train: &dyn Dataset) -> Result<Loss> {
+pub fn net(config: &Config, plan: &Plan, training: bool) -> Result<Net> {
+    let options = net::Options {
+        batch: plan.micro_batch,
+        place: Place::Host,
+        threads: rayon::current_num_threads(),
+        seed: config.run.seed,
+        training,
+    };
+    Net::new(NetSpec::new(&config.model)?, &options)
+}
+
+pub fn loss(config: &Config, net: &Net, train: &dyn Dataset) -> Result<Loss> {
     let (output, classes) = (net.spec().output(), train.classes());
     if output.len() != classes {
         let last = net.spec().nodes.last().map_or("", |node| &node.name);

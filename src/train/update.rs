@@ -44,7 +44,7 @@ impl Updater {
             .sum()
     }
 
-    /// Updates the tensors of one bucket. `grads` are the bucket's elements, summed over all ranks.
+    /// Updates the tensors of one bucket; with both kinds of clipping, by norm first. `grads` are the bucket's elements, summed over all ranks.
     pub fn update(&mut self, net: &mut Net, bucket: &Range<usize>, grads: &mut [f32], factor: f32, at: At) {
         let (table, params) = net.table_and_params_mut();
         for param in tensors(table, bucket) {
@@ -56,10 +56,10 @@ impl Updater {
                     values.iter_mut().zip(&*grads).for_each(mix);
                 }
                 Role::Trainable => {
+                    clip::scale(grads, factor);
                     if let Some(limit) = self.clip_value {
                         clip::clip_value(grads, limit);
                     }
-                    clip::scale(grads, factor);
                     self.update_tensor(at, values, grads, &param.range);
                 }
             }
