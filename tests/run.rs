@@ -162,6 +162,44 @@ fn a_complete_run_says_so_and_how_to_go_on() {
 }
 
 #[test]
+fn an_end_that_was_interrupted_is_made_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    trainer(&out, 2, &[]).assert().success();
+    let whole = summary(&out);
+    fs::remove_file(out.join("summary.json")).unwrap();
+    trainer(&out, 2, &[]).assert().success();
+    for key in ["weights_digest", "test_accuracy", "val_loss", "steps", "stopped_by"] {
+        assert_eq!(summary(&out)[key], whole[key], "{key}");
+    }
+}
+
+#[test]
+fn checkpoints_are_never_lost_to_a_run_that_cannot_use_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let checkpoints = out.join("checkpoints");
+    let files = |path: &Path| fs::read_dir(path).unwrap().count();
+    trainer(&out, 2, &["checkpoint.keep=3"]).assert().success();
+    assert_eq!(files(&checkpoints), 3);
+
+    let older = checkpoints.join("step-00000005.safetensors");
+    let kept = folder.path().join("older");
+    fs::copy(&older, &kept).unwrap();
+    trainer(&out, 2, &["checkpoint.keep=3"]).arg("--resume").arg(&older).assert().success();
+    assert_eq!((files(&out.join("checkpoints.1")), files(&checkpoints)), (3, 2), "later ones are moved aside");
+
+    for entry in fs::read_dir(&checkpoints).unwrap() {
+        fs::write(entry.unwrap().path(), "not a checkpoint").unwrap();
+    }
+    let output = trainer(&out, 2, &[]).assert().code(3).get_output().clone();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("none of the checkpoints") && said.contains("--resume none"), "{said}");
+    assert_eq!(files(&checkpoints), 2);
+    trainer(&out, 2, &["run.epochs=2"]).arg("--resume").arg(&kept).assert().success();
+}
+
+#[test]
 fn every_sample_is_counted_once_in_metrics_and_evaluation() {
     let folder = tempfile::tempdir().unwrap();
     for ranks in [1, 4] {
