@@ -40,7 +40,7 @@ step() {
 time_limit_s=1700
 skipped=""
 set -m
-trap 'kill ${running:-}; exit 130' INT TERM
+trap '[ -z "${running:-}" ] || kill "$running"; exit 130' INT TERM
 
 have() {
     command -v "$1" >/dev/null

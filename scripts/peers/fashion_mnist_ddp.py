@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import os
+import socket
 import statistics
 import time
 import tomllib
@@ -37,7 +38,9 @@ def main():
     args = parser.parse_args()
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29555")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
     # One core a rank, as on our side; set before the ranks import anything that starts threads.
     os.environ["OMP_NUM_THREADS"] = "1"
     mp.spawn(train, args=(args,), nprocs=args.ranks)
@@ -125,6 +128,7 @@ def build(model):
 
 def conv2d(entry, channels):
     kernel, padding = entry["kernel"], entry.get("padding", "valid")
+    assert padding != "same" or entry.get("stride", 1) == 1, "PyTorch has no strided \"same\""
     if padding in ("same", "valid"):
         padding = kernel // 2 if padding == "same" else 0
     layer = nn.Conv2d(

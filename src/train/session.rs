@@ -68,7 +68,6 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
     }
     if let Some(path) = &saved {
         rank.health.saved(path.display());
-        tracing::info!("going on from {} (step {})", path.display(), progress.step);
     }
     let end = end_of(config, &progress);
     if let Some(end) = end
@@ -76,6 +75,9 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
     {
         say_complete(config, end, &progress, &directory, rank.world.rank);
         return Ok(());
+    }
+    if let Some(path) = &saved {
+        tracing::info!("going on from {} (step {})", path.display(), progress.step);
     }
     let setup = report::Setup {
         directory,

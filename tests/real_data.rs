@@ -1,0 +1,47 @@
+//! The real sets, where they are: in $LOCKSTEP_DATA, else in ../shared/data beside the repository. Elsewhere these tests
+//! say that they skip.
+
+use assert_cmd::Command;
+use lockstep::config::raw::Format;
+use lockstep::data;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The folder of a set, or a word that the test skips.
+fn folder(name: &str) -> Option<PathBuf> {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data");
+    let folder = std::env::var_os("LOCKSTEP_DATA").map_or(beside, PathBuf::from).join(name);
+    if !folder.is_dir() {
+        eprintln!("SKIPPED: {} is not there; set LOCKSTEP_DATA to the folder that holds {name}", folder.display());
+        return None;
+    }
+    Some(folder)
+}
+
+/// Four steps on two ranks with the configuration that the README names.
+fn trains(config: &str, path: &Path) {
+    let out = tempfile::tempdir().unwrap();
+    let mut command = Command::cargo_bin("trainer").unwrap();
+    command.args(["-n", "2", "--config", config, "--set", "run.steps=4", "--set", "schedule.warmup_epochs=0"]);
+    command.arg("--set").arg(format!("data.path={}", path.display())).arg("--out").arg(out.path());
+    command.timeout(Duration::from_secs(300)).current_dir(env!("CARGO_MANIFEST_DIR")).assert().success();
+}
+
+#[test]
+fn fashion_mnist_is_read_and_trained_on() {
+    let Some(path) = folder("fashion-mnist") else { return };
+    let sets = data::open(&Format::Idx { path: path.clone() }, 0).unwrap();
+    assert_eq!((sets.train.len(), sets.test.len()), (60_000, 10_000));
+    assert_eq!(data::class_counts(&*sets.train), [6000; 10]);
+    assert_eq!(data::class_counts(&*sets.test), [1000; 10]);
+    trains("configs/fashion-mnist-small.toml", &path);
+}
+
+#[test]
+fn cifar_10_is_read_and_trained_on() {
+    let Some(path) = folder("cifar-10") else { return };
+    let sets = data::open(&Format::Cifar { path: path.clone() }, 0).unwrap();
+    assert_eq!(sets.train.len() % 10_000, 0, "whole batches");
+    assert!(data::class_counts(&*sets.train).iter().all(|&count| count > 0));
+    trains("configs/cifar10.toml", &path);
+}
