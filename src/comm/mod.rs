@@ -72,6 +72,22 @@ pub trait Communicator: Send {
     }
 }
 
+/// How messages speak of an operation.
+#[derive(Clone, Copy)]
+struct Words {
+    name: &'static str,
+    /// Reads behind "rank 0 is".
+    waiting: &'static str,
+}
+
+/// Puts the words together when the program is compiled, for a step allocates nothing.
+macro_rules! words {
+    ($name:literal) => {
+        $crate::comm::Words { name: $name, waiting: concat!("waiting for the other ranks in ", $name) }
+    };
+}
+use words;
+
 /// Elements of a buffer of `len` that belong to `rank` in reduce_scatter and all_gather. Chunks start at multiples of 16
 /// elements (a cache line), so no two ranks write one line.
 pub fn chunk(len: usize, size: usize, rank: usize) -> Range<usize> {
