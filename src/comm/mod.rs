@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod bucket;
+mod guard;
 mod ring;
 mod shm;
 mod solo;
@@ -30,16 +31,18 @@ pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health
         TransportChoice::Shm => true,
         TransportChoice::Tcp => false,
     };
-    match shm {
-        true => Ok(Box::new(shm::Shm::new(control, health)?)),
-        false => Ok(Box::new(tcp::Tcp::new(control, health)?)),
-    }
+    let comm: Box<dyn Communicator> = match shm {
+        true => Box::new(shm::Shm::new(control, health.clone())?),
+        false => Box::new(tcp::Tcp::new(control, health.clone())?),
+    };
+    Ok(Box::new(guard::Guarded::new(comm, health)))
 }
 
 /// N ranks that call the same operations, with the same lengths, in the same order. All data is f32.
 ///
 /// Every operation returns the time it spent waiting for other ranks to arrive, as opposed to moving and adding bytes.
-/// A lost or stalled peer ends the wait with an error of kind `PeerLost`; nothing waits for ever.
+/// A lost or stalled peer ends the wait with an error of kind `PeerLost`; nothing waits for ever. After an error there is
+/// no going on: of a communicator that `connect` gave, every later operation returns that error at once.
 pub trait Communicator: Send {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
