@@ -14,7 +14,8 @@ pub use summary::{Ending, StoppedBy, Summary};
 use crate::error::Result;
 use budget::{Budget, Category};
 use metrics::Metrics;
-use progress::{Bar, Rates, epoch_of, print};
+pub(crate) use progress::print;
+use progress::{Bar, Rates, epoch_of};
 use std::path::{Path, PathBuf};
 
 /// What is known when training starts.
