@@ -14,8 +14,8 @@ pub(super) fn aside<R>(write: impl FnOnce() -> R) -> R {
 }
 
 /// A line on stdout that stays.
-pub(super) fn print(line: impl fmt::Display) {
-    // Whoever read it may have left (`trainer | head`); that does not end the training.
+pub(crate) fn print(line: impl fmt::Display) {
+    // Whoever read it may have left (`trainer | head`); that does not end the work.
     let _ = aside(|| writeln!(std::io::stdout(), "{line}"));
 }
 
