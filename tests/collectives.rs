@@ -8,6 +8,7 @@ use lockstep::device::{Arena, Slice, SliceMut};
 use lockstep::error::{Error, Kind};
 use lockstep::launch::rendezvous::Control;
 use lockstep::launch::watch::Health;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -206,6 +207,30 @@ fn operations_back_to_back_do_not_mix() {
                 check(&mut *comm, &arena, Operation::Broadcast { root: round % 3 }, Where::Heap, len, integer);
             }
         });
+    }
+}
+
+/// Every rank in turn comes late to a barrier; behind it, all must see what the late one did before it.
+#[test]
+fn a_barrier_waits_for_every_rank() {
+    for transport in TRANSPORTS {
+        for size in [2, 3, 8] {
+            let flags: &'static [AtomicBool] = Box::leak((0..size).map(|_| AtomicBool::new(false)).collect());
+            let early: Vec<Vec<usize>> = world(transport, size, move |mut comm| {
+                let mut passed_before = |late: usize| {
+                    if comm.rank() == late {
+                        thread::sleep(Duration::from_millis(50));
+                        flags[late].store(true, SeqCst);
+                    }
+                    comm.barrier().unwrap();
+                    !flags[late].load(SeqCst)
+                };
+                (0..size).filter(|late| passed_before(*late)).collect()
+            });
+            for (rank, early) in early.iter().enumerate() {
+                assert!(early.is_empty(), "{transport:?}: rank {rank} of {size} did not wait for ranks {early:?}");
+            }
+        }
     }
 }
 

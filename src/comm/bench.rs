@@ -7,6 +7,7 @@
 use super::Communicator;
 use crate::device::{Arena, SliceMut};
 use crate::error::{Context, Error, Kind, Result};
+use crate::report::print;
 use clap::Args;
 use serde::Serialize;
 use std::time::Instant;
@@ -61,22 +62,27 @@ pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
     let mut bench = Bench { comm, arena, iteration: 0 };
     let first = bench.comm.rank() == 0;
     if first && !options.json {
-        println!("# all_reduce over {}, {} ranks", bench.comm.transport(), bench.comm.size());
-        println!(
+        print(format_args!("# all_reduce over {}, {} ranks", bench.comm.transport(), bench.comm.size()));
+        print(format_args!(
             "{:>12} {:>11} {:>11} {:>9} {:>9} {:>7} {:>8} {:>6}",
             "bytes", "p50 us", "p99 us", "algbw", "busbw", "#wrong", "ceiling", "ratio"
-        );
+        ));
     }
+    let mut wrong = 0;
     let sizes = std::iter::successors(Some(min_bytes), |bytes| bytes.checked_mul(factor));
     for bytes in sizes.take_while(|bytes| *bytes <= max_bytes) {
         let row = bench.measure(bytes / 4 * 4)?;
         if first && options.json {
-            println!("{}", serde_json::to_string(&row).or_kind(Kind::Internal, "writing a row")?);
+            print(serde_json::to_string(&row).or_kind(Kind::Internal, "writing a row")?);
         } else if first {
-            println!("{row}");
+            print(&row);
         }
+        wrong += row.wrong;
     }
-    Ok(())
+    match wrong {
+        0 => Ok(()),
+        wrong => Err(Error::internal(format!("{wrong} values of all-reduces were not the exact sum"))),
+    }
 }
 
 impl std::fmt::Display for Row {
@@ -108,6 +114,10 @@ impl Bench {
             let (seconds, _) = self.time(len, |comm, data| comm.all_reduce(data).map(|_| true))?;
             wrong += self.count_wrong(len);
             let (plain, has_plain) = self.time(len, |comm, data| comm.plain_all_reduce(data))?;
+            if has_plain {
+                // Also to have the same work before either measurement, which matters where ranks share cores.
+                wrong += self.count_wrong(len);
+            }
             if warm {
                 times.push(seconds);
             }

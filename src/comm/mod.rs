@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod bucket;
+mod guard;
 mod ring;
 mod shm;
 mod solo;
@@ -30,16 +31,18 @@ pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health
         TransportChoice::Shm => true,
         TransportChoice::Tcp => false,
     };
-    match shm {
-        true => Ok(Box::new(shm::Shm::new(control, health)?)),
-        false => Ok(Box::new(tcp::Tcp::new(control, health)?)),
-    }
+    let comm: Box<dyn Communicator> = match shm {
+        true => Box::new(shm::Shm::new(control, health.clone())?),
+        false => Box::new(tcp::Tcp::new(control, health.clone())?),
+    };
+    Ok(Box::new(guard::Guarded::new(comm, health)))
 }
 
 /// N ranks that call the same operations, with the same lengths, in the same order. All data is f32.
 ///
 /// Every operation returns the time it spent waiting for other ranks to arrive, as opposed to moving and adding bytes.
-/// A lost or stalled peer ends the wait with an error of kind `PeerLost`; nothing waits for ever.
+/// A lost or stalled peer ends the wait with an error of kind `PeerLost`; nothing waits for ever. After an error there is
+/// no going on: of a communicator that `connect` gave, every later operation returns that error at once.
 pub trait Communicator: Send {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
@@ -71,6 +74,22 @@ pub trait Communicator: Send {
         Ok(false)
     }
 }
+
+/// How messages speak of an operation.
+#[derive(Clone, Copy)]
+struct Words {
+    name: &'static str,
+    /// Reads behind "rank 0 is".
+    waiting: &'static str,
+}
+
+/// Puts the words together when the program is compiled, for a step allocates nothing.
+macro_rules! words {
+    ($name:literal) => {
+        $crate::comm::Words { name: $name, waiting: concat!("waiting for the other ranks in ", $name) }
+    };
+}
+use words;
 
 /// Elements of a buffer of `len` that belong to `rank` in reduce_scatter and all_gather. Chunks start at multiples of 16
 /// elements (a cache line), so no two ranks write one line.

@@ -20,7 +20,7 @@
 //!
 //! A broadcast is the same with one contributor, 2 (N - 1) / N S sent by the root; an all-gather is the second half.
 
-use super::{chunk, sum};
+use super::{Words, chunk, sum, words};
 use crate::error::{Error, Result};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -40,7 +40,7 @@ pub trait Mesh {
     /// Gives as many bytes as are there, perhaps none.
     fn receive(&mut self, peer: usize, buffer: &mut [u8]) -> Result<usize>;
     /// Returns when some connection may have become ready since it last said no. `peer` is one that is waited for, `what`
-    /// the operation.
+    /// what this rank is doing meanwhile.
     fn wait(&mut self, what: &str, peer: usize) -> Result<()>;
 }
 
@@ -72,7 +72,7 @@ impl Operation {
         }
     }
 
-    /// Its number in a header; its name is `NAMES` of that.
+    /// Its number in a header; `WORDS` is by that.
     fn code(self) -> usize {
         match self {
             Operation::AllReduce => 1,
@@ -84,7 +84,14 @@ impl Operation {
     }
 }
 
-const NAMES: [&str; 6] = ["?", "all-reduce", "reduce-scatter", "all-gather", "broadcast", "barrier"];
+const WORDS: [Words; 6] = [
+    words!("?"),
+    words!("all-reduce"),
+    words!("reduce-scatter"),
+    words!("all-gather"),
+    words!("broadcast"),
+    words!("barrier"),
+];
 
 const HEADER: usize = 24;
 
@@ -154,7 +161,7 @@ impl Ring {
             let all_here =
                 pass.ring.flows.iter().enumerate().all(|(peer, flow)| peer == rank || flow.header_received == HEADER);
             let start = Instant::now();
-            pass.mesh.wait(NAMES[operation.code()], peer)?;
+            pass.mesh.wait(WORDS[operation.code()].waiting, peer)?;
             if !all_here {
                 waited += start.elapsed();
             }
@@ -295,7 +302,7 @@ impl Pass<'_> {
     fn out_of_step(&self, peer: usize) -> Error {
         let say = |header: &[u8; HEADER]| {
             let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
-            let name = NAMES.get(number(0) as usize).unwrap_or(&NAMES[0]);
+            let name = WORDS.get(number(0) as usize).unwrap_or(&WORDS[0]).name;
             format!("{name} of {} values (root {}, operation {})", number(8), number(4), number(16))
         };
         let theirs = say(&self.ring.flows[peer].header);

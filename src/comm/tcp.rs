@@ -11,7 +11,7 @@ use crate::launch::link::{self, Link};
 use crate::launch::rendezvous::Control;
 use crate::launch::watch::Health;
 use rustix::event::epoll::{self, EventFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::time::Timespec;
 use serde::{Deserialize, Serialize};
@@ -165,9 +165,10 @@ impl Mesh for Sockets {
         if !peer.writable {
             return Ok(0);
         }
-        match rustix::net::send(&peer.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+        // Only "again" clears `writable`: epoll tells of the change from full to free, and of nothing else.
+        match retry_on_intr(|| rustix::net::send(&peer.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)) {
             Ok(count) => Ok(count),
-            Err(Errno::AGAIN | Errno::INTR) => {
+            Err(Errno::AGAIN) => {
                 peer.writable = false;
                 Ok(0)
             }
@@ -180,14 +181,13 @@ impl Mesh for Sockets {
         if !peer.readable {
             return Ok(0);
         }
-        match rustix::net::recv(&peer.socket, buffer, RecvFlags::DONTWAIT) {
+        match retry_on_intr(|| rustix::net::recv(&peer.socket, &mut *buffer, RecvFlags::DONTWAIT)) {
             Ok((_, 0)) => Err(self.health.account(lost(from, Errno::CONNRESET))),
             Ok((_, count)) => Ok(count),
             Err(Errno::AGAIN) => {
                 peer.readable = false;
                 Ok(0)
             }
-            Err(Errno::INTR) => Ok(0),
             Err(error) => Err(self.health.account(lost(from, error))),
         }
     }

@@ -125,7 +125,7 @@ impl Gradient {
 
     /// Waits until a bucket holds the sum over all ranks. Returns for how long other ranks were waited for meanwhile.
     pub fn wait(&mut self, bucket: usize) -> Result<Duration> {
-        Ok(self.outbox.reducer.wait(bucket)?.for_peers)
+        self.outbox.reducer.wait(bucket)
     }
 
     /// The elements of a bucket and, after `wait`, their sums.

@@ -8,6 +8,7 @@
 //! have done with the one of point e.
 
 use super::memory::{Mapping, share};
+use crate::comm::{Words, words};
 use crate::error::{Error, Result};
 use crate::launch::rendezvous::Control;
 use crate::launch::watch::Health;
@@ -48,13 +49,13 @@ pub enum Operation {
 }
 
 impl Operation {
-    fn name(self) -> &'static str {
+    fn words(self) -> Words {
         match self {
-            Operation::AllReduce => "all-reduce",
-            Operation::ReduceScatter => "reduce-scatter",
-            Operation::AllGather => "all-gather",
-            Operation::Broadcast => "broadcast",
-            Operation::Barrier => "barrier",
+            Operation::AllReduce => words!("all-reduce"),
+            Operation::ReduceScatter => words!("reduce-scatter"),
+            Operation::AllGather => words!("all-gather"),
+            Operation::Broadcast => words!("broadcast"),
+            Operation::Barrier => words!("barrier"),
         }
     }
 }
@@ -96,16 +97,16 @@ pub struct Board {
     /// Whether a wait may look a while before it sleeps: only with a core for every rank.
     spins: u32,
     health: Arc<Health>,
-    /// The operation under way, for who asks what this rank waits in.
-    what: &'static str,
+    /// What this rank is doing when it waits in the operation under way.
+    waiting: &'static str,
 }
 
 impl Board {
     pub fn new(control: &mut Control, health: Arc<Health>) -> Result<Board> {
         let size = control.size();
-        let spins = if cores(control)? >= size { SPINS } else { 0 };
+        let spins = spins(cores(control)?, size);
         let boards = share(control, "lockstep-board", size_of::<Lines>())?;
-        Ok(Board { rank: control.rank(), boards, reached: 0, spins, health, what: "" })
+        Ok(Board { rank: control.rank(), boards, reached: 0, spins, health, waiting: "" })
     }
 
     pub fn size(&self) -> usize {
@@ -115,7 +116,7 @@ impl Board {
     /// Announces `call`, with the values that `write` puts into the notice, and waits until all ranks have announced
     /// theirs. An error if these differ.
     pub fn agree(&mut self, call: Call, write: impl FnOnce(&mut [f32])) -> Result<Duration> {
-        self.what = call.operation.name();
+        self.waiting = call.operation.words().waiting;
         let point = self.reached.wrapping_add(1);
         // SAFETY: only this rank writes its board, and nobody reads this notice before `reached` says so.
         let notice = unsafe { &mut (*self.lines(self.rank)).notices[point as usize % 2] };
@@ -128,11 +129,11 @@ impl Board {
                 return Err(Error::internal(format!(
                     "the ranks are out of step: rank {rank} called {} of {} values (root {}), rank {} {} of {} \
                      values (root {})",
-                    other.operation.name(),
+                    other.operation.words().name,
                     other.len,
                     other.root,
                     self.rank,
-                    self.what,
+                    call.operation.words().name,
                     call.len,
                     call.root
                 )));
@@ -193,7 +194,7 @@ impl Board {
                 come => Ok(come),
             }
         };
-        self.health.wait(self.what, poll).map(drop).map_err(|error| match self.health.check() {
+        self.health.wait(self.waiting, poll).map(drop).map_err(|error| match self.health.check() {
             // The watch has its own, better account.
             Err(_) => error,
             Ok(()) => {
@@ -235,16 +236,60 @@ fn wake(state: &State) {
     let _ = futex::wake(&state.reached, futex::Flags::empty(), i32::MAX as u32);
 }
 
-/// Cores on which at least one of the ranks may run. Collective.
+/// A rank that spins on a core keeps the rank for which it waits from running there.
+fn spins(cores: usize, ranks: usize) -> u32 {
+    if cores >= ranks { SPINS } else { 0 }
+}
+
+/// Cores that the ranks have together: those on which at least one of them may run, or what their control group allows.
+/// Collective.
 fn cores(control: &mut Control) -> Result<usize> {
-    const WORDS: usize = rustix::thread::CpuSet::MAX_CPU / 8;
-    let mut mine = [0u8; WORDS];
+    const BYTES: usize = rustix::thread::CpuSet::MAX_CPU / 8;
+    let mut mine = [0u8; BYTES];
     if let Ok(set) = rustix::thread::sched_getaffinity(None) {
-        for core in (0..WORDS * 8).filter(|&core| set.is_set(core)) {
+        for core in (0..BYTES * 8).filter(|&core| set.is_set(core)) {
             mine[core / 8] |= 1 << (core % 8);
         }
     }
     let all = control.all_gather(&mine)?;
+    let count = |bytes: &mut dyn Iterator<Item = u8>| bytes.map(|byte| byte.count_ones() as usize).sum::<usize>();
     let union = |byte: usize| all.iter().fold(0, |bits, mask| bits | mask.get(byte).copied().unwrap_or(0));
-    Ok((0..WORDS).map(|byte| union(byte).count_ones() as usize).sum())
+    let (together, own) = (count(&mut (0..BYTES).map(union)), count(&mut mine.into_iter()));
+    // Less than this rank's own cores: a quota, which counts for all ranks. Not less: the rank may be bound to a few cores,
+    // and others to others.
+    let available = std::thread::available_parallelism().map_or(own, usize::from);
+    Ok(if available < own { available.min(together) } else { together })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+    /// What the boards of ranks would spin, each rank a thread that is bound to one of `cores`.
+    fn spins_of_ranks_on(cores: &[usize]) -> Vec<u32> {
+        let rank = |(mut control, &core): (Control, &usize)| {
+            std::thread::spawn(move || {
+                let mut set = CpuSet::new();
+                set.set(core);
+                sched_setaffinity(None, &set).unwrap();
+                Board::new(&mut control, Health::new(Duration::from_secs(60))).unwrap().spins
+            })
+        };
+        let threads: Vec<_> = Control::local(cores.len()).unwrap().into_iter().zip(cores).map(rank).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    }
+
+    #[test]
+    fn nothing_spins_where_ranks_outnumber_cores() {
+        assert_eq!((spins(2, 8), spins(2, 2), spins(8, 2)), (0, SPINS, SPINS));
+
+        let set = sched_getaffinity(None).unwrap();
+        let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&core| set.is_set(core)).collect();
+        assert_eq!(spins_of_ranks_on(&[cores[0]; 3]), [0; 3]);
+        if let [first, second, ..] = cores[..] {
+            assert_eq!(spins_of_ranks_on(&[first, second]), [SPINS; 2]);
+            assert_eq!(spins_of_ranks_on(&[first, second, first]), [0; 3]);
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! What a rank knows of all ranks, and what it says about them. Pure: time is an argument.
 
 use super::health::Beat;
+use std::fmt::Display;
 use std::time::{Duration, Instant};
 
 /// A rank that has not been heard of for this long is stopped, or its machine is gone or overloaded.
@@ -110,14 +111,15 @@ impl Table {
         words.join("; ") + &more
     }
 
-    /// One warning, when one is due: about ranks that are silent, or that let others wait. `activity` is this rank's.
-    pub fn warning(&mut self, now: Instant, activity: &str, timeout: Duration) -> Option<String> {
+    /// One warning, when one is due: about ranks that are silent, or that let others wait. `activity` is this rank's; it is
+    /// written only into a warning.
+    pub fn warning(&mut self, now: Instant, activity: impl Display, timeout: Duration) -> Option<String> {
         self.silent_warning(now, activity, timeout)
             .or_else(|| if self.me == 0 { self.late_warning(now, timeout) } else { None })
     }
 
     /// Only rank 0 hears all; of rank 0 itself the next rank speaks.
-    fn silent_warning(&mut self, now: Instant, activity: &str, timeout: Duration) -> Option<String> {
+    fn silent_warning(&mut self, now: Instant, activity: impl Display, timeout: Duration) -> Option<String> {
         let me = self.me;
         let watched = match me {
             0 => &mut self.peers[..],
