@@ -44,7 +44,7 @@ pub struct Cli {
     /// Say more; twice for everything
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
-    /// Say only what went wrong
+    /// While training, say only what went wrong
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
 }
@@ -90,10 +90,12 @@ pub struct PlanArgs {
 
 /// Evaluate a checkpoint on the test set
 #[derive(Clone, Debug, Args)]
-#[command(after_help = "Example:\n  trainer -n 2 eval --config a.toml --checkpoint runs/a/checkpoints/step-1000")]
+#[command(after_help = "Example:\n  trainer -n 2 eval --config a.toml \
+  --checkpoint runs/a/checkpoints/step-00001000.safetensors")]
 pub struct EvalArgs {
     #[command(flatten)]
     pub experiment: Experiment,
+    /// The checkpoint, a file that a run has saved
     #[arg(long, value_name = "PATH")]
     pub checkpoint: PathBuf,
 }

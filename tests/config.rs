@@ -38,7 +38,7 @@ fn mistakes_in_the_file_are_shown_where_they_are() {
         ("\"softmax_cross_entropy\"", "\"cross_entropy\"", "did you mean `softmax_cross_entropy`?"),
         ("validation = 0.1", "validation = 10", "data.validation is 10, expected a number >= 0 and < 1"),
         ("[schedule]", "[shedule]", "unknown section [shedule]"),
-        ("epochs = 6", "epochs = 6 6", "not valid TOML"),
+        ("epochs = 4", "epochs = 4 6", "not valid TOML"),
         ("name = \"conv2\"", "name = \"conv1\"", "two layers are named `conv1`"),
         ("input = [32, 32, 3]", "input = [32, 32]", "model.input has 2 values"),
         ("global = 128", "", "the batch has no size"),
@@ -92,6 +92,21 @@ fn plan_shows_layers_buckets_and_numbers() {
     for words in ["| conv1 ", "momentum = 0.9", "128 global, 64 a rank", "train = 2000", "gradients"] {
         assert!(text.contains(words), "`{words}` is not in:\n{text}");
     }
+}
+
+#[test]
+fn a_quiet_run_says_nothing_and_writes_its_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/quickstart.toml");
+    let sets = ["run.steps=2", "log.every_steps=1", "batch.global=16", "data.train=64", "data.test=16"];
+    for _ in ["it trains", "it is complete"] {
+        let mut command = trainer(&["-n", "2", "--quiet", "--config", config, "--out", out]);
+        let output = command.args(sets.iter().flat_map(|set| ["--set", set])).output().unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()), "");
+    }
+    assert!(folder.path().join("metrics.jsonl").exists() && folder.path().join("summary.json").exists());
 }
 
 #[test]

@@ -3,12 +3,14 @@
 //! The program under test is this test binary itself: `program` is the launcher, and started by the launcher a rank,
 //! which loops over barriers. Every wait here has a deadline, and only processes that a test started are signalled.
 
+use lockstep::config::raw::Parallel;
 use lockstep::error::{Error, Result};
 use lockstep::launch::link::Link;
 use lockstep::launch::signals::Signals;
 use lockstep::launch::watch::{Health, Phase, Watch};
 use lockstep::launch::world::{Launcher, World};
 use lockstep::launch::{report, spawn};
+use lockstep::train;
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
@@ -180,7 +182,23 @@ fn a_signal_before_the_first_step_stops_too() {
     run.pid(1);
     run.signal_launcher(Signal::TERM);
     assert_eq!(run.wait(), 75, "{}", run.output());
-    assert!(run.output().contains("stopped by SIGTERM before the first step"), "{}", run.output());
+    assert!(run.output().contains("stopped by SIGTERM; there was nothing to save"), "{}", run.output());
+}
+
+#[test]
+fn a_rank_that_says_that_it_is_ending_may_finish_its_last_words() {
+    let mut run = Run::start("last_words", 2, 300.0);
+    assert_eq!(run.wait(), 3, "{}", run.output());
+    assert!(run.output().contains("the summary of rank 0"), "{}", run.output());
+}
+
+#[test]
+fn the_timeout_of_the_configuration_counts_while_ranks_set_up_too() {
+    let mut run = Run::start("slow_set_up", 2, 2.0);
+    let start = Instant::now();
+    assert_eq!(run.wait(), 4, "{}", run.output());
+    assert!(run.output().contains("rank 1 did not answer in time"), "{}", run.output());
+    assert!(start.elapsed() < Duration::from_secs(20), "it was some other time-out: {:?}", start.elapsed());
 }
 
 #[test]
@@ -213,12 +231,26 @@ fn program() {
         std::process::exit(code.into());
     }
     tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
-    let health = Health::new(Duration::from_secs_f64(setting("LAUNCH_TEST_TIMEOUT")));
-    let result = rank(&world, &mode, health);
+    let timeout = setting("LAUNCH_TEST_TIMEOUT");
+    let result = match mode.as_str() {
+        "slow_set_up" => slow_set_up(timeout),
+        mode => rank(&world, mode, Health::new(Duration::from_secs_f64(timeout))),
+    };
     if let Err(error) = &result {
         report(error);
     }
     std::process::exit(result.map_or_else(|error| error.exit_code().into(), |()| 0));
+}
+
+/// Joins as training does; rank 1 comes late to the first memory that all share.
+fn slow_set_up(timeout: f64) -> Result<()> {
+    let parallel = Parallel { timeout, ..Parallel::default() };
+    train::join(&parallel, 0, |rank, mut comm| {
+        if rank.world.rank == 1 {
+            std::thread::sleep(FOREVER);
+        }
+        comm.allocate(64).map(drop)
+    })
 }
 
 /// Meets, is watched, works, says good-bye.
@@ -262,6 +294,7 @@ fn work(world: &World, mode: &str, health: &Health, links: &[Link]) -> Result<()
             ("late", 10) if world.rank == 1 => std::thread::sleep(Duration::from_millis(5500)),
             ("late", 20) => return Ok(()),
             ("early" | "early_alive", 10) if world.rank == 1 => return Ok(()),
+            ("last_words", 10) => return last_words(world.rank, health),
             ("fail", 10) if world.rank == 3 => return Err(Error::data("train.idx: image 5 is cut off")),
             ("busy", 7) => {
                 health.set(step, Phase::Forward);
@@ -285,6 +318,16 @@ fn work(world: &World, mode: &str, health: &Health, links: &[Link]) -> Result<()
         std::thread::sleep(Duration::from_millis(1));
     }
     unreachable!("steps do not run out")
+}
+
+/// All ranks fail alike, and rank 0 has to write about it while it already hears of rank 1's end.
+fn last_words(rank: usize, health: &Health) -> Result<()> {
+    if rank == 0 {
+        health.ending();
+        std::thread::sleep(Duration::from_millis(1500));
+        eprintln!("the summary of rank 0");
+    }
+    Err(Error::data("the loss is NaN"))
 }
 
 /// A barrier that tells everyone whether anyone wants to stop: a byte to rank 0 and one back.

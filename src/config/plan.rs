@@ -14,6 +14,13 @@ pub struct Ranks {
     pub cores: usize,
 }
 
+impl Ranks {
+    /// This rank's share of the cores.
+    pub fn threads(&self) -> usize {
+        (self.cores / self.local_size).max(1)
+    }
+}
+
 /// Samples of each part, after the validation split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Samples {
@@ -93,7 +100,7 @@ impl Plan {
             checkpoint: cadence(config.checkpoint.every_steps, config.checkpoint.every_epochs),
             log_every_steps: config.log.every_steps,
             bucket_bytes: (config.parallel.bucket_mib * f64::from(1 << 20)) as usize,
-            threads: (ranks.cores / ranks.local_size).max(1),
+            threads: ranks.threads(),
         })
     }
 }

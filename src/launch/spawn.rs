@@ -1,9 +1,8 @@
 //! `trainer -n N`: starts N ranks of this executable on this machine, watches over their ends, and says once how the run
 //! ended.
 //!
-//! Rank 0 speaks for the run: it keeps the terminal. The lines of the others are marked `[1] `. Each rank gets its share
-//! of the cores through RAYON_NUM_THREADS, unless the user has set that. Ranks find each other through sockets that the
-//! launcher makes (`lifeline`), so nothing has a name that could stay behind.
+//! Rank 0 speaks for the run: it keeps the terminal. The lines of the others are marked `[1] `. Ranks find each other
+//! through sockets that the launcher makes (`lifeline`), so nothing has a name that could stay behind.
 
 use super::lifeline::{self, LAUNCHER};
 use super::link::{self, Link};
@@ -93,13 +92,11 @@ struct Rank {
 }
 
 fn start(program: &Path, args: &[OsString], size: usize, printing: &Sender<()>) -> Result<Vec<Rank>> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = std::env::var("RAYON_NUM_THREADS").unwrap_or_else(|_| (cores / size).max(1).to_string());
     let stars = Control::pairs(size)?.into_iter().zip(Control::pairs(size)?);
     let mut ranks = Vec::with_capacity(size);
     for (rank, (first, second)) in stars.enumerate() {
         let mut command = Command::new(program);
-        command.args(args).env("RAYON_NUM_THREADS", &threads).env(LAUNCHER, std::process::id().to_string());
+        command.args(args).env(LAUNCHER, std::process::id().to_string());
         for (name, value) in [("RANK", rank), ("SIZE", size), ("LOCAL_RANK", rank), ("LOCAL_SIZE", size)] {
             command.env(format!("LOCKSTEP_{name}"), value.to_string());
         }
@@ -233,16 +230,12 @@ impl Rank {
         let (status, _) = self.ended?;
         let report = self.lifeline.receive(Instant::now()).ok();
         let report = report.map(|text| String::from_utf8_lossy(&text).into_owned());
-        let how = status.signal().map_or_else(|| How::Exit(status.code().unwrap_or(1)), How::Signal);
-        let (rank, pid, killed_by_us) = (self.rank, self.pid(), self.killed_by_us);
-        match how {
-            // It had not come so far as to catch signals.
-            How::Signal(signal) if self.forwarded.contains(&signal) => {
-                let report = format!("stopped by {} before the first step", signals::name(signal));
-                Some(Ending { rank, pid, how: How::Exit(signals::STOPPED), killed_by_us, report: Some(report) })
-            }
-            how => Some(Ending { rank, pid, how, killed_by_us, report }),
-        }
+        let how = match status.signal() {
+            Some(signal) if self.forwarded.contains(&signal) => How::Asked(signal),
+            Some(signal) => How::Signal(signal),
+            None => How::Exit(status.code().unwrap_or(1)),
+        };
+        Some(Ending { rank: self.rank, pid: self.pid(), how, killed_by_us: self.killed_by_us, report })
     }
 }
 

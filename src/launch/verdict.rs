@@ -20,19 +20,22 @@ pub struct Ending {
 pub enum How {
     Exit(i32),
     Signal(i32),
+    /// By a signal that the launcher had passed on and the rank did not catch: it had nothing to save.
+    Asked(i32),
 }
 
 const DONE: How = How::Exit(0);
 const LOST: How = How::Exit(Kind::PeerLost as i32);
 const STOPPED: How = How::Exit(Kind::Stopped as i32);
 
-/// `endings` in the order in which the ranks ended. A rank's own error comes first, then death by a signal; that peers
-/// were lost follows from either.
+/// `endings` in the order in which the ranks ended. A rank's own error comes first, then death by a signal, sent by
+/// who knows whom or on request; that peers were lost follows from any of them.
 pub fn verdict(endings: &[Ending]) -> (u8, Option<String>) {
     let causes: Vec<&Ending> = endings.iter().filter(|end| !end.killed_by_us).collect();
     let exits: Vec<&Ending> =
         select(&causes, |how| matches!(how, How::Exit(_)) && ![DONE, LOST, STOPPED].contains(&how));
     let deaths: Vec<&Ending> = select(&causes, |how| matches!(how, How::Signal(_)));
+    let asked = causes.iter().find_map(|end| if let How::Asked(signal) = end.how { Some(signal) } else { None });
     let lost: Vec<&Ending> = select(&causes, |how| how == LOST);
     let stopped: Vec<&Ending> = select(&causes, |how| how == STOPPED);
 
@@ -45,6 +48,9 @@ pub fn verdict(endings: &[Ending]) -> (u8, Option<String>) {
         lines.extend(deaths.iter().map(|end| death(end)));
         lines.extend(spokesman(&lost).map(|(rank, text)| format!("  rank {rank}: {text}")));
         Kind::PeerLost as u8
+    } else if let Some(signal) = asked {
+        lines.push(format!("stopped by {}; there was nothing to save", signals::name(signal)));
+        Kind::Stopped as u8
     } else if !lost.is_empty() {
         lines.extend(spokesman(&lost).map(|(_, text)| last_word(Kind::PeerLost as i32, text)));
         Kind::PeerLost as u8
@@ -68,7 +74,7 @@ fn select<'a>(endings: &[&'a Ending], which: impl Fn(How) -> bool) -> Vec<&'a En
 fn exit_code(how: How) -> u8 {
     match how {
         How::Exit(code) => u8::try_from(code).unwrap_or(Kind::Internal as u8),
-        How::Signal(_) => Kind::PeerLost as u8,
+        How::Signal(_) | How::Asked(_) => Kind::PeerLost as u8,
     }
 }
 
@@ -139,6 +145,12 @@ mod tests {
         let stopped: Vec<Ending> = (0..4).rev().map(|rank| end(rank, STOPPED, "stopped by SIGTERM")).collect();
         assert_eq!(verdict(&stopped), (75, Some("stopped by SIGTERM".to_string())));
         assert_eq!(verdict(&[end(1, DONE, ""), end(0, DONE, "")]), (0, None));
+    }
+
+    #[test]
+    fn ranks_that_a_signal_ended_on_request_are_not_lost() {
+        let (code, text) = verdict(&[end(1, How::Asked(15), ""), end(0, LOST, "rank 1 was lost")]);
+        assert_eq!((code, text), (75, Some("stopped by SIGTERM; there was nothing to save".to_string())));
     }
 
     #[test]

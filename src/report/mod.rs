@@ -16,6 +16,7 @@ use budget::{Budget, Category};
 use metrics::Metrics;
 pub(crate) use progress::print;
 use progress::{Bar, Rates, epoch_of};
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// What is known when training starts.
@@ -33,6 +34,8 @@ pub struct Setup {
     pub first_step: u64,
     /// `[log] every_steps`.
     pub log_every: u64,
+    /// Nothing goes to the terminal; the files are written all the same.
+    pub quiet: bool,
 }
 
 /// Sums over the samples since the last call, from all ranks.
@@ -97,7 +100,8 @@ impl Report {
     /// terminal. A `log_every` of 0 logs nothing.
     pub fn start(setup: Setup) -> Result<Report> {
         let metrics = Metrics::open(&setup.directory.join("metrics.jsonl"), setup.first_step)?;
-        let bar = progress::is_terminal().then(|| Bar::show(setup.first_step, setup.total_steps));
+        let show = !setup.quiet && progress::is_terminal();
+        let bar = show.then(|| Bar::show(setup.first_step, setup.total_steps));
         let window = Window::new(&Budget::default());
         let last = Step { step: setup.first_step, epoch: 0, lr: 0.0, loss_sum: 0.0, correct: 0, samples: 0 };
         Ok(Report {
@@ -141,7 +145,7 @@ impl Report {
     fn log(&mut self, step: &Step, budget: &Budget) -> Result<()> {
         let rates = self.logged.rates(budget);
         if self.bar.is_none() {
-            print(format_args!(
+            self.say(format_args!(
                 "{}  step {}  {rates}",
                 epoch_of(step.epoch, self.setup.epochs),
                 self.step_of(step.step)
@@ -178,7 +182,7 @@ impl Report {
         };
         *latest = Some(*evaluation);
         let epoch = epoch_of(evaluation.epoch, self.setup.epochs);
-        print(format_args!(
+        self.say(format_args!(
             "{epoch}  step {}  {set}: loss {loss:.4}  accuracy {accuracy:.4}",
             self.step_of(evaluation.step)
         ));
@@ -204,10 +208,16 @@ impl Report {
         self.bar = None;
         let path = self.setup.directory.join("summary.json");
         let summary = Summary::new(&self, &ending);
-        print(format_args!("\n{}\n\n{summary}", ending.budget.table()));
+        self.say(format_args!("\n{}\n\n{summary}", ending.budget.table()));
         summary.write(&path)?;
-        print(format_args!("summary in {}", path.display()));
+        self.say(format_args!("summary in {}", path.display()));
         Ok(summary)
+    }
+
+    fn say(&self, line: impl fmt::Display) {
+        if !self.setup.quiet {
+            print(line);
+        }
     }
 }
 

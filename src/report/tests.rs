@@ -14,6 +14,7 @@ fn setup(directory: &Path, first_step: u64) -> Setup {
         total_steps: Some(8),
         first_step,
         log_every: 2,
+        quiet: false,
     }
 }
 

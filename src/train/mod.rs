@@ -44,12 +44,13 @@ impl Options {
 pub struct Rank {
     pub world: World,
     pub health: Arc<Health>,
-    pub signals: Signals,
 }
 
 /// Trains as one rank of the world in which this process was started.
 pub fn run(config: &Config, options: &Options) -> Result<()> {
-    join(&config.parallel, options.verbosity, |rank, comm| session::train(config, options, rank, comm))
+    // Only training has something to save: whatever else runs here, a signal simply ends.
+    let signals = Signals::install()?;
+    join(&config.parallel, options.verbosity, |rank, comm| session::train(config, options, rank, &signals, comm))
 }
 
 /// Evaluates a checkpoint on the validation split, if there is one, and on the test set; rank 0 gets to print.
@@ -77,13 +78,13 @@ pub fn evaluate(config: &Config, checkpoint: &Path, verbosity: i8) -> Result<()>
 }
 
 fn print(evaluation: &Evaluation) {
-    println!(
+    report::print(format_args!(
         "{:?}: loss {:.4}  accuracy {:.4}  ({} samples)",
         evaluation.set,
         evaluation.loss(),
         evaluation.accuracy(),
         evaluation.samples
-    );
+    ));
 }
 
 /// Meets the other ranks, watches them while `work` runs on this rank's thread pool, and takes leave of them.
@@ -92,13 +93,14 @@ pub fn join(
     verbosity: i8,
     work: impl FnOnce(&Rank, Box<dyn Communicator>) -> Result<()> + Send,
 ) -> Result<()> {
-    let signals = Signals::install()?;
     let world = World::detect()?;
     report::log::init(verbosity, world.rank);
-    let health = Health::new(Duration::from_secs_f64(parallel.timeout));
-    let (control, watched) = world.connect()?;
+    let timeout = Duration::from_secs_f64(parallel.timeout);
+    let health = Health::new(timeout);
+    let (mut control, watched) = world.connect()?;
+    control.set_timeout(timeout);
     let watch = Watch::start(watched, health.clone())?;
-    let rank = Rank { world, health, signals };
+    let rank = Rank { world, health };
     let result = comm::connect(parallel.transport, control, rank.health.clone())
         .and_then(|comm| pool(&rank.world)?.install(|| work(&rank, comm)));
     watch.finish(&result);
@@ -107,9 +109,8 @@ pub fn join(
 
 /// This rank's share of the node's cores, or as many threads as RAYON_NUM_THREADS says.
 fn pool(world: &World) -> Result<rayon::ThreadPool> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = match std::env::var("RAYON_NUM_THREADS") {
-        Err(_) => (cores / world.local_size).max(1),
+        Err(_) => setup::ranks(world).threads(),
         Ok(text) => match text.parse() {
             Ok(threads) if threads > 0 => threads,
             _ => {

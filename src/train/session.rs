@@ -13,6 +13,7 @@ use crate::config::raw::Config;
 use crate::data::queue::DataQueue;
 use crate::device::SliceMut;
 use crate::error::{Error, Kind, Result};
+use crate::launch::signals::Signals;
 use crate::launch::watch::Phase;
 use crate::report::budget::{Category, Clock, Merged};
 use crate::report::{self, Ending, Report, Set, StoppedBy};
@@ -24,6 +25,7 @@ pub struct Session<'a> {
     config: &'a Config,
     options: &'a Options,
     rank: &'a Rank,
+    signals: &'a Signals,
     plan: Plan,
     learner: Learner,
     evaluator: Evaluator,
@@ -42,7 +44,13 @@ pub struct Session<'a> {
 }
 
 /// Trains until the run ends. `Stopped` after a signal, with everything saved.
-pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn Communicator>) -> Result<()> {
+pub fn train(
+    config: &Config,
+    options: &Options,
+    rank: &Rank,
+    signals: &Signals,
+    mut comm: Box<dyn Communicator>,
+) -> Result<()> {
     let clock = Clock::start();
     let directory = options.directory(config);
     let checkpoints = config.checkpoint.directory.clone().unwrap_or_else(|| directory.join("checkpoints"));
@@ -73,7 +81,9 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
     if let Some(end) = end
         && has_results(&directory, progress.step, rank, &mut learner)?
     {
-        say_complete(config, end, &progress, &directory, rank.world.rank);
+        if rank.world.rank == 0 && options.verbosity >= 0 {
+            say_complete(config, end, &progress, &directory);
+        }
         return Ok(());
     }
     if let Some(path) = &saved {
@@ -88,6 +98,7 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
         total_steps: plan.total_steps,
         first_step: progress.step,
         log_every: plan.log_every_steps,
+        quiet: options.verbosity < 0,
     };
     let loader = parts.loader(config)?;
     let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
@@ -95,6 +106,7 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
         config,
         options,
         rank,
+        signals,
         evaluator: setup::evaluator(&plan, &parts, &rank.world, loader.clone()),
         queue: setup::queue(config, &plan, &parts, &rank.world, loader, progress.position)?,
         plan,
@@ -112,6 +124,7 @@ pub fn train(config: &Config, options: &Options, rank: &Rank, mut comm: Box<dyn 
     match end.map_or_else(|| session.run(), Ok) {
         Ok(end) => session.finish(end),
         Err(error) => {
+            rank.health.ending();
             session.summarise_failure(&error);
             Err(error)
         }
@@ -150,11 +163,7 @@ impl Session<'_> {
             queue: &mut self.queue,
             clock: &mut self.clock,
             health: &self.rank.health,
-            flags: Sums {
-                stop: flag(self.rank.signals.requested().is_some()),
-                deadline: flag(late),
-                ..Sums::default()
-            },
+            flags: Sums { stop: flag(self.signals.requested().is_some()), deadline: flag(late), ..Sums::default() },
         };
         let Done { sums, lr, non_finite } = self.learner.step(step)?;
         if !sums.loss.is_finite() {
@@ -274,7 +283,7 @@ impl Session<'_> {
         match end {
             StoppedBy::Signal => format!(
                 "{} after step {}; everything is saved, {} goes on from there",
-                match self.rank.signals.requested() {
+                match self.signals.requested() {
                     Some(name) => format!("stopped by {name}"),
                     None => "stopped by a signal to another rank".into(),
                 },
@@ -346,19 +355,16 @@ fn has_results(directory: &Path, step: u64, rank: &Rank, learner: &mut Learner) 
 }
 
 /// The run had ended before it began.
-fn say_complete(config: &Config, end: StoppedBy, progress: &Progress, directory: &Path, rank: usize) {
-    if rank > 0 {
-        return;
-    }
+fn say_complete(config: &Config, end: StoppedBy, progress: &Progress, directory: &Path) {
     let (done, more) = match end {
         StoppedBy::TargetAccuracy => ("has reached run.target_accuracy".to_owned(), "run.target_accuracy=..."),
         StoppedBy::Steps => (format!("has done its {} steps", progress.step), "run.steps=..."),
         _ => (format!("has done its {} epochs ({} steps)", progress.position.epoch, progress.step), "run.epochs=..."),
     };
-    println!(
+    report::print(format_args!(
         "the run `{}` is complete: it {done}; results are in {}\nto go on: --set {more}; to begin anew: --resume none, \
          or another --out",
         config.run.name,
         directory.join("summary.json").display()
-    );
+    ));
 }

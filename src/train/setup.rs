@@ -68,8 +68,12 @@ impl Parts {
 }
 
 pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
+    Plan::new(config, ranks(world), parts.samples())
+}
+
+pub fn ranks(world: &World) -> Ranks {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Plan::new(config, Ranks { size: world.size, local_size: world.local_size, cores }, parts.samples())
+    Ranks { size: world.size, local_size: world.local_size, cores }
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.

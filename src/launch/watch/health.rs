@@ -40,6 +40,7 @@ pub struct Health {
     waiting: Mutex<Waiting>,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
+    ending: AtomicBool,
     timeout: Duration,
     peers: Mutex<Option<Table>>,
     checkpoint: Mutex<Option<String>>,
@@ -71,6 +72,7 @@ impl Health {
             waiting: Mutex::new(Waiting { threads: 0, what: String::with_capacity(64), waited: Duration::ZERO }),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
+            ending: AtomicBool::new(false),
             timeout,
             peers: Mutex::new(None),
             checkpoint: Mutex::new(None),
@@ -94,6 +96,11 @@ impl Health {
     pub fn fail(&self, error: Error) {
         lock(&self.failure).get_or_insert(error);
         self.failed.store(true, Relaxed);
+    }
+
+    /// The main thread has an error in hand and is on its way out: the watch gives it more time.
+    pub fn ending(&self) {
+        self.ending.store(true, Relaxed);
     }
 
     /// The failure, once there is one.
@@ -174,6 +181,10 @@ impl Health {
             return None;
         }
         lock(&self.failure).clone()
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.load(Relaxed)
     }
 
     pub(super) fn beat(&self) -> Beat {

@@ -34,6 +34,8 @@ use wire::{Message, Stream};
 const HEARTBEAT: Duration = Duration::from_millis(200);
 /// How long the main thread has, after a failure, to end by itself.
 const GRACE: Duration = Duration::from_millis(500);
+/// The same once it has said that it is ending: time to write why. Less than the launcher's patience.
+const LAST_WORDS: Duration = Duration::from_secs(4);
 /// More than this between two rounds: this process did not run itself.
 const OWN_GAP: Duration = Duration::from_secs(1);
 /// A rank that still waits so long after a peer has ended in order waits for something that will not come.
@@ -265,7 +267,8 @@ impl Watcher {
     /// After a failure the main thread has a moment to end by itself; then the process ends here, whatever it is at.
     fn enforce(&mut self, now: Instant) {
         let Some(failure) = self.health.failure() else { return };
-        if now - *self.failed.get_or_insert(now) > GRACE {
+        let grace = if self.health.is_ending() { LAST_WORDS } else { GRACE };
+        if now - *self.failed.get_or_insert(now) > grace {
             self.tell(&Message::Ended { rank: self.me, reason: Some(failure.to_string()) });
             lifeline::report(&failure);
             low_level::exit(failure.exit_code().into());
