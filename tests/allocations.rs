@@ -89,7 +89,7 @@ fn a_step_allocates_nothing() {
         let (few, many) = (100, 500);
         let [before, after] = [few, many].map(|steps| allocations(transport, steps));
         for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
-            // One an epoch would be 50 more; a heartbeat or two may fall into the longer run.
+            // One an epoch would be 50 more. A few are left to what a thread does when it first blocks or is late.
             let more = after.saturating_sub(before);
             assert!(more < 10, "{transport}, rank {rank}: {few} steps {before} allocations, {many} steps {after}");
         }
