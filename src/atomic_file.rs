@@ -1,9 +1,10 @@
-//! Files that are there whole or not at all: written without a name, flushed to the disk, named, renamed into place, and
-//! the folder flushed. A process killed in the middle leaves the old file as it was and, where the file system can keep
-//! nameless files, nothing else; where it cannot, a temporary file that the next write into the folder clears away. A
-//! folder has one writer, the run's rank 0.
+//! Files that are there whole or not at all: written without a name, flushed to the disk, named, and the folder flushed.
+//! A process killed in the middle leaves the old file as it was and, where the file system can keep nameless files, nothing
+//! else; where it cannot, a temporary file that the next write into the folder clears away. A folder has one writer, the
+//! run's rank 0.
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+use rustix::io::Errno;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -17,7 +18,7 @@ pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let temporary = folder.join(TEMPORARY);
     clear(&temporary)?;
-    let replaced = write(folder, &temporary, contents).and_then(|()| fs::rename(&temporary, path));
+    let replaced = write(folder, &temporary, path, contents);
     if replaced.is_err() {
         clear(&temporary)?;
     }
@@ -25,8 +26,9 @@ pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Leaves a whole and flushed file under the temporary name.
-fn write(folder: &Path, temporary: &Path, contents: &[u8]) -> io::Result<()> {
+/// A new file gets its name when it is whole. One that replaces another needs a second name to be renamed from, since a
+/// link cannot take another's place.
+fn write(folder: &Path, temporary: &Path, path: &Path, contents: &[u8]) -> io::Result<()> {
     let nameless = open(folder, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(0o666));
     let (mut file, named) = match nameless {
         Ok(file) => (File::from(file), false),
@@ -35,9 +37,14 @@ fn write(folder: &Path, temporary: &Path, contents: &[u8]) -> io::Result<()> {
     file.write_all(contents)?;
     file.sync_all()?;
     if !named {
-        linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, temporary, AtFlags::SYMLINK_FOLLOW)?;
+        let name =
+            |to: &Path| linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, to, AtFlags::SYMLINK_FOLLOW);
+        match name(path) {
+            Err(Errno::EXIST) => name(temporary)?,
+            named => return Ok(named?),
+        }
     }
-    Ok(())
+    fs::rename(temporary, path)
 }
 
 fn clear(temporary: &Path) -> io::Result<()> {
