@@ -76,20 +76,12 @@ pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
 pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Communicator>) -> Result<Learner> {
     let net = net(config, plan, true)?;
     let gradient = Gradient::new(comm, net.table(), plan.micros_per_rank, plan.bucket_bytes, config.parallel.overlap)?;
-    let world_size = plan.ranks;
-    let schedule = Schedule::new(
-        &config.schedule,
-        config.optimizer.shared.lr,
-        plan.steps_per_epoch,
-        plan.total_steps,
-        world_size,
-    )?;
     Ok(Learner {
         loss: loss(config, &net, &*parts.train)?,
         updater: Updater::new(&config.optimizer, net.table())?,
         net,
         gradient,
-        schedule,
+        schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),
     })
 }
