@@ -1,13 +1,21 @@
-//! Mistakes that a user makes, and what the program says to them: one clear message, exit code 2.
+//! Mistakes that a user makes, and what the program says to them: one clear message, exit code 2, or 3 where the data is
+//! at fault. And what is no mistake: the experiments in configs/.
 
 use assert_cmd::Command;
+use lockstep::config;
+use lockstep::model::params::ParamTable;
+use lockstep::model::spec::NetSpec;
+use std::fs;
 use std::io::Write;
+use std::path::Path;
 
 const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
 
 fn trainer(args: &[&str]) -> Command {
     let mut command = Command::cargo_bin("trainer").unwrap();
-    command.args(args).env_remove("RANK").env_remove("WORLD_SIZE");
+    // Whatever launcher the tests run under, and RAYON_NUM_THREADS: none of it is the program's business here.
+    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+    command.args(args);
     command
 }
 
@@ -38,7 +46,7 @@ fn mistakes_in_the_file_are_shown_where_they_are() {
         ("\"softmax_cross_entropy\"", "\"cross_entropy\"", "did you mean `softmax_cross_entropy`?"),
         ("validation = 0.1", "validation = 10", "data.validation is 10, expected a number >= 0 and < 1"),
         ("[schedule]", "[shedule]", "unknown section [shedule]"),
-        ("epochs = 4", "epochs = 4 6", "not valid TOML"),
+        ("seed = 1", "seed = 1 1", "not valid TOML"),
         ("name = \"conv2\"", "name = \"conv1\"", "two layers are named `conv1`"),
         ("input = [32, 32, 3]", "input = [32, 32]", "model.input has 2 values"),
         ("global = 128", "", "the batch has no size"),
@@ -60,6 +68,7 @@ fn mistakes_on_the_command_line_are_usage_errors() {
     let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/quickstart.toml");
     for (args, words) in [
         (&["--config", "no/such.toml"][..], "cannot read the configuration no/such.toml"),
+        (&["--config", "/dev/zero"], "cannot read the configuration /dev/zero: it is not a plain file"),
         (&["--config", config, "--set", "optimizer.lrr=1"], "unknown key optimizer.lrr"),
         (&["--config", config, "--set", "lr"], "expected KEY=VALUE"),
         (&["--confg", config], "--config"),
@@ -74,6 +83,104 @@ fn mistakes_on_the_command_line_are_usage_errors() {
         let error = refusal(args);
         assert!(error.contains(words), "`{words}` is not in:\n{error}");
     }
+}
+
+#[test]
+fn a_file_too_long_to_be_a_configuration_is_not_read() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 40).unwrap();
+    let error = refusal(&["--config", file.path().to_str().unwrap()]);
+    assert!(error.contains("it is longer than 16 MiB"), "{error}");
+}
+
+#[test]
+fn plan_refuses_what_training_refuses() {
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/quickstart.toml");
+    for (set, words) in [
+        ("model.layers.11.units=7", "`classes`, gives 1x1x7, 7 values a sample, but the data set has 10 classes"),
+        ("data.augment=[{ type = \"random_crop\", padding = 40 }]", "random_crop pads by 40"),
+        ("data.augment=[\"horizontal_flip\", \"normalize\", \"horizontal_flip\"]", "twice"),
+        ("loss.class_weights=[1, 2]", "class_weights has 2 values, but there are 10 classes"),
+        ("optimizer={ type = \"adadelta\", lr = 1, rho = 1.1 }", "optimizer.rho is 1.1"),
+        ("model.input=[28, 28, 1]", "the images of this data set are 32x32x3"),
+        ("schedule.warmup_epochs=9", "but the run ends after"),
+    ] {
+        for command in [&["plan", "--np", "2"][..], &["-n", "2"]] {
+            let error = refusal(&[command, &["--config", config, "--set", set]].concat());
+            assert!(error.contains(words), "`{words}` is not in:\n{error}");
+        }
+    }
+}
+
+#[test]
+fn data_that_cannot_be_used_ends_with_code_3_and_names_the_file() {
+    let idx = |magic: u32, dims: &[u32], data: &[u8]| {
+        let words = std::iter::once(&magic).chain(dims).flat_map(|word| word.to_be_bytes());
+        words.chain(data.iter().copied()).collect::<Vec<u8>>()
+    };
+    let images = |count: u32| idx(0x803, &[count, 8, 8], &vec![7; 64 * count as usize]);
+    let labels = |labels: &[u8]| idx(0x801, &[labels.len() as u32], labels);
+    let digits: Vec<u8> = (0..20).map(|index| index % 10).collect();
+    let whole = |folder: &Path| {
+        for part in ["train", "t10k"] {
+            fs::write(folder.join(format!("{part}-images-idx3-ubyte")), images(20)).unwrap();
+            fs::write(folder.join(format!("{part}-labels-idx1-ubyte")), labels(&digits)).unwrap();
+        }
+    };
+    let outcome = |command: &[&str], folder: &Path| {
+        let file = file(&QUICKSTART.replace("validation = 0.1", ""));
+        let data = format!("data={{ format = \"idx\", path = {:?} }}", folder.to_str().unwrap());
+        let sets = ["--set", &data, "--set", "model.input=[8, 8, 1]", "--config", file.path().to_str().unwrap()];
+        let output = trainer(&[command, &sets].concat()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+
+    let good = tempfile::tempdir().unwrap();
+    whole(good.path());
+    assert_eq!(outcome(&["plan", "--np", "2"], good.path()).0, Some(0), "the files are good before they are damaged");
+
+    for (name, bytes, words) in [
+        ("train-images-idx3-ubyte", None, "not found"),
+        ("train-images-idx3-ubyte", Some(images(0)), "the set is empty"),
+        ("t10k-labels-idx1-ubyte", Some(labels(&[10; 20])), "sample 0 has label 10"),
+        ("train-images-idx3-ubyte", Some(images(20)[..100].to_vec()), "truncated"),
+        ("t10k-images-idx3-ubyte", Some(labels(&digits)), "wrong magic number 0x00000801"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("set");
+        // What no bytes stand for is the folder that is not there.
+        if let Some(bytes) = bytes {
+            fs::create_dir(&path).unwrap();
+            whole(&path);
+            fs::write(path.join(name), bytes).unwrap();
+        }
+        for command in [&["plan", "--np", "2"][..], &["-n", "1"], &["-n", "2"]] {
+            let (code, error) = outcome(command, &path);
+            assert_eq!(code, Some(3), "{command:?}: {error}");
+            assert_eq!(error.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{command:?}: {error}");
+            assert!(error.contains(name) && error.contains(words), "{command:?}: `{words}` is not in:\n{error}");
+        }
+    }
+}
+
+/// The header of every file in configs/ says how many parameters its net has.
+#[test]
+fn the_experiments_load_and_have_the_parameters_that_they_promise() {
+    let mut seen = 0;
+    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/configs")).unwrap() {
+        let path = entry.unwrap().path();
+        let config = config::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
+        let net = NetSpec::new(&config.model).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let text = fs::read_to_string(&path).unwrap();
+        let header: Vec<&str> = text.lines().take_while(|line| line.starts_with('#')).collect();
+        let header = header.join(" ");
+        let words: Vec<&str> = header.split_whitespace().collect();
+        let promised = words.windows(2).find(|pair| pair[1].starts_with("parameters")).expect("a number of parameters");
+        let promised: usize = promised[0].replace(',', "").parse().unwrap();
+        assert_eq!(ParamTable::new(&net).trainable(), promised, "{}", path.display());
+        seen += 1;
+    }
+    assert!(seen >= 4);
 }
 
 #[test]

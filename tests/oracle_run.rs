@@ -84,7 +84,7 @@ impl Run {
             pass: Pass { batch, training: true, first_sample: 0, share: 1.0 },
             grads: Arena::host(net.table().len_with_tail() * size_of::<f32>()).unwrap(),
             loss: Loss::new(&CROSS_ENTROPY, net.spec().output().c, None).unwrap(),
-            optimizer: optim::new(&config).unwrap(),
+            optimizer: optim::new(&config),
             lr: config.shared.lr,
             momentum: vec![0.0; net.table().len()],
             net,

@@ -59,10 +59,17 @@ bucket_mib = 0.001
 every_steps = 1
 "#;
 
+/// The program without any launcher's variables and without RAYON_NUM_THREADS, under which the tests may run.
+fn program() -> Command {
+    let mut command = Command::cargo_bin("trainer").unwrap();
+    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+    command
+}
+
 fn trainer(out: &Path, ranks: usize, settings: &[&str]) -> Command {
     let config = out.with_extension("toml");
     fs::write(&config, CONFIG).unwrap();
-    let mut command = Command::cargo_bin("trainer").unwrap();
+    let mut command = program();
     command.args(["-n", &ranks.to_string(), "--config"]).arg(config).arg("--out").arg(out);
     for setting in settings {
         command.args(["--set", setting]);
@@ -220,7 +227,7 @@ fn eval_gives_the_numbers_of_the_run() {
     let out = folder.path().join("run");
     trainer(&out, 2, &[]).assert().success();
     let checkpoint = out.join("checkpoints/step-00000015.safetensors");
-    let mut eval = Command::cargo_bin("trainer").unwrap();
+    let mut eval = program();
     eval.args(["-n", "2", "eval", "--config"]).arg(out.with_extension("toml")).arg("--checkpoint").arg(checkpoint);
     let said = String::from_utf8_lossy(&eval.assert().success().get_output().stdout).into_owned();
     let accuracy = format!("accuracy {:.4}", summary(&out)["test_accuracy"].as_f64().unwrap());
@@ -236,6 +243,63 @@ fn target_accuracy_and_minutes_end_a_run_in_order() {
         let summary = summary(&out);
         assert_eq!(summary["stopped_by"], name);
         assert!(summary["test_accuracy"].is_f64() && summary["steps"].as_u64().unwrap() < 15, "{summary}");
+    }
+}
+
+/// Three steps of an epoch of five. What a setting does is the matter of other tests; here, that it reaches the run: it
+/// trains, its losses are finite, and the weights are others than without it.
+#[test]
+fn every_setting_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let elsewhere = folder.path().join("elsewhere");
+    let directory = format!("checkpoint.directory={}", elsewhere.display());
+    let losses = |name: &str, settings: &[&str]| {
+        let out = folder.path().join(name);
+        trainer(&out, 2, &[settings, &["run.steps=3"]].concat()).assert().success();
+        let metrics = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let records: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert!(records.len() >= 5, "three steps and two evaluations: {metrics}");
+        for record in records {
+            assert!(record["loss"].as_f64().is_some_and(f64::is_finite), "{name}: {record}");
+        }
+        digest(&out)
+    };
+    let plain = losses("plain", &[]);
+    assert_eq!(losses("directory", &[&directory]), plain);
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 1, "the checkpoint is where checkpoint.directory says");
+
+    let local = losses("local", &["batch={ local = 10, micro = 2 }"]);
+    // Of 200 samples every class has as many as the others, and its balanced weight is 1.
+    let uneven = losses("uneven", &["data.train=203"]);
+    let rows: &[(&str, &[&str])] = &[
+        ("balanced", &["loss.class_weights=balanced", "data.train=203"]),
+        ("weights", &["loss.class_weights=[1, 2, 3, 4, 5, 6, 7, 8, 9, 0]"]),
+        ("smoothing", &["loss.label_smoothing=0.1"]),
+        ("kl_divergence", &["loss={ type = \"kl_divergence\", label_smoothing = 0.2 }"]),
+        ("mse", &["loss.type=mse"]),
+        ("scaled", &["batch={ local = 10, micro = 2 }", "schedule.scale_lr_with_world=true"]),
+        ("warm", &["schedule={ type = \"constant\", warmup_steps = 2 }"]),
+        ("every", &["schedule={ type = \"step\", every_epochs = 0.2 }"]),
+        ("at", &["schedule={ type = \"step\", at_epochs = [0.2] }"]),
+        ("exponential", &["schedule={ type = \"exponential\", gamma = 0.5 }"]),
+        ("polynomial", &["schedule={ type = \"polynomial\", power = 2 }"]),
+        ("cosine", &["schedule={ type = \"cosine\", end_lr = 0.001 }"]),
+        ("sgd", &["optimizer={ type = \"sgd\", lr = 0.1 }"]),
+        ("nesterov", &["optimizer={ type = \"sgd\", lr = 0.1, momentum = 0.9, nesterov = true }"]),
+        ("adamw", &["optimizer={ type = \"adamw\", lr = 0.01, weight_decay = 0.1 }"]),
+        ("adagrad", &["optimizer={ type = \"adagrad\", lr = 0.01, lr_decay = 0.1 }"]),
+        ("adadelta", &["optimizer={ type = \"adadelta\", lr = 1 }"]),
+        ("rho", &["optimizer={ type = \"adadelta\", lr = 0.01, rho = 1 }"]),
+        ("lars", &["optimizer={ type = \"lars\", lr = 1 }"]),
+        ("clip_value", &["optimizer.clip_value=0.001"]),
+        ("l1", &["optimizer.l1=0.1"]),
+        ("weight_decay", &["optimizer.weight_decay=0.1"]),
+    ];
+    let mut seen = vec![plain, local, uneven];
+    for (name, settings) in rows {
+        let digest = losses(name, settings);
+        assert!(!seen.contains(&digest), "{name} changes nothing");
+        seen.push(digest);
     }
 }
 

@@ -5,22 +5,22 @@ use crate::config::raw::Config;
 use crate::error::Result;
 use crate::model::params::{ParamTable, Role};
 use crate::model::spec::{NetSpec, Node};
-use crate::train::setup::Parts;
+use crate::train::setup::{Parts, checked_plan};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
 
 pub fn describe(config: &Config, ranks: usize) -> Result<String> {
     let net = NetSpec::new(&config.model)?;
-    let samples = Parts::open(config)?.samples();
+    let parts = Parts::open(config)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let plan = Plan::new(config, Ranks { size: ranks, local_size: ranks, cores }, samples)?;
+    let plan = checked_plan(config, &net, &parts, Ranks { size: ranks, local_size: ranks, cores })?;
     let params = ParamTable::new(&net);
 
     let mut text = format!("# Configuration, defaults filled in\n\n{}", config.resolved());
     let _ = write!(text, "\n# Layers\n\n{}\n\n{}", layers(&net, &plan), totals(&net, &params, &plan));
     let _ = write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan));
     let _ = write!(text, "\n# A step and rank\n\n{}", traffic(&params, &plan));
-    let _ = write!(text, "\n# The run\n\n{}", run(&plan, samples));
+    let _ = write!(text, "\n# The run\n\n{}", run(&plan, parts.samples()));
     Ok(text)
 }
 

@@ -4,6 +4,7 @@ use super::check::{Path, Problem};
 use super::load::layer_name;
 use crate::error::{Context, Error, Kind, Result};
 use std::fmt::Write;
+use std::io::Read;
 use std::ops::Range;
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
@@ -35,8 +36,7 @@ impl Source {
     /// Reads the file and applies the changes in their order.
     pub fn read(path: &std::path::Path, sets: &[String]) -> Result<(Source, Table)> {
         let name = path.display().to_string();
-        let text =
-            std::fs::read_to_string(path).or_kind(Kind::Usage, format!("cannot read the configuration {name}"))?;
+        let text = read_text(path).map_err(|error| error.context(format!("cannot read the configuration {name}")))?;
         Self::parse(name, text, sets)
     }
 
@@ -156,6 +156,21 @@ impl<'a> Excerpt<'a> {
         }
         text
     }
+}
+
+/// A device or a pipe may have no end, and every rank reads the file anew: it must be a plain file of honest size.
+fn read_text(path: &std::path::Path) -> Result<String> {
+    const LIMIT: u64 = 16 << 20;
+    let usage = |error: std::io::Error| Error::usage(error.to_string());
+    if !std::fs::metadata(path).map_err(usage)?.is_file() {
+        return Err(Error::usage("it is not a plain file"));
+    }
+    let mut text = Vec::new();
+    std::fs::File::open(path).map_err(usage)?.take(LIMIT + 1).read_to_end(&mut text).map_err(usage)?;
+    if text.len() as u64 > LIMIT {
+        return Err(Error::usage(format!("it is longer than {} MiB", LIMIT >> 20)));
+    }
+    String::from_utf8(text).or_kind(Kind::Usage, "it is not text")
 }
 
 /// Changes one value. The error comes with its columns in the argument.

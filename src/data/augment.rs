@@ -44,6 +44,26 @@ impl Statistics {
     }
 }
 
+/// Refuses steps that make no sense for images of this shape.
+pub fn check(steps: &[raw::Augment], shape: Shape) -> Result<()> {
+    for (number, step) in steps.iter().enumerate() {
+        if steps[..number].iter().any(|other| std::mem::discriminant(other) == std::mem::discriminant(step)) {
+            return Err(Error::usage(format!("`[data] augment` lists {step:?} twice")));
+        }
+        let smaller = shape.h.min(shape.w);
+        if let raw::Augment::RandomCrop { padding } = *step
+            && padding >= smaller
+        {
+            let Shape { h, w, .. } = shape;
+            return Err(Error::usage(format!(
+                "random_crop pads by {padding}, which can move a {h}x{w} image out of sight; use at most {}",
+                smaller - 1
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Adds the sum and the sum of squares of each channel.
 fn add_sums(image: &[u8], sums: &mut [[u64; 2]]) {
     for pixel in image.chunks_exact(sums.len()) {
@@ -79,6 +99,7 @@ impl Augmenter {
     /// For training. `train` gives the statistics of `normalize`; it is read whole if that is asked for.
     pub fn new(steps: &[raw::Augment], train: &dyn Dataset) -> Result<Augmenter> {
         let shape = train.shape();
+        check(steps, shape)?;
         let mut augmenter = Augmenter {
             shape,
             padding: 0,
@@ -86,12 +107,9 @@ impl Augmenter {
             tables: vec![std::array::from_fn(|byte| byte as f32 / 255.0); shape.c],
             border: vec![0.0; shape.c],
         };
-        for (number, step) in steps.iter().enumerate() {
-            if steps[..number].iter().any(|other| std::mem::discriminant(other) == std::mem::discriminant(step)) {
-                return Err(Error::usage(format!("`[data] augment` lists {step:?} twice")));
-            }
+        for step in steps {
             match *step {
-                raw::Augment::RandomCrop { padding } => augmenter.random_crop(padding)?,
+                raw::Augment::RandomCrop { padding } => augmenter.padding = padding,
                 raw::Augment::HorizontalFlip {} => augmenter.flip = true,
                 raw::Augment::Normalize {} => {
                     // What was padded before is normalised like any black pixel; what is padded later is zero.
@@ -108,18 +126,6 @@ impl Augmenter {
     /// For evaluation: the same normalisation and nothing random.
     pub fn without_randomness(&self) -> Augmenter {
         Augmenter { padding: 0, flip: false, ..self.clone() }
-    }
-
-    fn random_crop(&mut self, padding: usize) -> Result<()> {
-        let Shape { h, w, .. } = self.shape;
-        if padding >= h.min(w) {
-            return Err(Error::usage(format!(
-                "random_crop pads by {padding}, which can move a {h}x{w} image out of sight; use at most {}",
-                h.min(w) - 1
-            )));
-        }
-        self.padding = padding;
-        Ok(())
     }
 
     /// A channel that never varies is only centred.

@@ -13,7 +13,6 @@
 //! Without `micro`, a short last step is spread evenly too. With it, micro-batches keep their size and the last ones are
 //! short or empty, so which samples are summed together does not depend on N; that makes the weights bit-identical.
 
-use crate::error::{Error, Result};
 use std::ops::Range;
 
 /// How a step is dealt out, seen by one rank.
@@ -29,21 +28,13 @@ pub struct Batching {
 }
 
 impl Batching {
-    /// Refuses what would leave a rank without work in a full step.
-    pub fn check(&self) -> Result<()> {
-        assert!(self.rank < self.size, "rank {} of {}", self.rank, self.size);
-        let Batching { global, size, .. } = *self;
-        match self.micro {
-            Some(0) => Err(Error::usage("`[batch] micro` is 0; give the samples of a micro-batch")),
-            Some(micro) if self.micro_count() < size => Err(Error::usage(format!(
-                "a global batch of {global} is {} micro-batches of {micro}, fewer than the {size} ranks",
-                self.micro_count()
-            ))),
-            None if global < size => {
-                Err(Error::usage(format!("a global batch of {global} is smaller than the {size} ranks")))
-            }
-            _ => Ok(()),
-        }
+    /// Asserts what `config::plan` sees to: every rank has work in a full step.
+    pub fn check(&self) {
+        let Batching { global, micro, rank, size } = *self;
+        assert!(rank < size, "rank {rank} of {size}");
+        assert!(micro != Some(0), "micro-batches of 0 samples");
+        let pieces = micro.map_or(global, |_| self.micro_count());
+        assert!(pieces >= size, "a step of {global} samples in {pieces} pieces for {size} ranks");
     }
 
     /// Micro-batches of a step over all ranks.
@@ -152,13 +143,5 @@ mod tests {
             }
             prop_assert_eq!(next, samples);
         }
-    }
-
-    #[test]
-    fn batches_smaller_than_the_ranks_are_refused() {
-        let refuse = |global, micro, size| Batching { global, micro, rank: 0, size }.check().unwrap_err().to_string();
-        assert_eq!(refuse(3, None, 4), "a global batch of 3 is smaller than the 4 ranks");
-        assert_eq!(refuse(8, Some(4), 3), "a global batch of 8 is 2 micro-batches of 4, fewer than the 3 ranks");
-        assert!(refuse(8, Some(0), 1).contains("micro` is 0"));
     }
 }

@@ -91,7 +91,7 @@ impl DataQueue {
         start: Position,
         epochs: u32,
     ) -> Result<DataQueue> {
-        batching.check()?;
+        batching.check();
         let samples = dataset.len();
         let Position { epoch, consumed } = start;
         if consumed > samples {
@@ -136,20 +136,16 @@ impl DataQueue {
     ) -> Result<DataQueue> {
         let workers = loader.workers.max(1);
         let ahead = loader.prefetch.max(workers);
-        let values = largest * dataset.shape().len();
-        let buffer = || Batch {
-            images: Vec::with_capacity(values),
-            labels: Vec::with_capacity(largest),
-            indices: Vec::with_capacity(largest),
-            ..Batch::default()
-        };
+        let values = dataset.shape().len();
+        let free = (0..ahead).map(|_| buffer(largest, values)).collect::<Result<_>>()?;
+        let current = buffer(largest, values)?;
         let shared = Arc::new(Shared {
             dataset,
             augmenter: loader.augmenter,
             seed: loader.seed,
             schedule: Mutex::new(Tickets { schedule, given: 0 }),
             buffers: Mutex::new(Buffers {
-                free: std::iter::repeat_with(buffer).take(ahead).collect(),
+                free,
                 slots: std::iter::repeat_with(|| None).take(ahead).collect(),
                 end: None,
             }),
@@ -157,7 +153,7 @@ impl DataQueue {
             filled: Condvar::new(),
             closed: AtomicBool::new(false),
         });
-        let mut queue = DataQueue { shared, workers: Vec::with_capacity(workers), current: buffer(), next: 0 };
+        let mut queue = DataQueue { shared, workers: Vec::with_capacity(workers), current, next: 0 };
         for number in 0..workers {
             let shared = queue.shared.clone();
             let worker = std::thread::Builder::new().name(format!("data-{number}")).spawn(move || shared.work());
@@ -187,6 +183,21 @@ impl DataQueue {
         shared.freed.notify_one();
         outcome.map(|()| Some(&self.current))
     }
+}
+
+/// An empty batch with room for `samples` samples of `values` values each.
+fn buffer(samples: usize, values: usize) -> Result<Batch> {
+    let mut batch = Batch::default();
+    let images = samples.saturating_mul(values);
+    let room = (batch.images.try_reserve_exact(images))
+        .and_then(|()| batch.labels.try_reserve_exact(samples))
+        .and_then(|()| batch.indices.try_reserve_exact(samples));
+    room.map(|()| batch).map_err(|_| {
+        Error::device(format!(
+            "out of memory: there is no room for one more batch of {samples} samples of {values} values; lower \
+             data.prefetch or the batch"
+        ))
+    })
 }
 
 impl Drop for DataQueue {

@@ -41,9 +41,10 @@ impl NetSpec {
         let mut net = NetSpec { input: Shape::new(h, w, c), nodes: Vec::with_capacity(model.layers.len()) };
         let mut by_name = HashMap::from([("input".to_owned(), DATA)]);
         for entry in &model.layers {
+            let earlier = |name: &String| *by_name.get(name).expect("config::rules lets only earlier layers pass");
             let inputs = match &entry.from[..] {
                 [] => vec![net.nodes.len()],
-                names => names.iter().map(|name| find(&by_name, name, &entry.name)).collect::<Result<_>>()?,
+                names => names.iter().map(earlier).collect(),
             };
             let node = net.place(&entry.name, entry.kind, &entry.parsed, inputs)?;
             net.nodes.push(node);
@@ -109,12 +110,4 @@ impl NetSpec {
             None => Ok(()),
         }
     }
-}
-
-fn find(by_name: &HashMap<String, Activation>, name: &str, reader: &str) -> Result<Activation> {
-    by_name.get(name).copied().ok_or_else(|| {
-        Error::usage(format!(
-            "layer `{reader}` reads `{name}`, but no earlier layer has that name; `input` is the data"
-        ))
-    })
 }

@@ -4,10 +4,9 @@
 //! Exponential, polynomial and cosine begin when warm-up ends, so their highest rate is lr; the epochs of a step schedule
 //! are counted from the start of the run (Goyal et al. 2017).
 
+use crate::config::plan::Plan;
 use crate::config::raw::{self, ScheduleShape};
-use crate::error::{Error, Result};
 use std::f64::consts::PI;
-use std::fmt::Display;
 
 /// The resolved `[schedule]`.
 #[derive(Clone, Debug)]
@@ -29,21 +28,14 @@ enum Shape {
 }
 
 impl Schedule {
-    /// `total_steps` is the run's length where `[run]` gives one. Fails with what does not fit and what to write instead.
-    pub fn new(
-        config: &raw::Schedule,
-        base_lr: f32,
-        steps_per_epoch: u64,
-        total_steps: Option<u64>,
-        world_size: usize,
-    ) -> Result<Schedule> {
-        let scale = if config.shared.scale_lr_with_world { world_size as f64 } else { 1.0 };
-        let warmup = warmup_steps(&config.shared, steps_per_epoch)?;
-        if let Some(total) = total_steps.filter(|&total| warmup > total) {
-            return refuse(format!("warm-up takes {warmup} steps, but the run ends after {total}; shorten it"));
+    /// From `[schedule]`, as `config` lets it pass, and the numbers derived for this world.
+    pub fn new(config: &raw::Schedule, base_lr: f32, plan: &Plan) -> Schedule {
+        let scale = if config.shared.scale_lr_with_world { plan.ranks as f64 } else { 1.0 };
+        Schedule {
+            base_lr: f64::from(base_lr) * scale,
+            warmup: plan.warmup_steps,
+            shape: Shape::new(&config.shape, plan),
         }
-        let shape = Shape::new(&config.shape, steps_per_epoch as f64, warmup, total_steps)?;
-        Ok(Schedule { base_lr: f64::from(base_lr) * scale, warmup, shape })
     }
 
     /// The rate of the update that follows `step` others.
@@ -53,46 +45,29 @@ impl Schedule {
     }
 }
 
-fn warmup_steps(config: &raw::ScheduleShared, steps_per_epoch: u64) -> Result<u64> {
-    let epochs = config.warmup_epochs;
-    if epochs != 0.0 && config.warmup_steps != 0 {
-        return refuse("warmup_epochs and warmup_steps are both given; keep one");
-    }
-    if !(epochs.is_finite() && epochs >= 0.0) {
-        return refuse(format!("warmup_epochs = {epochs} must be a finite number of at least 0"));
-    }
-    Ok(config.warmup_steps.max((epochs * steps_per_epoch as f64).round() as u64))
-}
-
 impl Shape {
-    fn new(config: &ScheduleShape, steps_per_epoch: f64, warmup: u64, total_steps: Option<u64>) -> Result<Shape> {
-        let after_warmup = |name: &str| match total_steps {
-            Some(total) => Ok((total - warmup).max(1) as f64),
-            None => refuse(format!("type = \"{name}\" needs to know where the run ends; give [run] epochs or steps")),
+    fn new(config: &ScheduleShape, plan: &Plan) -> Shape {
+        let epoch = plan.steps_per_epoch as f64;
+        let after_warmup = || {
+            let total = plan.total_steps.expect("config::rules asks for the run's length");
+            (total - plan.warmup_steps).max(1) as f64
         };
-        Ok(match config {
+        match config {
             ScheduleShape::Constant {} => Shape::Constant,
             ScheduleShape::Step { gamma, every_epochs: Some(every), at_epochs: None } => {
-                let steps = positive("every_epochs", *every)? * steps_per_epoch;
-                Shape::StepEvery { gamma: positive("gamma", *gamma)?, steps: steps.max(1.0) }
+                Shape::StepEvery { gamma: f64::from(*gamma), steps: (every * epoch).max(1.0) }
             }
             ScheduleShape::Step { gamma, every_epochs: None, at_epochs: Some(at) } => {
-                let steps = at.iter().map(|&at| Ok((positive("at_epochs", at)? * steps_per_epoch).round() as u64));
-                Shape::StepAt { gamma: positive("gamma", *gamma)?, steps: steps.collect::<Result<_>>()? }
+                let steps = at.iter().map(|at| (at * epoch).round() as u64);
+                Shape::StepAt { gamma: f64::from(*gamma), steps: steps.collect() }
             }
-            ScheduleShape::Step { .. } => return refuse("type = \"step\" takes one of every_epochs and at_epochs"),
-            ScheduleShape::Exponential { gamma } => {
-                Shape::Exponential { gamma: positive("gamma", *gamma)?, steps: steps_per_epoch }
+            ScheduleShape::Step { .. } => unreachable!("config::rules asks for one of every_epochs and at_epochs"),
+            ScheduleShape::Exponential { gamma } => Shape::Exponential { gamma: f64::from(*gamma), steps: epoch },
+            ScheduleShape::Polynomial { power, end_lr } => {
+                Shape::Polynomial { power: f64::from(*power), end_lr: f64::from(*end_lr), steps: after_warmup() }
             }
-            ScheduleShape::Polynomial { power, end_lr } => Shape::Polynomial {
-                power: positive("power", *power)?,
-                end_lr: not_negative("end_lr", *end_lr)?,
-                steps: after_warmup("polynomial")?,
-            },
-            ScheduleShape::Cosine { end_lr } => {
-                Shape::Cosine { end_lr: not_negative("end_lr", *end_lr)?, steps: after_warmup("cosine")? }
-            }
-        })
+            ScheduleShape::Cosine { end_lr } => Shape::Cosine { end_lr: f64::from(*end_lr), steps: after_warmup() },
+        }
     }
 
     /// `step` counts from the start of the run, `warm` from the end of warm-up.
@@ -114,22 +89,4 @@ impl Shape {
             }
         }
     }
-}
-
-fn positive(key: &str, value: impl Into<f64> + Display + Copy) -> Result<f64> {
-    match value.into() {
-        number if number.is_finite() && number > 0.0 => Ok(number),
-        _ => refuse(format!("{key} = {value} must be a finite number above 0")),
-    }
-}
-
-fn not_negative(key: &str, value: impl Into<f64> + Display + Copy) -> Result<f64> {
-    match value.into() {
-        number if number.is_finite() && number >= 0.0 => Ok(number),
-        _ => refuse(format!("{key} = {value} must be a finite number of at least 0")),
-    }
-}
-
-fn refuse<T>(message: impl Display) -> Result<T> {
-    Err(Error::usage(format!("[schedule] {message}")))
 }

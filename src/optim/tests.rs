@@ -1,8 +1,8 @@
 use super::clip::{clip_value, norm_factor, scale, sum_of_squares};
 use super::schedule::Schedule;
 use super::*;
+use crate::config::plan::{Cadence, Plan};
 use crate::config::raw::{OptimizerShared, ScheduleShape, ScheduleShared};
-use crate::error::Kind;
 use crate::rng::{Purpose, Rng};
 use safetensors::SafeTensors;
 
@@ -34,7 +34,7 @@ const RULES: &[&str] = &[
 
 fn run(keys: &str, params: &mut [f32], steps: u64, gradient: impl Fn(u64, &[f32]) -> Vec<f32>) -> Vec<Vec<f32>> {
     let config = config(keys);
-    let optimizer = new(&config).unwrap();
+    let optimizer = new(&config);
     let mut state = vec![vec![0.0; params.len()]; optimizer.state().len()];
     for step in 0..steps {
         let grads = gradient(step, params);
@@ -66,7 +66,7 @@ fn rules_follow_pytorch() {
             let state = run(&keys, &mut params, steps as u64, |step, _| grads[step as usize * n..][..n].to_vec());
             assert_close(&params, &expected[(steps - 1) * n..][..n], &format!("{case}, step {steps}"));
             if steps == grads.len() / n {
-                for (name, state) in new(&config(&keys)).unwrap().state().iter().zip(&state) {
+                for (name, state) in new(&config(&keys)).state().iter().zip(&state) {
                     assert_close(state, &tensor(&format!("{case}.state.{name}")), &format!("{case}, {name}"));
                 }
             }
@@ -176,31 +176,48 @@ fn clipping_bounds_the_values_and_the_common_norm() {
     assert_eq!(norm_factor(0.0, 1.0), 1.0);
 }
 
+/// Where PyTorch's ranges end: averages that never take anything in, and betas that are 1 in single precision only.
 #[test]
-fn impossible_optimizers_are_refused() {
-    for (keys, expected) in [
-        ("type = 'sgd'\nlr = -1.0", "lr = -1"),
-        ("type = 'sgd'\nlr = nan", "lr = NaN"),
-        ("type = 'sgd'\nlr = 0.1\nnesterov = true", "above 0 for nesterov"),
-        ("type = 'adam'\nlr = 0.1\nbetas = [0.9, 1.0]", "betas[1] = 1"),
-        ("type = 'adamw'\nlr = 0.1\nclip_norm = 0.0", "clip_norm = 0"),
-        ("type = 'adadelta'\nlr = 0.1\nrho = 1.5", "rho = 1.5"),
+fn the_ends_of_the_ranges_give_finite_updates() {
+    for keys in [
+        "type = 'adadelta'\nlr = 0.1\nrho = 1.0",
+        "type = 'adadelta'\nlr = 0.1\nrho = 0.0",
+        "type = 'adam'\nlr = 0.1\nbetas = [0.99999999, 0.99999999]",
+        "type = 'adamw'\nlr = 0.1\nbetas = [0.0, 0.0]",
     ] {
-        let error = new(&config(keys)).err().expect(keys);
-        assert!(error.kind() == Kind::Usage && error.to_string().contains(expected), "{keys}: {error}");
+        let mut params = values(7, 20);
+        run(keys, &mut params, 5, |step, _| values(20 + step, 20));
+        assert!(params.iter().all(|w| w.is_finite()) && params != values(7, 20), "{keys}: {params:?}");
     }
 }
 
-fn schedule(shape: ScheduleShape, shared: ScheduleShared, total: Option<u64>) -> Result<Schedule> {
-    Schedule::new(&raw::Schedule { shape, shared }, 0.8, 10, total, 4)
+/// Ten steps an epoch, four ranks.
+fn schedule(shape: ScheduleShape, shared: ScheduleShared, warmup_steps: u64, total_steps: u64) -> Schedule {
+    let never = Cadence { every_steps: None, every_epochs_steps: None };
+    let plan = Plan {
+        ranks: 4,
+        global_batch: 4,
+        local_batch: 1,
+        micro_batch: 1,
+        micros_per_rank: 1,
+        steps_per_epoch: 10,
+        total_steps: Some(total_steps),
+        warmup_steps,
+        eval: never,
+        checkpoint: never,
+        log_every_steps: 1,
+        bucket_bytes: 1,
+        threads: 1,
+    };
+    Schedule::new(&raw::Schedule { shape, shared }, 0.8, &plan)
 }
 
 fn rates(shape: ScheduleShape, steps: &[u64]) -> Vec<f32> {
-    let schedule = schedule(shape, ScheduleShared::default(), Some(100)).unwrap();
+    let schedule = schedule(shape, ScheduleShared::default(), 0, 100);
     steps.iter().map(|&step| schedule.lr(step)).collect()
 }
 
-/// Ten steps an epoch, one hundred in all, lr 0.8.
+/// One hundred steps in all, lr 0.8.
 #[test]
 fn schedules_follow_their_closed_forms() {
     use ScheduleShape::*;
@@ -218,32 +235,8 @@ fn schedules_follow_their_closed_forms() {
 
 #[test]
 fn warmup_rises_linearly_and_then_the_shape_begins() {
-    let shared = ScheduleShared { warmup_epochs: 2.0, scale_lr_with_world: true, ..Default::default() };
-    let schedule = schedule(ScheduleShape::Cosine { end_lr: 0.0 }, shared, Some(100)).unwrap();
+    let shared = ScheduleShared { scale_lr_with_world: true, ..Default::default() };
+    let schedule = schedule(ScheduleShape::Cosine { end_lr: 0.0 }, shared, 20, 100);
     let found: Vec<f32> = [0, 9, 19, 20, 60, 100].iter().map(|&step| schedule.lr(step)).collect();
     assert_close(&found, &[3.2 / 20.0, 1.6, 3.2, 3.2, 1.6, 0.0], "warm-up to 4 x 0.8");
-}
-
-#[test]
-fn impossible_schedules_are_refused() {
-    use ScheduleShape::*;
-    let plain = ScheduleShared::default;
-    let warm = |warmup_epochs, warmup_steps| ScheduleShared { warmup_epochs, warmup_steps, scale_lr_with_world: false };
-    let step = |gamma, every_epochs, at_epochs| Step { gamma, every_epochs, at_epochs };
-    for (shape, shared, total, expected) in [
-        (Cosine { end_lr: 0.0 }, plain(), None, "needs to know where the run ends"),
-        (Polynomial { power: 1.0, end_lr: 0.0 }, plain(), None, "needs to know where the run ends"),
-        (Cosine { end_lr: f32::NAN }, plain(), Some(100), "end_lr = NaN"),
-        (Polynomial { power: 0.0, end_lr: 0.0 }, plain(), Some(100), "power = 0"),
-        (step(0.1, None, None), plain(), None, "one of every_epochs and at_epochs"),
-        (step(0.1, Some(1.0), Some(vec![1.0])), plain(), None, "one of every_epochs and at_epochs"),
-        (step(0.1, Some(0.0), None), plain(), None, "every_epochs = 0"),
-        (step(-0.1, Some(1.0), None), plain(), None, "gamma = -0.1 must"),
-        (Constant {}, warm(1.0, 5), None, "keep one"),
-        (Constant {}, warm(-1.0, 0), None, "warmup_epochs = -1"),
-        (Constant {}, warm(0.0, 101), Some(100), "the run ends after 100"),
-    ] {
-        let error = schedule(shape, shared, total).unwrap_err();
-        assert!(error.kind() == Kind::Usage && error.to_string().contains(expected), "{error} lacks {expected}");
-    }
 }

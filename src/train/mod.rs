@@ -61,7 +61,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, verbosity: i8) -> Result<()>
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
         let mut net = setup::net(config, &plan, false)?;
-        let loss = setup::loss(config, &net, &*parts.train)?;
+        let loss = setup::loss(config, net.spec(), &*parts.train)?;
         update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let evaluator = setup::evaluator(&plan, &parts, &rank.world, parts.loader(config)?);

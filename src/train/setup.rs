@@ -7,7 +7,7 @@ use super::update::Updater;
 use crate::comm::Communicator;
 use crate::config::plan::{Plan, Ranks, Samples};
 use crate::config::raw::{self, Config};
-use crate::data::augment::Augmenter;
+use crate::data::augment::{self, Augmenter};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::{self, Dataset, order};
@@ -67,8 +67,9 @@ impl Parts {
     }
 }
 
+/// The numbers of a run in this world, as `checked_plan`.
 pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
-    Plan::new(config, ranks(world), parts.samples())
+    checked_plan(config, &NetSpec::new(&config.model)?, parts, ranks(world))
 }
 
 pub fn ranks(world: &World) -> Ranks {
@@ -76,24 +77,25 @@ pub fn ranks(world: &World) -> Ranks {
     Ranks { size: world.size, local_size: world.local_size, cores }
 }
 
+/// The numbers of a run. All that a configuration can get wrong is refused here, before anything takes memory or time:
+/// what `trainer plan` accepts is what training accepts.
+pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks) -> Result<Plan> {
+    let plan = Plan::new(config, ranks, parts.samples())?;
+    loss(config, net, &*parts.train)?;
+    augment::check(&config.data.shared.augment, parts.train.shape())?;
+    Ok(plan)
+}
+
 /// The net with its loss, gradient arenas and optimizer. Collective.
 pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Communicator>) -> Result<Learner> {
     let net = net(config, plan, true)?;
     let gradient = Gradient::new(comm, net.table(), plan.micros_per_rank, plan.bucket_bytes, config.parallel.overlap)?;
-    let world_size = plan.ranks;
-    let schedule = Schedule::new(
-        &config.schedule,
-        config.optimizer.shared.lr,
-        plan.steps_per_epoch,
-        plan.total_steps,
-        world_size,
-    )?;
     Ok(Learner {
-        loss: loss(config, &net, &*parts.train)?,
+        loss: loss(config, net.spec(), &*parts.train)?,
         updater: Updater::new(&config.optimizer, net.table())?,
         net,
         gradient,
-        schedule,
+        schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),
     })
 }
@@ -109,10 +111,10 @@ pub fn net(config: &Config, plan: &Plan, training: bool) -> Result<Net> {
     Net::new(NetSpec::new(&config.model)?, &options)
 }
 
-pub fn loss(config: &Config, net: &Net, train: &dyn Dataset) -> Result<Loss> {
-    let (output, classes) = (net.spec().output(), train.classes());
+pub fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {
+    let (output, classes) = (net.output(), train.classes());
     if output.len() != classes {
-        let last = net.spec().nodes.last().map_or("", |node| &node.name);
+        let last = net.nodes.last().map_or("", |node| &node.name);
         return Err(Error::usage(format!(
             "the last layer, `{last}`, gives {output}, {} values a sample, but the data set has {classes} classes",
             output.len()

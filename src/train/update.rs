@@ -19,7 +19,7 @@ pub struct Updater {
 
 impl Updater {
     pub fn new(config: &raw::Optimizer, table: &ParamTable) -> Result<Updater> {
-        let rule = optim::new(config)?;
+        let rule = optim::new(config);
         let bytes = table.len() * size_of::<f32>();
         let state = rule.state().iter().map(|_| Arena::host(bytes)).collect::<Result<_>>()?;
         let raw::OptimizerShared { clip_value, clip_norm, .. } = config.shared;

@@ -222,3 +222,10 @@ fn ready_waits_no_longer_than_it_is_told() {
     while !queue.ready(Duration::from_micros(50)) {}
     assert!(queue.next().unwrap().is_none());
 }
+
+#[test]
+fn batches_beyond_memory_are_an_error_not_an_abort() {
+    let error =
+        DataQueue::eval(slow(4), loader(1, 2), usize::MAX / 2, 0, 1).err().expect("there is not that much memory");
+    assert!(error.kind() == Kind::Device && error.to_string().contains("lower data.prefetch"), "{error}");
+}
