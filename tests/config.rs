@@ -50,7 +50,7 @@ fn mistakes_in_the_file_are_shown_where_they_are() {
         ("name = \"conv2\"", "name = \"conv1\"", "two layers are named `conv1`"),
         ("input = [32, 32, 3]", "input = [32, 32]", "model.input has 2 values"),
         ("global = 128", "", "the batch has no size"),
-        ("size = 2", "size = 64", "`max_pool_3`"),
+        ("size = 2", "size = 2\npadding = 2", "`max_pool_3`"),
     ] {
         assert!(QUICKSTART.contains(old), "{old} is not in the quickstart");
         let file = file(&QUICKSTART.replacen(old, new, 1));

@@ -17,6 +17,7 @@ pub enum Initializer {
     /// Normal with standard deviation `std`; Krizhevsky et al. 2012 used 0.01.
     Normal {
         #[serde(default = "default_std")]
+        #[schemars(range(min = 0))]
         std: f32,
     },
     /// Uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010): for sigmoid and tanh.
@@ -27,6 +28,13 @@ pub enum Initializer {
     HeUniform {},
     /// Normal with variance 2 / fan_in.
     HeNormal {},
+}
+
+/// Keeps the variance of activations through layers of ReLUs.
+impl Default for Initializer {
+    fn default() -> Self {
+        Initializer::HeNormal {}
+    }
 }
 
 fn default_std() -> f32 {

@@ -39,6 +39,9 @@ impl Shape {
     pub const fn is_empty(self) -> bool {
         self.len() == 0
     }
+    pub const fn lengths(self) -> [usize; 3] {
+        [self.h, self.w, self.c]
+    }
     pub const fn is_vector(self) -> bool {
         self.h == 1 && self.w == 1
     }

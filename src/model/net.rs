@@ -1,5 +1,6 @@
-//! The network with memory: one arena for activations, activation gradients and scratch, planned once; forward and
-//! backward walk the nodes and hand each layer its buffers. Nothing is allocated after `new`.
+//! The network with memory: one arena for activations and activation gradients, planned once, and one of scratch, which
+//! all layers use in turn; forward and backward walk the nodes and hand each layer its buffers. Nothing is allocated
+//! after `new`.
 //!
 //! Time runs over one step: node i works at time i in forward and at time 2 L - i in backward (L nodes, the loss at time
 //! L). A buffer lives from its first writer to its last reader on that line, and buffers that never live together share
@@ -10,7 +11,7 @@ use super::params::ParamTable;
 use super::spec::{Activation, DATA, MAX_INPUTS, MAX_PARAMS, NetSpec};
 use super::{Backward, Build, Forward, Layer, Pass};
 use crate::device::{self, Arena, Place, Slice, SliceMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::array;
 use std::ops::Range;
 
@@ -32,8 +33,12 @@ pub struct Net {
     layers: Vec<Box<dyn Layer>>,
     plan: Plan,
     memory: Arena,
+    scratch: Arena,
     params: Arena,
 }
+
+/// Values of an activation of a whole batch, at most: the layers' tables address them with 32 bits.
+const MAX_VALUES: usize = 1 << 32;
 
 /// Byte offsets in the memory arena. A range of no bytes means that the buffer does not exist.
 #[derive(Debug)]
@@ -45,14 +50,20 @@ struct Plan {
     /// For each node and input: where its contribution goes when another consumer has already written the gradient.
     extra: Vec<Vec<Option<Range<usize>>>>,
     saved: Vec<Range<usize>>,
-    scratch: Range<usize>,
     bytes: usize,
 }
 
 impl Net {
     /// Builds all layers and draws the initial parameters from the seed.
     pub fn new(spec: NetSpec, options: &Options) -> Result<Net> {
+        refuse_giants(&spec, options.batch)?;
         let table = ParamTable::new(&spec);
+        let plan = Plan::new(&spec, options);
+        // The largest memory first: where it is not to be had, that is said before layers make tables of its size.
+        let memory =
+            Arena::host(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
+        let params = device::allocate(options.place, table.len() * size_of::<f32>())
+            .map_err(|e| e.context(format!("{} parameters", table.len())))?;
         let mut layers = Vec::with_capacity(spec.nodes.len());
         for (number, node) in spec.nodes.iter().enumerate() {
             let inputs = spec.input_shapes(number);
@@ -67,11 +78,8 @@ impl Net {
             layers.push(node.spec.build(&build).map_err(|e| e.context(format!("layer `{}`", node.name)))?);
         }
         let scratch = layers.iter().map(|layer| layer.scratch_bytes()).max().unwrap_or(0);
-        let plan = Plan::new(&spec, options, scratch);
-        let memory =
-            Arena::host(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
-        let params = device::allocate(options.place, table.len() * size_of::<f32>())?;
-        let mut net = Net { spec, table, layers, plan, memory, params };
+        let scratch = Arena::host(scratch).map_err(|e| e.context("scratch of the layers"))?;
+        let mut net = Net { spec, table, layers, plan, memory, scratch, params };
         net.initialise(options.seed);
         Ok(net)
     }
@@ -84,7 +92,7 @@ impl Net {
     }
     /// Bytes of activations, their gradients and scratch.
     pub fn memory_bytes(&self) -> usize {
-        self.plan.bytes
+        self.plan.bytes + self.scratch.bytes()
     }
     /// All parameters, in the order of the table.
     pub fn params(&self) -> &[f32] {
@@ -157,7 +165,7 @@ impl Net {
     fn initialise(&mut self, seed: u64) {
         let (table, params) = self.table_and_params_mut();
         for param in &table.params {
-            param.spec.to_arena(&param.spec.initial(seed, param.number), &mut params[param.range.clone()]);
+            param.spec.initialise(seed, param.number, &mut params[param.range.clone()]);
         }
     }
 
@@ -171,7 +179,7 @@ impl Net {
             output: self.cut(&self.plan.activations[node + 1], self.activation_bytes(node + 1, pass)),
             params: &params[..entry.inferred.params.len()],
             saved: self.whole(&self.plan.saved[node]),
-            scratch: self.whole(&self.plan.scratch),
+            scratch: self.scratch(),
         };
         self.layers[node].forward(pass, io)
     }
@@ -208,7 +216,7 @@ impl Net {
             params: &params[..tensors.len()],
             grad_params: &mut grad_params[..tensors.len()],
             saved: self.whole(&self.plan.saved[node]).into_shared(),
-            scratch: self.whole(&self.plan.scratch),
+            scratch: self.scratch(),
         };
         self.layers[node].backward(pass, io)?;
         for (i, &activation) in self.spec.nodes[node].inputs.iter().enumerate() {
@@ -248,6 +256,11 @@ impl Net {
         }
     }
 
+    fn scratch<'a>(&self) -> SliceMut<'a> {
+        // SAFETY: one node works at a time, and only that one is handed the scratch.
+        unsafe { self.scratch.slice_mut(0..self.scratch.bytes()) }
+    }
+
     fn whole<'a>(&self, range: &Range<usize>) -> SliceMut<'a> {
         self.cut(range, range.len())
     }
@@ -265,8 +278,21 @@ fn bytes_of(elements: &Range<usize>) -> Range<usize> {
     elements.start * size_of::<f32>()..elements.end * size_of::<f32>()
 }
 
+/// What passes keeps every sum of the memory plan far from overflow.
+fn refuse_giants(spec: &NetSpec, batch: usize) -> Result<()> {
+    let fits = |activation| batch.checked_mul(spec.shape(activation).len()).is_some_and(|values| values <= MAX_VALUES);
+    let Some(giant) = (DATA..=spec.nodes.len()).find(|&activation| !fits(activation)) else { return Ok(()) };
+    let place = match giant.checked_sub(1) {
+        None => "the input".to_owned(),
+        Some(node) => format!("layer `{}`", spec.nodes[node].name),
+    };
+    Err(Error::device(format!(
+        "activations of {batch} samples hold more than 2^32 values in {place}; use a smaller batch, or batch.micro"
+    )))
+}
+
 impl Plan {
-    fn new(spec: &NetSpec, options: &Options, scratch: usize) -> Plan {
+    fn new(spec: &NetSpec, options: &Options) -> Plan {
         let mut planner = Planner::default();
         let activations = Self::activations(spec, options, &mut planner);
         let (gradients, extra) = match options.training {
@@ -283,7 +309,6 @@ impl Plan {
                 planner.add(bytes, i, if options.training { end - i } else { i })
             })
             .collect();
-        let scratch = planner.add(scratch, 0, end);
 
         let plan = memory::plan(&planner.buffers, device::ALIGN);
         let place = |buffer: &Option<usize>| match *buffer {
@@ -297,7 +322,6 @@ impl Plan {
                 .map(|inputs| inputs.iter().map(|b| b.is_some().then(|| place(b))).collect())
                 .collect(),
             saved: saved.iter().map(place).collect(),
-            scratch: place(&scratch),
             bytes: plan.bytes,
         }
     }

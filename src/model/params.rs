@@ -43,6 +43,17 @@ pub enum Role {
 }
 
 impl ParamSpec {
+    /// A bias of so many values: zeros at the start.
+    pub fn bias(len: usize) -> ParamSpec {
+        ParamSpec {
+            name: "bias",
+            shape: vec![len],
+            layout: Layout::Canonical,
+            init: Init::Constant(0.0),
+            role: Role::Trainable,
+        }
+    }
+
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
@@ -50,16 +61,18 @@ impl ParamSpec {
         self.len() == 0
     }
 
-    /// Initial values in canonical order; `number` is the tensor's place among the net's parameters.
-    pub fn initial(&self, seed: u64, number: u32) -> Vec<f32> {
-        let draw = |index| Rng::new(seed, Purpose::Init, number, index);
-        (0..self.len() as u64)
-            .map(|index| match self.init {
-                Init::Constant(value) => value,
-                Init::Normal { std } => std * draw(index).normal(),
-                Init::Uniform { bound } => draw(index).range(-bound, bound),
-            })
-            .collect()
+    /// Writes the initial values; `number` is the tensor's place among the net's parameters.
+    pub fn initialise(&self, seed: u64, number: u32, arena: &mut [f32]) {
+        let draw = |index: usize| Rng::new(seed, Purpose::Init, number, index as u64);
+        let value = |index| match self.init {
+            Init::Constant(value) => value,
+            Init::Normal { std } => std * draw(index).normal(),
+            Init::Uniform { bound } => draw(index).range(-bound, bound),
+        };
+        match self.layout {
+            Layout::Canonical => arena.iter_mut().enumerate().for_each(|(index, to)| *to = value(index)),
+            Layout::Hwio => self.each_hwio(|oihw, hwio| arena[hwio] = value(oihw)),
+        }
     }
 
     /// Copies from canonical order into the arena's.

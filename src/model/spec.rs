@@ -1,6 +1,6 @@
 //! The network before it has memory: order, connections and shapes, each inferred once.
 
-use super::layers::Parsed;
+use super::layers::{Parsed, addressable};
 use super::{Inferred, LayerSpec, Shape};
 use crate::config::raw;
 use crate::error::{Error, Result};
@@ -39,6 +39,7 @@ impl NetSpec {
     pub fn new(model: &raw::Model) -> Result<NetSpec> {
         let [h, w, c] = model.input;
         let mut net = NetSpec { input: Shape::new(h, w, c), nodes: Vec::with_capacity(model.layers.len()) };
+        addressable("sample", &model.input).map_err(|reason| Error::usage(format!("model.input: {reason}")))?;
         let mut by_name = HashMap::from([("input".to_owned(), DATA)]);
         for entry in &model.layers {
             let earlier = |name: &String| *by_name.get(name).expect("config::rules lets only earlier layers pass");
@@ -84,7 +85,11 @@ impl NetSpec {
             )));
         }
         let shapes: Vec<Shape> = inputs.iter().map(|&activation| self.shape(activation)).collect();
-        let inferred = parsed.spec.infer(&shapes).map_err(|reason| {
+        let inferred = parsed.spec.infer(&shapes).and_then(|inferred| {
+            addressable("output", &inferred.output.lengths())?;
+            Ok(inferred)
+        });
+        let inferred = inferred.map_err(|reason| {
             let sources = inputs.iter().zip(&shapes).map(|(&activation, shape)| match activation.checked_sub(1) {
                 None => format!("the input ({shape})"),
                 Some(node) => format!("`{}` ({shape})", self.nodes[node].name),

@@ -4,3 +4,4 @@ mod gradients;
 mod harness;
 mod oracles;
 mod properties;
+mod refusals;

@@ -129,18 +129,11 @@ fn what_does_not_fit_is_named() {
     let (a, b) = (Shape::new(8, 8, 16), Shape::new(8, 7, 16));
     for (kind, keys, inputs, expected) in [
         ("max_pool", "size = 9", vec![a], "a 9x9 window does not fit into 8x8x16 (after padding 0)"),
-        ("max_pool", "size = 17", vec![a], "17x17 is above max_pool's 16x16"),
         ("avg_pool", "size = 2\npadding = 2", vec![a], "padding 2 with a 2x2 window"),
-        ("avg_pool", "size = 0", vec![a], "both must be at least 1"),
         ("relu", "", vec![a, b], "takes one input, but `from` names 2"),
         ("add", "", vec![a], "takes two or more inputs"),
         ("add", "", vec![a, a, b], "the first is 8x8x16 and number 3 is 8x7x16"),
         ("concat", "", vec![a, b], "the first is 8x8x16 and number 2 is 8x7x16"),
-        ("dropout", "rate = 1.0", vec![a], "rate 1: it must be at least 0 and below 1"),
-        ("batch_norm", "epsilon = 0", vec![a], "epsilon 0: it must be above 0"),
-        ("batch_norm", "momentum = 1.5", vec![a], "momentum 1.5: it must lie between 0 and 1"),
-        ("lrn", "depth_radius = 17", vec![a], "depth_radius 17: it must be at most 16"),
-        ("lrn", "bias = 0", vec![a], "bias must be above 0"),
     ] {
         let refusal = section(kind, keys, &inputs).refusal();
         assert!(refusal.contains(expected), "{kind} {keys}: {refusal}");

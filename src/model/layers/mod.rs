@@ -91,6 +91,22 @@ pub(crate) fn several(inputs: &[Shape]) -> Result<Shape, String> {
     }
 }
 
+/// Whether 32 bits can address every value of one sample's tensor, or of a weight. The kernels' tables need that, and
+/// nothing that is computed from sizes so bounded overflows.
+pub(crate) fn addressable(what: &str, lengths: &[usize]) -> Result<(), String> {
+    let values = lengths.iter().try_fold(1usize, |product, &length| product.checked_mul(length));
+    if values.is_some_and(|values| u32::try_from(values).is_ok()) {
+        return Ok(());
+    }
+    let lengths = lengths.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+    Err(format!("its {what} would be {lengths}, more than 2^32 values: use smaller sizes"))
+}
+
+/// Default of `bias` where a layer has one.
+pub(crate) fn yes() -> bool {
+    true
+}
+
 /// Rows of so many values (or operations) each that make a task worth a thread's while.
 pub(crate) fn rows_per_task(row: usize) -> usize {
     (16 * 1024 / row.max(1)).max(1)

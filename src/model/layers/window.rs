@@ -1,6 +1,7 @@
 //! Windows that slide over an image: the geometry that pooling and convolution share.
 
 use super::super::Shape;
+use super::addressable;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -39,9 +40,6 @@ pub struct Window {
 impl Window {
     /// Square windows over `input`. The error says what does not fit.
     pub fn new(input: Shape, size: usize, stride: usize, padding: Padding) -> Result<Window, String> {
-        if size == 0 || stride == 0 {
-            return Err(format!("window {size} with stride {stride}: both must be at least 1"));
-        }
         let axis = |length| Axis::new(length, size, stride, padding);
         match (axis(input.h), axis(input.w)) {
             (Some(rows), Some(columns)) => Ok(Window { rows, columns }),
@@ -61,7 +59,11 @@ impl Window {
             Padding::Zeros(zeros) if zeros >= size => {
                 Err(format!("padding {zeros} with a {size}x{size} window: it must be below the window's size"))
             }
-            _ => Window::new(input, size, stride.unwrap_or(size), padding),
+            _ => {
+                let window = Window::new(input, size, stride.unwrap_or(size), padding)?;
+                addressable("output", &window.output(input.c).lengths())?;
+                Ok(window)
+            }
         }
     }
 
@@ -162,7 +164,6 @@ mod tests {
             "a 5x5 window does not fit into 3x3x16 (after padding 0): use a smaller size, or padding"
         );
         assert!(error(9, 1, Padding::Zeros(2)).contains("(after padding 2)"));
-        assert!(error(3, 0, VALID).contains("at least 1"));
         assert!(Window::new(Shape::new(3, 3, 1), 2, 1, Padding::Zeros(usize::MAX)).is_err());
     }
 

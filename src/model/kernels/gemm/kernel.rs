@@ -91,7 +91,8 @@ unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const NR: usize>(t: 
         let mut a = [t.a; MR];
         let mut c = [t.c; MR];
         for i in 0..MR {
-            a[i] = t.a.add(*t.rows.get_unchecked(i) as usize);
+            // Without columns no row of A need exist, so this place may lie outside; it is not read then.
+            a[i] = t.a.wrapping_add(*t.rows.get_unchecked(i) as usize);
             c[i] = t.c.add(*t.c_rows.get_unchecked(i) as usize);
         }
 

@@ -70,7 +70,13 @@ pub struct Store {
 
 /// A table of `count` offsets that lie `step` apart: the rows or columns of an ordinary matrix.
 pub fn strided(count: usize, step: usize) -> Vec<u32> {
-    (0..count).map(|i| u32::try_from(i * step).expect("an activation or weight holds fewer than 2^32 values")).collect()
+    (0..count).map(|i| offset(i * step)).collect()
+}
+
+/// An entry of a table. What is larger was refused before: of weights and single images by the layers' `infer`, of whole
+/// batches by `Net::new`.
+pub fn offset(place: usize) -> u32 {
+    u32::try_from(place).expect("an activation or weight holds at most 2^32 values")
 }
 
 /// f32 values that a packed K x N matrix takes.

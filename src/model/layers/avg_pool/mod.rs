@@ -13,8 +13,10 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct AvgPool {
     /// Height and width of the window.
+    #[schemars(range(min = 1, max = 65536))]
     size: usize,
     /// Default: `size`.
+    #[schemars(range(min = 1))]
     stride: Option<usize>,
     /// "valid" (default), "same", or a number below `size`; the zeros are part of the average.
     #[serde(default)]
@@ -31,7 +33,11 @@ impl LayerSpec for AvgPool {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
         let input = single(inputs)?;
         let output = self.window(input)?.output(input.c);
-        Ok(Inferred { output, forward_flops: (output.len() * self.size * self.size) as u64, ..Inferred::default() })
+        Ok(Inferred {
+            output,
+            forward_flops: output.len() as u64 * (self.size * self.size) as u64,
+            ..Inferred::default()
+        })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let input = build.inputs[0];

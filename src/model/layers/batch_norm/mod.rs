@@ -21,8 +21,10 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields, default)]
 pub struct BatchNorm {
     /// Weight of the newest batch in the running statistics.
+    #[schemars(range(min = 0, max = 1))]
     momentum: f32,
     /// Added to the variance.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     epsilon: f32,
     activation: Activation,
 }
@@ -36,12 +38,6 @@ impl Default for BatchNorm {
 impl LayerSpec for BatchNorm {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
         let output = single(inputs)?;
-        if !(0.0..=1.0).contains(&self.momentum) {
-            return Err(format!("momentum {}: it must lie between 0 and 1", self.momentum));
-        }
-        if !(self.epsilon.is_finite() && self.epsilon > 0.0) {
-            return Err(format!("epsilon {}: it must be above 0", self.epsilon));
-        }
         let running = Role::Running { momentum: self.momentum };
         let param = |name, value, role| ParamSpec {
             name,

@@ -18,7 +18,7 @@
 //! gradients are summed within each of at most `PARTS` parts of the batch, then over the parts in order. Blocks and parts
 //! depend on shapes alone: the sums have the same bits for any number of threads.
 
-use super::super::super::kernels::gemm::{self, Kernel, Left, Out, Right, Store, strided};
+use super::super::super::kernels::gemm::{self, Kernel, Left, Out, Right, Store, offset, strided};
 use super::super::super::{Backward, Build, Forward, Layer, Pass};
 use super::super::Activation;
 use super::Geometry;
@@ -73,8 +73,12 @@ struct Phase {
 impl Conv2d {
     pub fn new(geometry: Geometry, bias: bool, activation: Activation, build: &Build<'_>) -> Conv2d {
         let Geometry { input, output, rows, columns, .. } = geometry;
-        let padded = Padded::of_input(&geometry);
-        let block = (BLOCK_BYTES / (4 * padded.len())).clamp(1, build.batch.div_ceil(PARTS).max(1));
+        let (padded, grad) = (Padded::of_input(&geometry), Padded::of_grad(&geometry));
+        // All four kinds of images are addressed by tables of 32 bits that span a block.
+        let largest = [input.len(), output.len(), padded.len(), grad.len()].into_iter().fold(1, usize::max);
+        let block = (BLOCK_BYTES / (4 * padded.len()))
+            .clamp(1, build.batch.div_ceil(PARTS).max(1))
+            .min(u32::MAX as usize / largest);
         let parts = (PARTIAL_BYTES / (4 * (geometry.taps() + 1) * output.c)).clamp(1, PARTS);
         let part = build.batch.div_ceil(parts).next_multiple_of(block);
 
@@ -85,7 +89,6 @@ impl Conv2d {
         for (kh, kw, c) in each(rows.size, columns.size, geometry.channels()) {
             taps.push(padded.at(0, kh, kw, c));
         }
-        let grad = Padded::of_grad(&geometry);
         let phases = each(1, rows.stride.min(input.h), columns.stride.min(input.w));
         Conv2d {
             kernel: Kernel::best(),
@@ -410,7 +413,7 @@ impl Phase {
         let counts = (count(input.h, first_h, rows.stride), count(input.w, first_w, columns.stride));
         for (image, i, j) in each(block, counts.0, counts.1) {
             let (ih, iw) = (first_h + i * rows.stride, first_w + j * columns.stride);
-            input_rows.push((((image * input.h + ih) * input.w + iw) * input.c) as u32);
+            input_rows.push(offset(((image * input.h + ih) * input.w + iw) * input.c));
             // With no taps at all the product is zero and this place is never read.
             let h = (grad.top + (ih + rows.before) / rows.stride + 1).saturating_sub(taps_h.max(1));
             let w = (grad.left + (iw + columns.before) / columns.stride + 1).saturating_sub(taps_w.max(1));
@@ -420,7 +423,7 @@ impl Phase {
         for (i, j, f) in each(taps_h, taps_w, geometry.filters()) {
             taps.push(grad.at(0, i, j, f));
             let (h, w) = (kh + (taps_h - 1 - i) * rows.stride, kw + (taps_w - 1 - j) * columns.stride);
-            weights.push(((h * columns.size + w) * geometry.channels() * output.c + f) as u32);
+            weights.push(offset((h * columns.size + w) * geometry.channels() * output.c + f));
         }
         Phase { pixels, taps, weights, input_rows }
     }

@@ -9,12 +9,13 @@ mod padded;
 mod tests;
 
 use super::super::init::Initializer;
-use super::super::params::{Init, Layout, ParamSpec, Role};
+use super::super::params::{Layout, ParamSpec, Role};
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
-use super::{Activation, single};
+use super::{Activation, addressable, single};
 use crate::device::Place;
 use crate::error::{Error, Result};
+use padded::Padded;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct Conv2d {
     /// Output channels.
+    #[schemars(range(min = 1))]
     filters: usize,
     /// Height and width of a filter.
     kernel: Extent,
@@ -31,32 +33,27 @@ pub struct Conv2d {
     padding: Padding,
     /// Divides channels and filters; as many groups as channels is a depthwise convolution.
     #[serde(default = "one")]
+    #[schemars(range(min = 1))]
     groups: usize,
-    #[serde(default = "yes")]
+    #[serde(default = "super::yes")]
     bias: bool,
     #[serde(default)]
     activation: Activation,
     /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
-    #[serde(default = "he_normal")]
+    #[serde(default)]
     init: Initializer,
 }
 
 fn one() -> usize {
     1
 }
-fn yes() -> bool {
-    true
-}
-fn he_normal() -> Initializer {
-    Initializer::HeNormal {}
-}
 
 /// A number for both axes, or [height, width].
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "expected a number, or [height, width]")]
 enum Extent {
-    Square(usize),
-    Each([usize; 2]),
+    Square(#[schemars(range(min = 1))] usize),
+    Each(#[schemars(extend("items" = { "type": "integer", "format": "uint", "minimum": 1 }))] [usize; 2]),
 }
 
 impl Extent {
@@ -134,9 +131,6 @@ impl Conv2d {
         let input = single(inputs)?;
         let Conv2d { filters, groups, .. } = *self;
         let (kernel, stride, padding) = (self.kernel.each(), self.stride.each(), self.padding.each());
-        if filters == 0 || groups == 0 || kernel.contains(&0) || stride.contains(&0) {
-            return Err("filters, kernel, stride and groups must be at least 1".to_owned());
-        }
         if input.c % groups != 0 || filters % groups != 0 {
             return Err(format!(
                 "groups = {groups} must divide the {} channels of its input ({input}) and its {filters} filters",
@@ -162,21 +156,11 @@ impl Conv2d {
         };
         let output = Shape { h: rows.output, w: columns.output, c: filters };
         let geometry = Geometry { input, output, rows, columns, groups };
-        addressable("weight", &[kernel[0], kernel[1], geometry.channels(), filters])?;
-        addressable("padded input", &[input.h + kernel[0], input.w + kernel[1], input.c])?;
-        addressable("output", &[output.h, output.w, output.c])?;
+        addressable("weight", &[filters, geometry.channels(), kernel[0], kernel[1]])?;
+        addressable("output", &output.lengths())?;
+        addressable("padded input", &Padded::of_input(&geometry).lengths())?;
+        addressable("padded output gradient", &Padded::of_grad(&geometry).lengths())?;
         Ok(geometry)
-    }
-}
-
-/// The kernels address an image and a weight with 32 bits.
-fn addressable(what: &str, lengths: &[usize]) -> Result<(), String> {
-    let product = lengths.iter().try_fold(1usize, |product, &length| product.checked_mul(length));
-    match product {
-        Some(product) if u32::try_from(product).is_ok() => Ok(()),
-        _ => Err(format!(
-            "its {what} would have {lengths:?} values, more than 2^32: use fewer filters or a smaller kernel"
-        )),
     }
 }
 
@@ -192,17 +176,11 @@ impl LayerSpec for Conv2d {
             init: self.init.resolve(geometry.taps(), area * geometry.filters()),
             role: Role::Trainable,
         };
-        let bias = self.bias.then(|| ParamSpec {
-            name: "bias",
-            shape: vec![output.c],
-            layout: Layout::Canonical,
-            init: Init::Constant(0.0),
-            role: Role::Trainable,
-        });
+        let bias = self.bias.then(|| ParamSpec::bias(output.c));
         Ok(Inferred {
             output,
             params: std::iter::once(weight).chain(bias).collect(),
-            forward_flops: 2 * geometry.taps() as u64 * output.len() as u64,
+            forward_flops: (2 * geometry.taps() as u64).saturating_mul(output.len() as u64),
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
             ..Inferred::default()

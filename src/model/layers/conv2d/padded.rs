@@ -1,6 +1,7 @@
 //! An image with zeros around it, so that every window of a convolution lies inside.
 
 use super::super::super::Shape;
+use super::super::super::kernels::gemm::offset;
 use super::Geometry;
 
 /// Shape (h, w, c) of the padded image; the image of shape `image` starts at row `top` and column `left` of it. What
@@ -39,6 +40,11 @@ impl Padded {
         Padded { image, shape, top, left, plain }
     }
 
+    /// Height, width and channels of a padded image.
+    pub fn lengths(&self) -> [usize; 3] {
+        self.shape.lengths()
+    }
+
     /// Values of a padded image.
     pub fn len(&self) -> usize {
         self.shape.len()
@@ -51,7 +57,8 @@ impl Padded {
 
     /// Place of a value among the padded images.
     pub fn at(&self, image: usize, h: usize, w: usize, c: usize) -> u32 {
-        (((image * self.shape.h + h) * self.shape.w + w) * self.shape.c + c) as u32
+        let place = ((image * self.shape.h + h) * self.shape.w + w) * self.shape.c + c;
+        offset(place)
     }
 
     /// The padded images, in `scratch`; or the images themselves where nothing is to be padded.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields, default)]
 pub struct Dropout {
     /// Probability with which a value is zeroed, from 0 to below 1.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     rate: f32,
 }
 
@@ -28,9 +29,6 @@ impl Default for Dropout {
 impl LayerSpec for Dropout {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
         let output = single(inputs)?;
-        if !(0.0..1.0).contains(&self.rate) {
-            return Err(format!("rate {}: it must be at least 0 and below 1", self.rate));
-        }
         Ok(Inferred { output, forward_flops: output.len() as u64, ..Inferred::default() })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {

@@ -5,9 +5,9 @@ mod cpu;
 mod tests;
 
 use super::super::init::Initializer;
-use super::super::params::{Init, Layout, ParamSpec, Role};
+use super::super::params::{Layout, ParamSpec, Role};
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
-use super::{Activation, single};
+use super::{Activation, addressable, single};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use schemars::JsonSchema;
@@ -17,42 +17,28 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct Linear {
     /// Outputs.
+    #[schemars(range(min = 1))]
     units: usize,
-    #[serde(default = "yes")]
+    #[serde(default = "super::yes")]
     bias: bool,
     #[serde(default)]
     activation: Activation,
     /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
-    #[serde(default = "he_normal")]
+    #[serde(default)]
     init: Initializer,
-}
-
-fn yes() -> bool {
-    true
-}
-fn he_normal() -> Initializer {
-    Initializer::HeNormal {}
 }
 
 impl Linear {
     /// Inputs a sample.
     fn width(&self, inputs: &[Shape]) -> Result<usize, String> {
         let input = single(inputs)?;
-        if self.units == 0 {
-            return Err("units must be at least 1".to_owned());
-        }
         if !input.is_vector() {
             return Err(format!(
                 "takes a vector, but its input is {input}; put a flatten or global_avg_pool layer before it"
             ));
         }
-        match input.c.checked_mul(self.units) {
-            Some(weights) if u32::try_from(weights).is_ok() => Ok(input.c),
-            _ => Err(format!(
-                "its weight would have {} x {} values, more than 2^32: use fewer units",
-                self.units, input.c
-            )),
-        }
+        addressable("weight", &[self.units, input.c])?;
+        Ok(input.c)
     }
 }
 
@@ -66,13 +52,7 @@ impl LayerSpec for Linear {
             init: self.init.resolve(width, self.units),
             role: Role::Trainable,
         };
-        let bias = self.bias.then(|| ParamSpec {
-            name: "bias",
-            shape: vec![self.units],
-            layout: Layout::Canonical,
-            init: Init::Constant(0.0),
-            role: Role::Trainable,
-        });
+        let bias = self.bias.then(|| ParamSpec::bias(self.units));
         Ok(Inferred {
             output: Shape::vector(self.units),
             params: std::iter::once(weight).chain(bias).collect(),

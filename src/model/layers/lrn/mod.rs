@@ -19,10 +19,14 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields, default)]
 pub struct Lrn {
     /// Neighbours on each side, at most 16.
+    #[schemars(range(max = cpu::MAX_RADIUS))]
     depth_radius: usize,
+    #[schemars(extend("exclusiveMinimum" = 0))]
     bias: f32,
     /// Factor of the plain sum of squares (PyTorch's is divided by the number of channels in it).
+    #[schemars(range(min = 0))]
     alpha: f32,
+    #[schemars(range(min = 0))]
     beta: f32,
 }
 
@@ -35,13 +39,6 @@ impl Default for Lrn {
 impl LayerSpec for Lrn {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
         let output = single(inputs)?;
-        if self.depth_radius > cpu::MAX_RADIUS {
-            return Err(format!("depth_radius {}: it must be at most {}", self.depth_radius, cpu::MAX_RADIUS));
-        }
-        if !(self.bias > 0.0 && self.alpha >= 0.0) {
-            let (bias, alpha) = (self.bias, self.alpha);
-            return Err(format!("bias {bias} and alpha {alpha}: bias must be above 0 and alpha not below"));
-        }
         Ok(Inferred {
             output,
             forward_flops: (output.len() * (2 * self.depth_radius + 8)) as u64,

@@ -12,8 +12,10 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct MaxPool {
     /// Height and width of the window, at most 16: which of its places won is kept in a byte.
+    #[schemars(range(min = 1, max = 16))]
     size: usize,
     /// Default: `size`.
+    #[schemars(range(min = 1))]
     stride: Option<usize>,
     /// "valid" (default), "same", or a number below `size`.
     #[serde(default)]
@@ -22,9 +24,6 @@ pub struct MaxPool {
 
 impl MaxPool {
     fn window(&self, input: Shape) -> Result<Window, String> {
-        if self.size > 16 {
-            return Err(format!("a window of {0}x{0} is above max_pool's 16x16: use global_max_pool", self.size));
-        }
         Window::for_pooling(input, self.size, self.stride, self.padding)
     }
 }
@@ -35,7 +34,7 @@ impl LayerSpec for MaxPool {
         let output = self.window(input)?.output(input.c);
         Ok(Inferred {
             output,
-            forward_flops: (output.len() * self.size * self.size) as u64,
+            forward_flops: output.len() as u64 * (self.size * self.size) as u64,
             saved_bytes: output.len(),
             ..Inferred::default()
         })
