@@ -1,19 +1,18 @@
 //! What a whole run does when something fails: ranks are killed or stopped in several phases, signals come, checkpoints
 //! are damaged. Every wait has a deadline, and only processes that a test started are signalled.
 
-use rustix::process::{Pid, Signal, kill_process};
+mod common;
+
+use common::{Launched, alive, send, stat, until};
+use rustix::process::Signal;
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Far beyond what any part of a test takes on a slow machine.
-const WATCHDOG: Duration = Duration::from_secs(120);
 /// Survivors end within one second; a crowded machine gets this long.
 const PROMPT: Duration = Duration::from_millis(1500);
 
@@ -82,9 +81,9 @@ fn a_killed_rank_ends_the_run_within_a_moment_and_is_named() {
         for &pid in &pids {
             until("a survivor to end", || (!alive(pid)).then_some(()));
             let took = killed.elapsed();
-            assert!(took < PROMPT, "{case}: process {pid} took {took:?}\n{}", run.output());
+            assert!(took < PROMPT, "{case}: process {pid} took {took:?}\n{}", run.launcher.output());
         }
-        let (code, output) = (run.wait(), run.output());
+        let (code, output) = (run.launcher.wait(), run.launcher.output());
         assert_eq!(code, 4, "{case}\n{output}");
         let pid = pids[victim];
         assert!(
@@ -112,18 +111,22 @@ fn after_kills_in_the_middle_of_checkpoints_the_same_command_goes_on() {
         thread::sleep(Duration::from_millis(after_ms));
         let pids = run.pids();
         send(pids[0], Signal::KILL);
-        assert_eq!(run.wait(), 4, "{}", run.output());
+        assert_eq!(run.launcher.wait(), 4, "{}", run.launcher.output());
         run.assert_nothing_is_left(&pids);
         if newest > 0 {
-            assert!(run.output().contains("going on from"), "{}", run.output());
+            assert!(run.launcher.output().contains("going on from"), "{}", run.launcher.output());
         }
-        assert!(!run.output().contains("is not used"), "no checkpoint is half a checkpoint\n{}", run.output());
+        assert!(
+            !run.launcher.output().contains("is not used"),
+            "no checkpoint is half a checkpoint\n{}",
+            run.launcher.output()
+        );
         newest = *checkpoints(&out).last().unwrap();
     }
     let mut run = Run::start(&folder, 2, SAVING);
     until("a newer checkpoint", || (checkpoints(&out).last()? > &newest).then_some(()));
-    send(run.launcher.id() as i32, Signal::TERM);
-    assert_eq!(run.wait(), 75, "{}", run.output());
+    send(run.launcher.pid(), Signal::TERM);
+    assert_eq!(run.launcher.wait(), 75, "{}", run.launcher.output());
 }
 
 #[test]
@@ -139,14 +142,14 @@ fn a_stopped_rank_is_a_warning_and_after_the_timeout_an_error() {
         let name = format!("rank {victim} (pid {} on host ", pids[victim]);
         let stopped = Instant::now();
         send(pids[victim], Signal::STOP);
-        run.expect(|output| output.contains("has not been heard of for") && output.contains(&name));
+        run.launcher.expect(|output| output.contains("has not been heard of for") && output.contains(&name));
         assert!(stopped.elapsed() < Duration::from_secs(6), "the warning came after {:?}", stopped.elapsed());
         if wakes {
             thread::sleep((TIMEOUT + Duration::from_millis(500)).saturating_sub(stopped.elapsed()));
             send(pids[victim], Signal::CONT);
         }
-        assert_eq!(run.wait(), 4, "{}", run.output());
-        let (took, output) = (stopped.elapsed(), run.output());
+        assert_eq!(run.launcher.wait(), 4, "{}", run.launcher.output());
+        let (took, output) = (stopped.elapsed(), run.launcher.output());
         assert!(took < 2 * TIMEOUT, "it took {took:?}\n{output}");
         assert_eq!(output.matches("has not been heard of").count(), 1, "{output}");
         let error = output.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
@@ -167,7 +170,7 @@ fn a_killed_launcher_takes_its_ranks_along() {
     let mut run = Run::start(&folder, 3, STEPS);
     run.trains();
     let pids = run.pids();
-    run.launcher.kill().unwrap();
+    send(run.launcher.pid(), Signal::KILL);
     run.assert_nothing_is_left(&pids);
 }
 
@@ -180,9 +183,9 @@ fn every_signal_saves_and_exits_75_and_says_so_once() {
         let mut run = Run::start(&folder, 2, STEPS);
         run.trains();
         let pids = run.pids();
-        send(run.launcher.id() as i32, signal);
-        assert_eq!(run.wait(), 75, "{}", run.output());
-        let output = run.output();
+        send(run.launcher.pid(), signal);
+        assert_eq!(run.launcher.wait(), 75, "{}", run.launcher.output());
+        let output = run.launcher.output();
         let last_words =
             |line: &&str| line.starts_with("stopped by ") && line.ends_with("the same command goes on from there");
         let last_words: Vec<&str> = output.lines().filter(last_words).collect();
@@ -199,16 +202,16 @@ fn a_run_that_a_signal_interrupts_ends_with_the_weights_of_one_that_none_does() 
         let settings = [&SIXTY_STEPS, settings].concat();
         let folder = tempfile::tempdir().unwrap();
         let mut undisturbed = Run::start(&folder, 2, &settings);
-        assert_eq!(undisturbed.wait(), 0, "{}", undisturbed.output());
+        assert_eq!(undisturbed.launcher.wait(), 0, "{}", undisturbed.launcher.output());
         for &ranks in resumed_on {
             let folder = tempfile::tempdir().unwrap();
             let mut run = Run::start(&folder, 2, &settings);
             run.trains();
-            send(run.launcher.id() as i32, Signal::TERM);
-            assert_eq!(run.wait(), 75, "{}", run.output());
+            send(run.launcher.pid(), Signal::TERM);
+            assert_eq!(run.launcher.wait(), 75, "{}", run.launcher.output());
             let mut again = Run::start(&folder, ranks, &settings);
-            assert_eq!(again.wait(), 0, "{}", again.output());
-            assert!(again.output().contains("going on from"), "{}", again.output());
+            assert_eq!(again.launcher.wait(), 0, "{}", again.launcher.output());
+            assert!(again.launcher.output().contains("going on from"), "{}", again.launcher.output());
             assert_eq!(again.digest(), undisturbed.digest(), "resumed on {ranks}: {settings:?}");
         }
     }
@@ -219,13 +222,13 @@ fn a_signal_ends_at_once_what_has_nothing_to_save() {
     for (signal, name) in [(Signal::TERM, "SIGTERM"), (Signal::HUP, "SIGHUP"), (Signal::INT, "SIGINT")] {
         let mut run = Run::spawn(2, &["bench-comm", "--json"], PathBuf::new());
         let pids = run.pids();
-        run.expect(|output| output.contains("busbw_gb_s"));
+        run.launcher.expect(|output| output.contains("busbw_gb_s"));
         let signalled = Instant::now();
-        send(run.launcher.id() as i32, signal);
-        assert_eq!(run.wait(), 75, "{}", run.output());
+        send(run.launcher.pid(), signal);
+        assert_eq!(run.launcher.wait(), 75, "{}", run.launcher.output());
         assert!(signalled.elapsed() < PROMPT, "it took {:?}", signalled.elapsed());
         let words = format!("stopped by {name}; there was nothing to save");
-        assert!(run.output().ends_with(&format!("{words}\n")), "{}", run.output());
+        assert!(run.launcher.output().ends_with(&format!("{words}\n")), "{}", run.launcher.output());
         run.assert_nothing_is_left(&pids);
     }
 }
@@ -240,7 +243,7 @@ fn a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used() 
     ];
     let folder = tempfile::tempdir().unwrap();
     let mut undisturbed = Run::start(&folder, 2, &["run.steps=30"]);
-    assert_eq!(undisturbed.wait(), 0, "{}", undisturbed.output());
+    assert_eq!(undisturbed.launcher.wait(), 0, "{}", undisturbed.launcher.output());
     let steps = checkpoints(&undisturbed.out);
     let [before, newest] = steps[..] else { panic!("two checkpoints are kept: {steps:?}") };
     let path = folder.path().join(format!("out/checkpoints/step-{newest:08}.safetensors"));
@@ -250,8 +253,8 @@ fn a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used() 
         spoil(&mut bytes);
         fs::write(&path, bytes).unwrap();
         let mut run = Run::start(&folder, 2, &["run.steps=30"]);
-        assert_eq!(run.wait(), 0, "{damage}\n{}", run.output());
-        let output = run.output();
+        assert_eq!(run.launcher.wait(), 0, "{damage}\n{}", run.launcher.output());
+        let output = run.launcher.output();
         assert!(output.contains("is not used") && output.contains(reason), "{damage}\n{output}");
         assert!(output.contains(&format!("(step {before})")), "{damage}\n{output}");
         assert_eq!(run.digest(), undisturbed.digest(), "{damage}: the steps done again gave other bits\n{output}");
@@ -260,11 +263,9 @@ fn a_damaged_checkpoint_is_refused_with_the_reason_and_the_one_before_is_used() 
 
 /// A launcher with its ranks. Dropped, the launcher is killed, and its ranks with it.
 struct Run {
-    launcher: Child,
+    launcher: Launched,
     ranks: usize,
     out: PathBuf,
-    output: Arc<Mutex<String>>,
-    readers: Vec<JoinHandle<()>>,
 }
 
 impl Run {
@@ -278,20 +279,9 @@ impl Run {
     }
 
     fn spawn(ranks: usize, args: &[&str], out: PathBuf) -> Run {
-        let mut launcher = Command::new(env!("CARGO_BIN_EXE_trainer"))
-            .args(["-n", &ranks.to_string()])
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let output = Arc::new(Mutex::new(String::new()));
-        let readers = vec![
-            read_lines(launcher.stdout.take().unwrap(), &output),
-            read_lines(launcher.stderr.take().unwrap(), &output),
-        ];
-        Run { launcher, ranks, out, output, readers }
+        let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+        let launcher = Launched::start(command.args(["-n", &ranks.to_string()]).args(args));
+        Run { launcher, ranks, out }
     }
 
     /// Waits until steps are being done, and a second checkpoint shows that the first is known to be there.
@@ -303,27 +293,12 @@ impl Run {
     fn pids(&self) -> Vec<i32> {
         let of_rank = |rank: usize| {
             let wanted = format!("LOCKSTEP_RANK={rank}");
-            children(self.launcher.id()).into_iter().find(|pid| {
+            children(self.launcher.pid()).into_iter().find(|pid| {
                 let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
                 environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
             })
         };
         (0..self.ranks).map(|rank| until("a rank to start", || of_rank(rank))).collect()
-    }
-
-    fn expect(&self, found: impl Fn(&str) -> bool) {
-        until("a line of output", || found(&self.output.lock().unwrap()).then_some(()));
-    }
-
-    /// The launcher's exit code, with all output read.
-    fn wait(&mut self) -> i32 {
-        let status = until("the launcher to end", || self.launcher.try_wait().unwrap());
-        self.readers.drain(..).for_each(|reader| reader.join().unwrap());
-        status.code().unwrap_or(-1)
-    }
-
-    fn output(&self) -> String {
-        self.output.lock().unwrap().clone()
     }
 
     /// No process, nothing of ours in /dev/shm, no temporary file.
@@ -340,28 +315,9 @@ impl Run {
 
     /// The digest of the weights in the last line of the summary: `all 30 steps are done; weights a20ffe3a791b94ca`.
     fn digest(&self) -> String {
-        let output = self.output();
+        let output = self.launcher.output();
         output.split("; weights ").nth(1).expect("a digest").lines().next().unwrap().to_string()
     }
-}
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        let _ = self.launcher.kill();
-        let _ = self.launcher.wait();
-        if std::thread::panicking() {
-            eprintln!("the program said:\n{}", self.output());
-        }
-    }
-}
-
-fn read_lines(from: impl Read + Send + 'static, output: &Arc<Mutex<String>>) -> JoinHandle<()> {
-    let output = output.clone();
-    thread::spawn(move || {
-        for line in BufReader::new(from).lines().map_while(|line| line.ok()) {
-            *output.lock().unwrap() += &format!("{line}\n");
-        }
-    })
 }
 
 /// Steps of the checkpoints of a run, ascending.
@@ -380,37 +336,8 @@ fn files(out: &Path) -> Vec<String> {
     [names(out), names(&out.join("checkpoints"))].concat()
 }
 
-fn send(pid: i32, signal: Signal) {
-    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
-}
-
-fn children(parent: u32) -> Vec<i32> {
+fn children(parent: i32) -> Vec<i32> {
     let processes =
         fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     processes.filter(|pid| stat(*pid).is_some_and(|(_, other)| other == parent)).collect()
-}
-
-/// Whether the process runs; one that is dead and not reaped does not.
-fn alive(pid: i32) -> bool {
-    stat(pid).is_some_and(|(state, _)| !matches!(state.as_str(), "Z" | "X"))
-}
-
-/// State and parent of a process.
-fn stat(pid: i32) -> Option<(String, u32)> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit(')').next()?.split_whitespace();
-    Some((fields.next()?.to_string(), fields.next()?.parse().ok()?))
-}
-
-/// Polls until there is something, at most until the watchdog bites.
-#[track_caller]
-fn until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(found) = poll() {
-            return found;
-        }
-        assert!(start.elapsed() < WATCHDOG, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
 }

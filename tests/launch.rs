@@ -3,6 +3,9 @@
 //! The program under test is this test binary itself: `program` is the launcher, and started by the launcher a rank,
 //! which loops over barriers. Every wait here has a deadline, and only processes that a test started are signalled.
 
+mod common;
+
+use common::{Launched, WATCHDOG, alive, send, until};
 use lockstep::config::raw::Parallel;
 use lockstep::error::{Error, Result};
 use lockstep::launch::link::Link;
@@ -11,16 +14,13 @@ use lockstep::launch::watch::{Health, Phase, Watch};
 use lockstep::launch::world::{Launcher, World};
 use lockstep::launch::{report, spawn};
 use lockstep::train;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Far beyond what any step of a test takes on a slow machine.
-const WATCHDOG: Duration = Duration::from_secs(60);
 /// What a rank that hangs does not see the end of.
 const FOREVER: Duration = Duration::from_secs(600);
 
@@ -32,9 +32,9 @@ fn a_killed_rank_stops_the_others_at_once_and_is_named() {
         std::thread::sleep(Duration::from_millis(after_ms));
         let killed = Instant::now();
         let pid = run.signal_rank(victim, Signal::KILL);
-        let code = run.wait();
+        let code = run.launcher.wait();
         let took = killed.elapsed();
-        let output = run.output();
+        let output = run.launcher.output();
         assert_eq!(code, 4, "{output}");
         assert!(took < Duration::from_secs(3), "the others took {took:?}\n{output}");
         assert!(output.contains(&format!("rank {victim} (pid {pid}) was killed by signal 9 (SIGKILL)")), "{output}");
@@ -51,8 +51,8 @@ fn a_killed_rank_stops_the_others_at_once_and_is_named() {
 fn a_rank_killed_while_it_starts_is_named_too() {
     let mut run = Run::start("slow_start", 3, 300.0);
     let pid = run.signal_rank(1, Signal::KILL);
-    assert_eq!(run.wait(), 4);
-    let output = run.output();
+    assert_eq!(run.launcher.wait(), 4);
+    let output = run.launcher.output();
     assert!(output.contains(&format!("rank 1 (pid {pid}) was killed by signal 9 (SIGKILL)")), "{output}");
     run.assert_nothing_is_left();
 }
@@ -64,8 +64,8 @@ fn survivors_end_even_while_their_main_thread_computes() {
     std::thread::sleep(Duration::from_millis(500));
     let killed = Instant::now();
     let pid = run.signal_rank(2, Signal::KILL);
-    assert_eq!(run.wait(), 4);
-    let (took, output) = (killed.elapsed(), run.output());
+    assert_eq!(run.launcher.wait(), 4);
+    let (took, output) = (killed.elapsed(), run.launcher.output());
     assert!(took < Duration::from_secs(4), "the others took {took:?}\n{output}");
     assert!(output.contains(&format!("rank 2 (pid {pid} on host ")), "{output}");
     assert!(output.contains("rank 0 was in forward of step 7"), "{output}");
@@ -81,11 +81,11 @@ fn a_stopped_rank_is_named_in_one_warning_and_ends_the_run_at_the_timeout() {
         let pid = run.signal_rank(victim, Signal::STOP);
         let name = format!("rank {victim} (pid {pid} on host ");
         let stopped = Instant::now();
-        run.expect(|output| output.contains("has not been heard of for") && output.contains(&name));
+        run.launcher.expect(|output| output.contains("has not been heard of for") && output.contains(&name));
         let took = stopped.elapsed();
         assert!(took < Duration::from_secs(8), "the warning came after {took:?}");
-        assert_eq!(run.wait(), 4, "{}", run.output());
-        let output = run.output();
+        assert_eq!(run.launcher.wait(), 4, "{}", run.launcher.output());
+        let output = run.launcher.output();
         assert_eq!(output.matches("has not been heard of").count(), 1, "{output}");
         assert!(output.contains(" in a barrier, in all-reduce of step"), "{output}");
         assert!(output.contains("[parallel] timeout"), "{output}");
@@ -104,12 +104,13 @@ fn a_rank_that_is_continued_goes_on_and_a_signal_stops_all() {
     let mut run = Run::start("loop", 3, 300.0);
     run.pids();
     let pid = run.signal_rank(2, Signal::STOP);
-    run.expect(|output| output.contains("has not been heard of for"));
+    run.launcher.expect(|output| output.contains("has not been heard of for"));
     run.signal_rank(2, Signal::CONT);
-    run.expect(|output| output.contains(&format!("rank 2 (pid {pid} on host ")) && output.contains("goes on after"));
+    run.launcher
+        .expect(|output| output.contains(&format!("rank 2 (pid {pid} on host ")) && output.contains("goes on after"));
     run.signal_launcher(Signal::TERM);
-    assert_eq!(run.wait(), 75);
-    let output = run.output();
+    assert_eq!(run.launcher.wait(), 75);
+    let output = run.launcher.output();
     assert_eq!(output.matches("stopped by SIGTERM").count(), 1, "said once for all ranks\n{output}");
     run.assert_nothing_is_left();
 }
@@ -117,8 +118,8 @@ fn a_rank_that_is_continued_goes_on_and_a_signal_stops_all() {
 #[test]
 fn a_late_rank_is_a_warning_and_not_an_error() {
     let mut run = Run::start("late", 2, 300.0);
-    assert_eq!(run.wait(), 0);
-    let output = run.output();
+    assert_eq!(run.launcher.wait(), 0);
+    let output = run.launcher.output();
     let warnings = output.matches("is alive but keeps the others waiting").count();
     assert_eq!(warnings, 1, "{output}");
     assert!(output.contains("it is in data of step 10, and rank 0 has waited for"), "{output}");
@@ -127,8 +128,8 @@ fn a_late_rank_is_a_warning_and_not_an_error() {
 #[test]
 fn an_error_of_one_rank_is_what_the_run_reports() {
     let mut run = Run::start("fail", 4, 300.0);
-    assert_eq!(run.wait(), 3);
-    let output = run.output();
+    assert_eq!(run.launcher.wait(), 3);
+    let output = run.launcher.output();
     assert!(output.contains("error: rank 3: train.idx: image 5 is cut off"), "{output}");
     assert!(!output.contains("was lost"), "{output}");
     run.assert_nothing_is_left();
@@ -137,8 +138,8 @@ fn an_error_of_one_rank_is_what_the_run_reports() {
 #[test]
 fn an_error_of_all_ranks_is_said_once() {
     let mut run = Run::start("usage", 4, 300.0);
-    assert_eq!(run.wait(), 2);
-    let output = run.output();
+    assert_eq!(run.launcher.wait(), 2);
+    let output = run.launcher.output();
     assert_eq!(output.matches("unknown key `lr`").count(), 1, "{output}");
     assert!(output.contains("\n[1] a line of rank 1\n"), "{output}");
     assert!(output.contains("\na line of rank 0\n"), "{output}");
@@ -148,8 +149,8 @@ fn an_error_of_all_ranks_is_said_once() {
 fn a_rank_that_ends_early_does_not_leave_the_others_waiting() {
     for mode in ["early", "early_alive"] {
         let mut run = Run::start(mode, 2, 300.0);
-        assert_eq!(run.wait(), 4);
-        let output = run.output();
+        assert_eq!(run.launcher.wait(), 4);
+        let output = run.launcher.output();
         assert!(output.contains("has ended its run while others still wait for it"), "{output}");
     }
 }
@@ -169,10 +170,10 @@ fn the_first_ctrl_c_saves_and_the_second_kills() {
     let mut run = Run::start("stubborn", 2, 300.0);
     run.pids();
     run.signal_launcher(Signal::INT);
-    run.expect(|output| output.contains("was asked by SIGINT"));
+    run.launcher.expect(|output| output.contains("was asked by SIGINT"));
     std::thread::sleep(Duration::from_millis(350));
     run.signal_launcher(Signal::INT);
-    assert_eq!(run.wait(), 130);
+    assert_eq!(run.launcher.wait(), 130);
     run.assert_nothing_is_left();
 }
 
@@ -181,23 +182,27 @@ fn a_signal_before_the_first_step_stops_too() {
     let mut run = Run::start("slow_start", 2, 300.0);
     run.pid(1);
     run.signal_launcher(Signal::TERM);
-    assert_eq!(run.wait(), 75, "{}", run.output());
-    assert!(run.output().contains("stopped by SIGTERM; there was nothing to save"), "{}", run.output());
+    assert_eq!(run.launcher.wait(), 75, "{}", run.launcher.output());
+    assert!(
+        run.launcher.output().contains("stopped by SIGTERM; there was nothing to save"),
+        "{}",
+        run.launcher.output()
+    );
 }
 
 #[test]
 fn a_rank_that_says_that_it_is_ending_may_finish_its_last_words() {
     let mut run = Run::start("last_words", 2, 300.0);
-    assert_eq!(run.wait(), 3, "{}", run.output());
-    assert!(run.output().contains("the summary of rank 0"), "{}", run.output());
+    assert_eq!(run.launcher.wait(), 3, "{}", run.launcher.output());
+    assert!(run.launcher.output().contains("the summary of rank 0"), "{}", run.launcher.output());
 }
 
 #[test]
 fn the_timeout_of_the_configuration_counts_while_ranks_set_up_too() {
     let mut run = Run::start("slow_set_up", 2, 2.0);
     let start = Instant::now();
-    assert_eq!(run.wait(), 4, "{}", run.output());
-    assert!(run.output().contains("rank 1 did not answer in time"), "{}", run.output());
+    assert_eq!(run.launcher.wait(), 4, "{}", run.launcher.output());
+    assert!(run.launcher.output().contains("rank 1 did not answer in time"), "{}", run.launcher.output());
     assert!(start.elapsed() < Duration::from_secs(20), "it was some other time-out: {:?}", start.elapsed());
 }
 
@@ -214,7 +219,7 @@ fn ranks_of_a_foreign_launcher_meet_at_a_socket_named_after_their_parent() {
         })
         .collect();
     for mut run in started {
-        assert_eq!(run.wait(), 0, "{}", run.output());
+        assert_eq!(run.launcher.wait(), 0, "{}", run.launcher.output());
     }
 }
 
@@ -360,11 +365,9 @@ fn any(rank: usize, health: &Health, links: &[Link], mine: bool) -> Result<bool>
 
 /// A launcher with its ranks, as the test sees it. Dropped, the launcher is killed, and its ranks with it.
 struct Run {
-    launcher: Child,
+    launcher: Launched,
     ranks: usize,
     folder: tempfile::TempDir,
-    output: Arc<Mutex<String>>,
-    readers: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Run {
@@ -381,17 +384,8 @@ impl Run {
             .env("LAUNCH_TEST_RANKS", ranks.to_string())
             .env("LAUNCH_TEST_TIMEOUT", timeout.to_string())
             .env("LAUNCH_TEST_FOLDER", folder.path())
-            .envs(variables.iter().map(|(name, value)| (name, value.to_string())))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut launcher = command.spawn().unwrap();
-        let output = Arc::new(Mutex::new(String::new()));
-        let readers = vec![
-            read_lines(launcher.stdout.take().unwrap(), &output),
-            read_lines(launcher.stderr.take().unwrap(), &output),
-        ];
-        Run { launcher, ranks, folder, output, readers }
+            .envs(variables.iter().map(|(name, value)| (name, value.to_string())));
+        Run { launcher: Launched::start(&mut command), ranks, folder }
     }
 
     /// The ranks' processes, once all have started.
@@ -406,27 +400,12 @@ impl Run {
 
     fn signal_rank(&self, rank: usize, signal: Signal) -> i32 {
         let pid = self.pid(rank);
-        kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+        send(pid, signal);
         pid
     }
 
     fn signal_launcher(&self, signal: Signal) {
-        kill_process(Pid::from_raw(self.launcher.id() as i32).unwrap(), signal).unwrap();
-    }
-
-    fn expect(&self, found: impl Fn(&str) -> bool) {
-        until("a line of output", || found(&self.output.lock().unwrap()).then_some(()));
-    }
-
-    /// The launcher's exit code, with all output read.
-    fn wait(&mut self) -> i32 {
-        let status = until("the launcher to end", || self.launcher.try_wait().unwrap());
-        self.readers.drain(..).for_each(|reader| reader.join().unwrap());
-        status.code().unwrap_or(-1)
-    }
-
-    fn output(&self) -> String {
-        self.output.lock().unwrap().clone()
+        send(self.launcher.pid(), signal);
     }
 
     fn assert_nothing_is_left(&self) {
@@ -435,43 +414,4 @@ impl Run {
             until("a rank to be gone", || (!alive(pid)).then_some(()));
         }
     }
-}
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        let _ = self.launcher.kill();
-        let _ = self.launcher.wait();
-        if std::thread::panicking() {
-            eprintln!("the program said:\n{}", self.output());
-        }
-    }
-}
-
-fn read_lines(from: impl Read + Send + 'static, output: &Arc<Mutex<String>>) -> std::thread::JoinHandle<()> {
-    let output = output.clone();
-    std::thread::spawn(move || {
-        for line in BufReader::new(from).lines().map_while(|line| line.ok()) {
-            *output.lock().unwrap() += &format!("{line}\n");
-        }
-    })
-}
-
-/// Polls until there is something, at most until the watchdog bites.
-#[track_caller]
-fn until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(found) = poll() {
-            return found;
-        }
-        assert!(start.elapsed() < WATCHDOG, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// Whether the process runs; one that is dead and not reaped does not.
-fn alive(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next());
-    state.is_some_and(|state| !matches!(state, "Z" | "X"))
 }
