@@ -35,7 +35,7 @@ pub struct Cli {
     /// Checkpoint to go on from: auto (the newest), none, PATH
     #[arg(long, value_name = "PATH", value_parser = resume)]
     pub resume: Option<Resume>,
-    /// The run's directory [default: runs/<name>]
+    /// The run's directory [default: runs/NAME]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Ranks to start here [default: by launcher]

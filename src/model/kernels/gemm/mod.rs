@@ -1,6 +1,6 @@
 //! Matrix multiplication C = A B in f32, for linear layers and convolutions alike.
 //!
-//! The left matrix is never copied. It is given by two tables, A(i, k) = data[rows[i] + cols[k]], because in all our
+//! The left matrix is never copied. It is given by two tables, `A(i, k) = data[rows[i] + cols[k]]`, because in all our
 //! products the place of an element splits into what its row and what its column contributes: strided and transposed
 //! matrices do, and so does the im2col matrix of a zero-padded NHWC image, where the row is an output pixel and the
 //! column is (kh, kw, c). Swapping the tables transposes A. So a convolution is this product without an im2col buffer
@@ -36,7 +36,7 @@ const KC: usize = 384;
 /// Rows of A that pass by one panel of B before the next panel is taken.
 const MC: usize = 192;
 
-/// The left matrix, M x K: A(i, k) = data[rows[i] + cols[k]].
+/// The left matrix, M x K: `A(i, k) = data[rows[i] + cols[k]]`.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
     pub data: &'a [f32],
@@ -44,7 +44,7 @@ pub struct Left<'a> {
     pub cols: &'a [u32],
 }
 
-/// The right matrix, K x `n`: B(k, j) = data[rows[k] + j * step].
+/// The right matrix, K x `n`: `B(k, j) = data[rows[k] + j * step]`.
 #[derive(Clone, Copy)]
 pub struct Right<'a> {
     pub data: &'a [f32],
@@ -53,7 +53,7 @@ pub struct Right<'a> {
     pub n: usize,
 }
 
-/// The product, M x N: C(i, j) = data[rows[i] + j].
+/// The product, M x N: `C(i, j) = data[rows[i] + j]`.
 pub struct Out<'a> {
     pub data: &'a mut [f32],
     pub rows: &'a [u32],
