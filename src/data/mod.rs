@@ -6,6 +6,7 @@
 
 pub mod augment;
 mod cifar;
+pub mod encoded;
 mod files;
 mod idx;
 mod memory;
