@@ -55,6 +55,8 @@ pub struct DataShared {
     /// Share of the training set that is held out for validation, drawn by seed.
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub validation: f64,
+    /// How training samples are drawn in each epoch.
+    pub sampler: Sampler,
     /// In this order, on training samples; evaluation keeps only `normalize`.
     pub augment: Vec<Augment>,
     /// Threads a rank that prepare batches.
@@ -67,8 +69,17 @@ pub struct DataShared {
 
 impl Default for DataShared {
     fn default() -> Self {
-        DataShared { validation: 0.0, augment: Vec::new(), workers: 1, prefetch: 4 }
+        DataShared { validation: 0.0, sampler: Sampler::Shuffle, augment: Vec::new(), workers: 1, prefetch: 4 }
     }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Sampler {
+    /// Every sample once, in a random order.
+    Shuffle,
+    /// Every class as often as any other.
+    Balanced,
 }
 
 /// `[data] format = "..."` with the keys of that format.
@@ -94,6 +105,52 @@ pub enum Format {
         #[schemars(example = &"data/cifar-10")]
         path: PathBuf,
     },
+    /// TFRecord files of tf.train.Example.
+    Tfrecord(Tfrecord),
+}
+
+/// `[data] format = "tfrecord"`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tfrecord {
+    #[schemars(example = &"data/imagenet")]
+    pub path: PathBuf,
+    /// The training part, a glob pattern seen from `path`. Default: the files with the word `train` in their name.
+    pub train_files: Option<String>,
+    /// The test part likewise. Default: the files with the word `test`, `validation` or `val` in their name.
+    pub test_files: Option<String>,
+    /// The feature that holds the image, as JPEG or PNG; with `raw`, as bytes.
+    #[serde(default = "Tfrecord::image")]
+    pub image: String,
+    /// The feature that holds the label, an integer.
+    #[serde(default = "Tfrecord::label")]
+    pub label: String,
+    /// The first label: 0, or 1 where labels are counted from 1.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub label_base: i64,
+    /// A text file with the name of a class in each line. Default: `classes.txt` in `path`, if it is there.
+    pub class_names: Option<PathBuf>,
+    /// [H, W, C] where images are stored as plain bytes, row by row.
+    #[schemars(inner(range(min = 1, max = 65536)))]
+    pub raw: Option<[usize; 3]>,
+    /// How many samples a training sample may be drawn ahead of its place in the files. A set of at most this many is
+    /// shuffled whole.
+    #[serde(default = "Tfrecord::shuffle_buffer")]
+    #[schemars(range(min = 1, max = 4_294_967_295u32))]
+    pub shuffle_buffer: usize,
+}
+
+impl Tfrecord {
+    fn image() -> String {
+        "image/encoded".to_owned()
+    }
+    fn label() -> String {
+        "image/class/label".to_owned()
+    }
+    fn shuffle_buffer() -> usize {
+        10_000
+    }
 }
 
 impl Format {

@@ -1,5 +1,5 @@
-//! Samples, from files to batches: `open` reads a format into a `Dataset`, `order` shuffles it for an epoch, `partition`
-//! deals the shuffled positions out to ranks, and `DataQueue` turns them into augmented batches ahead of the step.
+//! Samples, from files to batches: `open` reads a format into a `Dataset`, `sampler` puts an epoch in order, `partition`
+//! deals its positions out to ranks, and `DataQueue` turns them into augmented batches ahead of the step.
 //!
 //! `Dataset` is the seam: a format is one file and one line of `open`. Everything after it is a function of
 //! (seed, epoch, position), so no batch depends on the number of ranks or threads, or on what was read before.
@@ -11,13 +11,17 @@ mod files;
 mod idx;
 mod memory;
 pub mod order;
+pub mod pack;
 pub mod partition;
 pub mod queue;
+pub mod sampler;
 mod shapes;
+pub mod tfrecord;
 
 use crate::config::raw::Format;
 use crate::error::{Error, Result};
 use crate::model::Shape;
+use sampler::Layout;
 use std::sync::Arc;
 
 /// A set of labelled images that can be read in any order by several threads at once.
@@ -33,6 +37,17 @@ pub trait Dataset: Send + Sync {
     fn label(&self, index: usize) -> u32;
     /// Writes the image as HWC bytes, `shape().len()` of them. An error names the file and the index.
     fn read(&self, index: usize, image: &mut [u8]) -> Result<()>;
+    /// Replaces `bytes` by the JPEG or PNG file of a sample; false for a set that has only pixels.
+    fn read_encoded(&self, _index: usize, _bytes: &mut Vec<u8>) -> Result<bool> {
+        Ok(false)
+    }
+    fn class_name(&self, class: usize) -> String {
+        class.to_string()
+    }
+    /// How samples lie in files, where reading them about in that order is cheaper than in any.
+    fn layout(&self) -> Option<Layout> {
+        None
+    }
 }
 
 /// The two parts that every format has.
@@ -47,6 +62,7 @@ pub fn open(format: &Format, seed: u64) -> Result<Sets> {
         Format::Shapes { train, test } => shapes::open(*train, *test, seed),
         Format::Idx { path } => idx::open(path),
         Format::Cifar { path } => cifar::open(path),
+        Format::Tfrecord(config) => tfrecord::open(config),
     }?;
     let (train, test) = (sets.train.shape(), sets.test.shape());
     if train != test {
@@ -64,8 +80,10 @@ pub struct Batch {
     pub images: Vec<f32>,
     /// (count)
     pub labels: Vec<u32>,
-    /// Indices into the dataset, for error messages and tests.
+    /// Indices into the dataset.
     pub indices: Vec<u32>,
+    /// The round of the epoch in which each is used, as `Sampler::rounds`.
+    pub rounds: Vec<u32>,
     pub epoch: u32,
     /// Number of the step in its epoch.
     pub step: usize,

@@ -1,6 +1,7 @@
 //! The order of an epoch and the validation split: which sample stands where, as a function of the seed.
 
 use super::Dataset;
+use super::sampler::Layout;
 use crate::error::{Error, Result};
 use crate::model::Shape;
 use crate::rng::{Purpose, Rng};
@@ -15,7 +16,7 @@ pub fn shuffle(order: &mut [u32], seed: u64, epoch: u32) {
     permute(order, &mut Rng::new(seed, Purpose::Shuffle, epoch, 0));
 }
 
-fn permute(order: &mut [u32], rng: &mut Rng) {
+pub(super) fn permute<T>(order: &mut [T], rng: &mut Rng) {
     for last in (1..order.len()).rev() {
         order.swap(last, rng.below(last as u32 + 1) as usize);
     }
@@ -79,6 +80,19 @@ impl Dataset for Subset {
     }
     fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
         self.of.read(self.original(index), image)
+    }
+    fn read_encoded(&self, index: usize, bytes: &mut Vec<u8>) -> Result<bool> {
+        self.of.read_encoded(self.original(index), bytes)
+    }
+    fn class_name(&self, class: usize) -> String {
+        self.of.class_name(class)
+    }
+    /// The files of the original set, with what is left of them.
+    fn layout(&self) -> Option<Layout> {
+        let Layout { files, window } = self.of.layout()?;
+        let place = |original: u32| self.indices.partition_point(|&index| index < original) as u32;
+        let files = files.into_iter().map(|file| place(file.start)..place(file.end)).collect();
+        Some(Layout { files, window })
     }
 }
 

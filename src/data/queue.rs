@@ -12,7 +12,9 @@
 
 use super::augment::Augmenter;
 use super::partition::{Batching, share};
-use super::{Batch, Dataset, order};
+use super::sampler::Sampler;
+use super::{Batch, Dataset};
+use crate::config::raw;
 use crate::error::{Context, Error, Kind, Result};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,6 +27,7 @@ use std::time::Duration;
 #[derive(Clone)]
 pub struct Loader {
     pub augmenter: Augmenter,
+    pub sampler: raw::Sampler,
     pub seed: u64,
     /// Threads of this queue.
     pub workers: usize,
@@ -101,15 +104,14 @@ impl DataQueue {
             )));
         }
         let mut training = Training {
-            seed: loader.seed,
             batching,
             epochs,
-            order: vec![0; samples],
+            sampler: Sampler::new(&*dataset, loader.sampler, loader.seed)?,
             epoch,
             consumed,
             micro: batching.micros().start,
         };
-        order::shuffle(&mut training.order, loader.seed, epoch);
+        training.sampler.begin(epoch);
         DataQueue::start(dataset, loader, Box::new(training), batching.largest())
     }
 
@@ -191,7 +193,8 @@ fn buffer(samples: usize, values: usize) -> Result<Batch> {
     let images = samples.saturating_mul(values);
     let room = (batch.images.try_reserve_exact(images))
         .and_then(|()| batch.labels.try_reserve_exact(samples))
-        .and_then(|()| batch.indices.try_reserve_exact(samples));
+        .and_then(|()| batch.indices.try_reserve_exact(samples))
+        .and_then(|()| batch.rounds.try_reserve_exact(samples));
     room.map(|()| batch).map_err(|_| {
         Error::device(format!(
             "out of memory: there is no room for one more batch of {samples} samples of {values} values; lower \
@@ -279,6 +282,7 @@ impl Tickets {
     /// Fills in the next batch's place and gives its ticket.
     fn next(&mut self, batch: &mut Batch) -> Option<u64> {
         batch.indices.clear();
+        batch.rounds.clear();
         let more = self.schedule.next(batch);
         self.given += u64::from(more);
         more.then(|| self.given - 1)
@@ -287,11 +291,10 @@ impl Tickets {
 
 /// Shuffled epochs, from anywhere in one of them.
 struct Training {
-    seed: u64,
     batching: Batching,
     epochs: u32,
-    /// The permutation of `epoch`.
-    order: Vec<u32>,
+    /// The order of `epoch`.
+    sampler: Sampler,
     epoch: u32,
     consumed: usize,
     /// The micro-batch of this rank that is next in the step.
@@ -300,7 +303,7 @@ struct Training {
 
 impl Schedule for Training {
     fn next(&mut self, batch: &mut Batch) -> bool {
-        let (samples, micros) = (self.order.len(), self.batching.micros());
+        let (samples, micros) = (self.sampler.len(), self.batching.micros());
         if self.micro == micros.end {
             self.micro = micros.start;
             self.consumed = self.batching.step(samples, self.consumed).end;
@@ -308,7 +311,7 @@ impl Schedule for Training {
         if self.consumed == samples {
             self.epoch += 1;
             self.consumed = 0;
-            order::shuffle(&mut self.order, self.seed, self.epoch);
+            self.sampler.begin(self.epoch);
         }
         if self.epoch >= self.epochs {
             return false;
@@ -320,7 +323,8 @@ impl Schedule for Training {
         batch.micro = self.micro;
         batch.position = positions.start;
         batch.step_count = step.len();
-        batch.indices.extend_from_slice(&self.order[positions]);
+        batch.indices.extend_from_slice(self.sampler.indices(positions.clone()));
+        batch.rounds.extend_from_slice(self.sampler.rounds(positions));
         self.micro += 1;
         true
     }
@@ -340,6 +344,7 @@ impl Schedule for Evaluation {
         batch.step = self.step;
         batch.position = positions.start;
         batch.step_count = positions.len();
+        batch.rounds.resize(positions.len(), 0);
         batch.indices.extend(positions.map(|position| position as u32));
         self.left.start = end;
         self.step += 1;

@@ -60,6 +60,7 @@ impl Parts {
     pub fn loader(&self, config: &Config) -> Result<Loader> {
         Ok(Loader {
             augmenter: Augmenter::new(&config.data.shared.augment, &*self.train)?,
+            sampler: config.data.shared.sampler,
             seed: config.run.seed,
             workers: config.data.shared.workers,
             prefetch: config.data.shared.prefetch,

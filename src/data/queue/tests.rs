@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::raw::Augment;
+use crate::data::order;
 use crate::model::Shape;
 use std::collections::HashSet;
 use std::sync::atomic::AtomicUsize;
@@ -55,7 +56,8 @@ fn slow(len: usize) -> Arc<Slow> {
 
 fn loader(workers: usize, prefetch: usize) -> Loader {
     let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
-    Loader { augmenter: Augmenter::new(&steps, &*slow(1)).unwrap(), seed: SEED, workers, prefetch }
+    let augmenter = Augmenter::new(&steps, &*slow(1)).unwrap();
+    Loader { augmenter, sampler: raw::Sampler::Shuffle, seed: SEED, workers, prefetch }
 }
 
 fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
