@@ -60,7 +60,7 @@ pub enum Command {
     Plan(PlanArgs),
     Eval(EvalArgs),
     BenchComm(BenchArgs),
-    /// Work on data sets: pack
+    /// Make and change data sets: pack, generate
     #[command(subcommand)]
     Data(data::DataCommand),
     /// Show this machine and this build: CPU, memory, transports
@@ -144,7 +144,7 @@ pub fn run(cli: Cli) -> Result<u8> {
             cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, cli.verbosity()))
         }
         Command::BenchComm(args) => cli.on_every_rank(|| bench(args, cli.verbosity())),
-        Command::Data(command) => data::run(command),
+        Command::Data(command) => print(&data::run(command)?),
         Command::Info => print(&info::describe()),
         Command::Schema => print(&format!("{:#}\n", config::schema())),
     }

@@ -10,9 +10,11 @@
 //! bytes for each byte of the files: a compressed file may honestly expand a hundredfold (`data::files`), a plain one
 //! must not.
 
-use lockstep::config::raw::Format;
-use lockstep::data;
+use lockstep::config::raw::{Data, DataShared, Format};
+use lockstep::data::image::Image;
+use lockstep::data::{self, Target};
 use lockstep::error::{Error, Kind, Result};
+use lockstep::model::Shape;
 use lockstep::rng::{Purpose, Rng};
 use lockstep::train::checkpoint::{self, State, Tensor};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -70,13 +72,14 @@ struct Corpus {
 /// One test for all corpora: what other threads allocate would be counted too.
 #[test]
 fn damaged_files_are_refused_without_panic_and_within_memory() {
-    let corpora = [idx(), idx_gz(), cifar(), cifar_xz(), tfrecord(), index(), checkpoint()];
+    let corpora = [idx(), idx_gz(), cifar(), cifar_xz(), images(), tfrecord(), index(), checkpoint()];
     for corpus in corpora {
         let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(corpus.file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
         for (name, bytes) in &corpus.beside {
             fs::write(folder.path().join(name), bytes).unwrap();
         }
-        let path = folder.path().join(corpus.file);
         // What only the first reading takes: threads, tables.
         for whole in &corpus.whole {
             fs::write(&path, whole).unwrap();
@@ -84,7 +87,7 @@ fn damaged_files_are_refused_without_panic_and_within_memory() {
         }
         let mut refused = 0;
         for case in 0..corpus.cases {
-            refused += u64::from(run(&corpus, case, &path));
+            refused += u64::from(run(&corpus, case, folder.path()));
         }
         let Corpus { name, cases, .. } = corpus;
         println!("{name}: {refused} of {cases} refused");
@@ -93,10 +96,9 @@ fn damaged_files_are_refused_without_panic_and_within_memory() {
 }
 
 /// Whether the damaged file is refused.
-fn run(corpus: &Corpus, case: u64, path: &Path) -> bool {
+fn run(corpus: &Corpus, case: u64, folder: &Path) -> bool {
     let bytes = damaged(corpus, case);
-    fs::write(path, &bytes).unwrap();
-    let folder = path.parent().unwrap();
+    fs::write(folder.join(corpus.file), &bytes).unwrap();
     let before = CURRENT.load(Relaxed);
     PEAK.store(before, Relaxed);
     let outcome = catch_unwind(AssertUnwindSafe(|| (corpus.read)(folder)));
@@ -125,8 +127,10 @@ fn damaged(corpus: &Corpus, case: u64) -> Vec<u8> {
             0 if !bytes.is_empty() => bytes[at] ^= 1 << below(8),
             1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][below(5)],
             2 | 3 => {
-                let number = [0, 1, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 40, i64::MAX as u64, u64::MAX][below(9)];
-                let number = [number.to_le_bytes(), number.to_be_bytes(), number.rotate_left(32).to_be_bytes()][below(3)];
+                let number =
+                    [0, 1, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 40, i64::MAX as u64, u64::MAX][below(9)];
+                let number =
+                    [number.to_le_bytes(), number.to_be_bytes(), number.rotate_left(32).to_be_bytes()][below(3)];
                 bytes.iter_mut().skip(at).zip(&number[..[4, 8][below(2)]]).for_each(|(byte, new)| *byte = *new);
             }
             4 => bytes.truncate(at),
@@ -155,9 +159,11 @@ fn damaged(corpus: &Corpus, case: u64) -> Vec<u8> {
 /// Reads every sample of the set that this `[data]` section means.
 fn read_all(section: &str) -> Result<()> {
     let format: Format = toml::from_str(section).unwrap();
-    let sets = data::open(&format, 0)?;
+    let shared = DataShared { max_pixels: MAX_PIXELS, max_image_bytes: 1 << 20, ..DataShared::default() };
+    let target = Target { input: Shape::new(2, 3, 3), outputs: 2 };
+    let sets = data::open(&Data { format, shared }, target, 0)?;
     for set in [sets.train, sets.test] {
-        let mut image = vec![0; set.shape().len()];
+        let mut image = Image::default();
         for index in 0..set.len() {
             assert!((set.label(index) as usize) < set.classes());
             set.read(index, &mut image)?;
@@ -262,6 +268,66 @@ fn cifar_xz() -> Corpus {
     }
 }
 
+/// So many pixels are allowed; a decoder takes some bytes for each, and a PNG 16 MiB beside (`data::images`).
+const MAX_PIXELS: u64 = 1 << 16;
+
+/// JPEG, plain and progressive, and PNG in several types. A file's name does not matter.
+fn images() -> Corpus {
+    let (w, h) = (40, 24);
+    let jpeg = |progressive: bool, colours: jpeg_encoder::ColorType, channels: usize| {
+        let mut bytes = Vec::new();
+        let mut encoder = jpeg_encoder::Encoder::new(&mut bytes, 80);
+        encoder.set_progressive(progressive);
+        let pixels: Vec<u8> = ramp(w * h * channels).collect();
+        encoder.encode(&pixels, w as u16, h as u16, colours).unwrap();
+        bytes
+    };
+    let png = |colours: png::ColorType, depth: png::BitDepth, bytes_a_pixel: usize| {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, w as u32, h as u32);
+        encoder.set_color(colours);
+        encoder.set_depth(depth);
+        encoder.set_palette(ramp(256 * 3).collect::<Vec<u8>>());
+        let mut writer = encoder.write_header().unwrap();
+        writer.write_image_data(&ramp(w * h * bytes_a_pixel).collect::<Vec<u8>>()).unwrap();
+        drop(writer);
+        bytes
+    };
+    Corpus {
+        name: "images",
+        cases: 6000,
+        file: "a/image.jpg",
+        whole: vec![
+            jpeg(false, jpeg_encoder::ColorType::Rgb, 3),
+            jpeg(true, jpeg_encoder::ColorType::Rgb, 3),
+            jpeg(false, jpeg_encoder::ColorType::Luma, 1),
+            jpeg(false, jpeg_encoder::ColorType::Cmyk, 4),
+            png(png::ColorType::Rgb, png::BitDepth::Eight, 3),
+            png(png::ColorType::Rgba, png::BitDepth::Sixteen, 8),
+            png(png::ColorType::Indexed, png::BitDepth::Eight, 1),
+        ],
+        beside: vec![],
+        repair: repair_png,
+        read: |folder| read_all(&format!("format = \"images\"\npath = {folder:?}")),
+        factor: 16,
+        free: FREE + (16 << 20) + 16 * MAX_PIXELS as usize,
+    }
+}
+
+/// Puts right the CRCs of a PNG's chunks: length, type, data, CRC.
+fn repair_png(bytes: &mut [u8]) {
+    let mut at = 8;
+    while let Some(length) = bytes.get(at..at + 4).map(|length| u32::from_be_bytes(length.try_into().unwrap()) as usize)
+    {
+        let Some(chunk) = bytes.get_mut(at + 4..).and_then(|rest| rest.get_mut(..length + 8)) else { return };
+        let (said, crc) = chunk.split_at_mut(length + 4);
+        let mut right = flate2::Crc::new();
+        right.update(said);
+        crc.copy_from_slice(&right.sum().to_be_bytes());
+        at += length + 12;
+    }
+}
+
 const TFRECORD: &[u8] = include_bytes!("oracles/tfrecord.bin");
 
 fn tfrecord_section(folder: &Path) -> String {
@@ -275,7 +341,7 @@ fn tfrecord() -> Corpus {
         cases: 6000,
         file: "train.tfrecord",
         whole: vec![TFRECORD.to_vec(), TFRECORD[..record_ends(TFRECORD)[0]].to_vec()],
-        beside: vec![("test.tfrecord", TFRECORD.to_vec())],
+        beside: vec![("test.tfrecord", TFRECORD.to_vec()), ("classes.txt", b"a\nb\nc\nd\n".to_vec())],
         repair: repair_tfrecord,
         read: |folder| {
             // A folder in its place keeps the index in memory, so each case reads the file.

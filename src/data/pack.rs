@@ -2,6 +2,7 @@
 //! the classes. JPEG and PNG files go in as they are, other images as their bytes. The samples keep their order, so
 //! training on the packed set uses them in the same order as training on the original, where both shuffle it whole.
 
+use super::image::Image;
 use super::partition::share;
 use super::tfrecord::CLASS_NAMES;
 use super::tfrecord::writer::{ENCODED, RAW, ShardWriter};
@@ -44,8 +45,8 @@ pub fn pack(sets: &Sets, folder: &Path, sharding: Sharding, mut progress: impl F
     let (train, encoded) = write(&*sets.train, "train", folder, sharding, &mut progress)?;
     let (test, _) = write(&*sets.test, "test", folder, sharding, &mut progress)?;
 
-    let names: Vec<String> = (0..sets.train.classes()).map(|class| sets.train.class_name(class)).collect();
-    atomic_file::replace(&folder.join(CLASS_NAMES), lines(&names)?.as_bytes()).or_kind(Kind::Internal, &doing)?;
+    let names = lines(&sets.train.class_names())?;
+    atomic_file::replace(&folder.join(CLASS_NAMES), names.as_bytes()).or_kind(Kind::Internal, &doing)?;
     let packed = [
         name(test, &*sets.test, "test", folder).or_kind(Kind::Internal, &doing)?,
         name(train, &*sets.train, "train", folder).or_kind(Kind::Internal, &doing)?,
@@ -75,7 +76,8 @@ fn write(
     let failed = || format!("writing the {part} part into {}", folder.display());
     let samples = dataset.len();
     let mut shards: Vec<ShardWriter> = Vec::new();
-    let (mut stored, mut pixels) = (Vec::new(), vec![0; dataset.shape().len()]);
+    let classes = dataset.class_names();
+    let (mut stored, mut pixels) = (Vec::new(), Image::default());
     let mut encoded = false;
     for index in 0..samples {
         let full = match (sharding, shards.last()) {
@@ -89,14 +91,13 @@ fn write(
         }
         encoded = dataset.read_encoded(index, &mut stored)?;
         let (feature, image) = if encoded {
-            (ENCODED, &stored)
+            (ENCODED, &stored[..])
         } else {
             dataset.read(index, &mut pixels)?;
-            (RAW, &pixels)
+            (RAW, pixels.bytes())
         };
         let (label, shard) = (dataset.label(index), shards.last_mut().expect("there is one"));
-        let class = dataset.class_name(label as usize);
-        shard.write(feature, image, label, &class).or_kind(Kind::Internal, failed())?;
+        shard.write(feature, image, label, &classes[label as usize]).or_kind(Kind::Internal, failed())?;
         progress();
     }
     Ok((shards, encoded))
@@ -115,18 +116,23 @@ fn name(shards: Vec<ShardWriter>, dataset: &dyn Dataset, part: &'static str, fol
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::raw::{Format, Tfrecord};
-    use crate::data::open;
+    use crate::config::raw::{Data, DataShared, Format};
+    use crate::data::{Reading, Target, open};
     use crate::model::Shape;
     use std::sync::Arc;
 
+    fn open_format(format: Format) -> Sets {
+        let target = Target { input: Shape::new(32, 32, 3), outputs: 10 };
+        open(&Data { format, shared: DataShared::default() }, target, 5).unwrap()
+    }
+
     fn shapes(train: usize, test: usize) -> Sets {
-        open(&Format::Shapes { train, test }, 5).unwrap()
+        open_format(Format::Shapes { train, test })
     }
 
     fn reopen(folder: &Path) -> Sets {
         let text = format!("path = {:?}\nimage = \"image/raw\"\nraw = [32, 32, 3]", folder.display().to_string());
-        open(&Format::Tfrecord(toml::from_str::<Tfrecord>(&text).unwrap()), 0).unwrap()
+        open_format(Format::Tfrecord(toml::from_str(&text).unwrap()))
     }
 
     fn names(folder: &Path) -> Vec<String> {
@@ -135,11 +141,11 @@ mod tests {
 
     fn assert_same(a: &dyn Dataset, b: &dyn Dataset) {
         assert_eq!((a.len(), a.shape(), a.classes()), (b.len(), b.shape(), b.classes()));
-        let (mut left, mut right) = (vec![0; a.shape().len()], vec![0; a.shape().len()]);
+        let (mut left, mut right) = (Image::default(), Image::default());
         for index in 0..a.len() {
             a.read(index, &mut left).unwrap();
             b.read(index, &mut right).unwrap();
-            assert!(a.label(index) == b.label(index) && left == right, "sample {index}");
+            assert!(a.label(index) == b.label(index) && left.bytes() == right.bytes(), "sample {index}");
         }
     }
 
@@ -200,7 +206,7 @@ mod tests {
         fn len(&self) -> usize {
             self.0.len()
         }
-        fn shape(&self) -> Shape {
+        fn shape(&self) -> Option<Shape> {
             self.0.shape()
         }
         fn classes(&self) -> usize {
@@ -209,7 +215,7 @@ mod tests {
         fn label(&self, index: usize) -> u32 {
             self.0.label(index)
         }
-        fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+        fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
             match index {
                 15 => Err(Error::data("sample 15 is damaged")),
                 _ => self.0.read(index, image),

@@ -144,6 +144,8 @@ impl Classes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Reading;
+    use crate::data::image::Image;
     use crate::data::memory::InMemory;
     use crate::error::Result;
     use crate::model::Shape;
@@ -158,7 +160,7 @@ mod tests {
         fn len(&self) -> usize {
             self.set.len()
         }
-        fn shape(&self) -> Shape {
+        fn shape(&self) -> Option<Shape> {
             self.set.shape()
         }
         fn classes(&self) -> usize {
@@ -167,7 +169,7 @@ mod tests {
         fn label(&self, index: usize) -> u32 {
             self.set.label(index)
         }
-        fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+        fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
             self.set.read(index, image)
         }
         fn layout(&self) -> Option<Layout> {

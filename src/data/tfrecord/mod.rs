@@ -18,10 +18,12 @@ pub mod writer;
 
 use super::encoded::EncodedImages;
 use super::files::DataFile;
+use super::image::Image;
+use super::images::Images;
 use super::sampler::Layout;
-use super::{Dataset, Sets};
-use crate::config::raw::Tfrecord;
-use crate::error::{Error, Result};
+use super::{Dataset, Reading, Sets, Target};
+use crate::config::raw::{DataShared, Tfrecord};
+use crate::error::Result;
 use crate::model::Shape;
 use records::Records;
 use std::cell::RefCell;
@@ -32,11 +34,16 @@ pub const CLASS_NAMES: &str = "classes.txt";
 /// Classes at most where no file names them.
 const MOST_UNNAMED: usize = 1 << 16;
 
-pub fn open(config: &Tfrecord) -> Result<Sets> {
+/// `[data] format = "tfrecord"`.
+pub fn open(config: &Tfrecord, shared: &DataShared, target: Target) -> Result<Sets> {
     let Parts { train, test } = Parts::open(config)?;
-    let Some([h, w, c]) = config.raw else { return Err(Error::usage("encoded images: not yet")) };
-    let raw = |part| Arc::new(Raw { part, shape: Shape::new(h, w, c), window: config.shuffle_buffer });
-    Ok(Sets { train: raw(train), test: raw(test) })
+    let set = |part: Labelled| -> Result<Arc<dyn Dataset>> {
+        Ok(match config.raw {
+            Some([h, w, c]) => Arc::new(Raw { part, shape: Shape::new(h, w, c) }),
+            None => Arc::new(Images::new(Arc::new(Encoded(part)), shared, target)?),
+        })
+    };
+    Ok(Sets { train: set(train)?, test: set(test)? })
 }
 
 /// The records of both parts.
@@ -52,6 +59,8 @@ struct Labelled {
     classes: Arc<[String]>,
     /// The feature that holds the image.
     image: String,
+    /// Of the shuffle.
+    window: usize,
 }
 
 impl Parts {
@@ -65,7 +74,13 @@ impl Parts {
         };
         let labelled = |records: Records| {
             let labels = check_labels(&records, config.label_base, classes.len())?;
-            Ok(Labelled { records, labels, classes: classes.clone(), image: config.image.clone() })
+            Ok(Labelled {
+                records,
+                labels,
+                classes: classes.clone(),
+                image: config.image.clone(),
+                window: config.shuffle_buffer,
+            })
         };
         Ok(Parts { train: labelled(train)?, test: labelled(test)? })
     }
@@ -125,7 +140,7 @@ fn check_labels(records: &Records, base: i64, classes: usize) -> Result<Vec<u32>
 
 impl Labelled {
     /// Hands over the image that a record holds.
-    fn image(&self, index: usize, take: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
+    fn image<T>(&self, index: usize, take: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
         thread_local! {
             static RECORD: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
         }
@@ -133,6 +148,10 @@ impl Labelled {
             let data = self.records.read(index, buffer)?;
             take(example::bytes(data, &self.image).map_err(|what| self.records.error(index, what))?)
         })
+    }
+
+    fn layout(&self) -> Layout {
+        Layout { files: self.records.files().collect(), window: self.window }
     }
 }
 
@@ -156,6 +175,9 @@ impl EncodedImages for Encoded {
             Ok(())
         })
     }
+    fn layout(&self) -> Option<Layout> {
+        Some(self.0.layout())
+    }
     fn name(&self, index: usize) -> String {
         self.0.records.name(index)
     }
@@ -165,16 +187,14 @@ impl EncodedImages for Encoded {
 struct Raw {
     part: Labelled,
     shape: Shape,
-    /// Of the shuffle.
-    window: usize,
 }
 
 impl Dataset for Raw {
     fn len(&self) -> usize {
         self.part.labels.len()
     }
-    fn shape(&self) -> Shape {
-        self.shape
+    fn shape(&self) -> Option<Shape> {
+        Some(self.shape)
     }
     fn classes(&self) -> usize {
         self.part.classes.len()
@@ -182,19 +202,23 @@ impl Dataset for Raw {
     fn label(&self, index: usize) -> u32 {
         self.part.labels[index]
     }
-    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
         self.part.image(index, |bytes| {
-            if bytes.len() != image.len() {
-                let (name, found, expected) = (&self.part.image, bytes.len(), image.len());
-                let what = format_args!("`{name}` holds {found} bytes, data.raw = {} is {expected}", self.shape);
+            let (found, expected) = (bytes.len(), self.shape.len());
+            if found != expected {
+                let what =
+                    format!("`{}` holds {found} bytes, data.raw = {} is {expected}", self.part.image, self.shape);
                 return Err(self.part.records.error(index, what));
             }
-            image.copy_from_slice(bytes);
-            Ok(())
+            image.reshape(self.shape).copy_from_slice(bytes);
+            Ok(Reading::Whole)
         })
     }
+    fn class_names(&self) -> Vec<String> {
+        self.part.classes.to_vec()
+    }
     fn layout(&self) -> Option<Layout> {
-        Some(Layout { files: self.part.records.files().collect(), window: self.window })
+        Some(self.part.layout())
     }
 }
 

@@ -22,8 +22,12 @@ fn config(folder: &Path, keys: &str) -> Tfrecord {
 
 const RAW: &str = "image = \"image/raw\"\nraw = [2, 3, 3]\n";
 
+fn open_with(config: &Tfrecord) -> Result<Sets> {
+    open(config, &DataShared::default(), Target { input: Shape::new(2, 3, 3), outputs: 3 })
+}
+
 fn open_raw(folder: &Path) -> Result<Sets> {
-    open(&config(folder, RAW))
+    open_with(&config(folder, RAW))
 }
 
 /// What record `index` of the oracle holds at `at`.
@@ -51,18 +55,18 @@ fn labels(set: &dyn Dataset) -> Vec<u32> {
 }
 
 fn pixels(set: &dyn Dataset, index: usize) -> Result<[u8; 18]> {
-    let mut image = [0; 18];
+    let mut image = Image::default();
     set.read(index, &mut image)?;
-    Ok(image)
+    Ok(image.bytes().try_into().unwrap())
 }
 
 #[test]
 fn what_tensorflow_writes_is_read() {
     let folder = folder(&[("train-00000-of-00001", ORACLE), ("validation-00000-of-00001", ORACLE)]);
     let base = format!("{RAW}label_base = 1");
-    let sets = open(&config(folder.path(), &base)).unwrap();
+    let sets = open_with(&config(folder.path(), &base)).unwrap();
     for set in [sets.train, sets.test] {
-        assert_eq!((set.len(), set.shape(), set.classes()), (5, Shape::new(2, 3, 3), 3));
+        assert_eq!((set.len(), set.shape(), set.classes()), (5, Some(Shape::new(2, 3, 3)), 3));
         assert_eq!(labels(&*set), [0, 2, 1, 2, 0]);
         for index in 0..5 {
             assert_eq!(pixels(&*set, index).unwrap(), std::array::from_fn(|at| byte(index, at)));
@@ -111,7 +115,7 @@ fn names_of_classes_come_from_a_file() {
 
     fs::write(beside.path().join("few.txt"), "cat\ndog\n\n").unwrap();
     let named = format!("{RAW}class_names = {:?}", beside.path().join("few.txt").display().to_string());
-    assert!(message(open(&config(beside.path(), &named))).contains("few.txt: line 3 is empty"));
+    assert!(message(open_with(&config(beside.path(), &named))).contains("few.txt: line 3 is empty"));
 }
 
 /// One damaged training file; the message has the file, the record, its place, and what is wrong.
@@ -207,7 +211,7 @@ fn a_stale_or_damaged_index_is_made_anew() {
     assert_eq!(fs::read(index_of(folder.path())).unwrap(), good);
 
     let other = config(folder.path(), &format!("{RAW}label = \"another\""));
-    assert!(message(open(&other)).contains("no feature `another`"), "an index of another label is not this one");
+    assert!(message(open_with(&other)).contains("no feature `another`"), "an index of another label is not this one");
 }
 
 #[test]
