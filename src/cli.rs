@@ -1,5 +1,6 @@
 //! The command line: what can be asked of `trainer`, and who answers.
 
+mod data;
 mod info;
 mod plan;
 
@@ -59,6 +60,9 @@ pub enum Command {
     Plan(PlanArgs),
     Eval(EvalArgs),
     BenchComm(BenchArgs),
+    /// Make data sets
+    #[command(subcommand)]
+    Data(data::DataCommand),
     /// Show this machine and this build: CPU, memory, transports
     Info,
     /// Print the JSON schema of the configuration, for editors
@@ -140,6 +144,7 @@ pub fn run(cli: Cli) -> Result<u8> {
             cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, cli.verbosity()))
         }
         Command::BenchComm(args) => cli.on_every_rank(|| bench(args, cli.verbosity())),
+        Command::Data(command) => print(&data::run(command)?),
         Command::Info => print(&info::describe()),
         Command::Schema => print(&format!("{:#}\n", config::schema())),
     }
