@@ -1,5 +1,6 @@
 //! `trainer plan`: what a run on N ranks would compute, hold and send, without running it.
 
+use super::bytes;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
 use crate::config::raw::Config;
 use crate::error::Result;
@@ -141,14 +142,6 @@ fn cadence(cadence: Cadence) -> String {
     let periods: Vec<u64> = [cadence.every_steps, cadence.every_epochs_steps].into_iter().flatten().collect();
     let every: Vec<String> = periods.iter().map(|steps| format!("every {steps} steps")).collect();
     format!("{}, and at the end", every.join(" and "))
-}
-
-fn bytes(count: usize) -> String {
-    match count {
-        ..1024 => format!("{count} B"),
-        1024..1_048_576 => format!("{:.1} KiB", count as f64 / 1024.0),
-        _ => format!("{:.1} MiB", count as f64 / f64::from(1 << 20)),
-    }
 }
 
 fn table(header: &[&str]) -> Table {
