@@ -241,6 +241,35 @@ fn sharded_updates_are_those_of_the_plain_optimizer() {
     }
 }
 
+/// To the last bit of an f64, of which a learning rate would not show the last thirty.
+#[test]
+fn norms_are_those_of_whole_tensors() {
+    let config = config(RULES[0]);
+    let table = ParamTable::new(&NetSpec::new(&config.model).unwrap());
+    let values: Vec<f32> = (0..table.len()).map(|index| terms(0, 0, index)).collect();
+    let rank = |control: Control| {
+        let mut comm = connect(TransportChoice::Shm, control, Health::new(Duration::from_secs(60))).unwrap();
+        let arena = Arena::host(4 * table.len()).unwrap();
+        // SAFETY: nobody else has this arena.
+        unsafe { arena.slice_mut(0..arena.bytes()) }.f32().copy_from_slice(&values);
+        for bucket_bytes in [0, 5000, usize::MAX] {
+            let mut norms = Norms::new(&table, &table.buckets(bucket_bytes), comm.size());
+            let mut squares = vec![0.0; table.params.len()];
+            // SAFETY: as above.
+            unsafe { norms.measure(&arena, &mut squares, &mut *comm) }.unwrap();
+            for (param, squares) in table.params.iter().zip(squares).filter(|(p, _)| p.spec.role == Role::Trainable) {
+                let whole = sum_of_squares(&values[param.range.clone()]);
+                assert_eq!(squares.to_bits(), whole.to_bits(), "{}, {} ranks", param.name, comm.size());
+            }
+        }
+    };
+    for size in 1..=4 {
+        std::thread::scope(|scope| {
+            Control::local(size).unwrap().into_iter().for_each(|control| drop(scope.spawn(|| rank(control))));
+        });
+    }
+}
+
 /// What some ranks save others take up, on any transport, and go on to the same bits.
 #[test]
 fn state_moves_to_other_ranks_and_transports() {
