@@ -112,6 +112,11 @@ impl Gradient {
         self.outbox.buckets.len()
     }
 
+    /// The elements of a bucket.
+    pub fn range(&self, bucket: usize) -> Range<usize> {
+        self.outbox.buckets[bucket].clone()
+    }
+
     /// For the ranks' other collectives, between steps.
     pub fn reducer(&mut self) -> &mut Reducer {
         &mut self.outbox.reducer

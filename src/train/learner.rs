@@ -11,6 +11,7 @@ use crate::model::net::Net;
 use crate::optim::At;
 use crate::optim::schedule::Schedule;
 use crate::report::budget::{Category, Clock};
+use std::time::Duration;
 
 pub struct Learner {
     pub net: Net,
@@ -20,6 +21,16 @@ pub struct Learner {
     pub schedule: Schedule,
     /// Samples of an epoch.
     pub samples: usize,
+    /// By bucket, in the last step.
+    pub bucket_times: Vec<BucketTime>,
+}
+
+/// What the training thread spent on one bucket after backward.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BucketTime {
+    /// Until it held the sum over all ranks; what was reduced behind backward is not in it.
+    pub reduce: Duration,
+    pub update: Duration,
 }
 
 /// What a step needs of the rank around it.
@@ -95,7 +106,7 @@ impl Learner {
         clock.lap(Category::Compute);
         health.set(at.step + 1, Phase::AllReduce);
         let waited = self.gradient.wait(bucket)?;
-        clock.lap_communication(waited);
+        self.bucket_times[bucket].reduce = clock.lap_communication(waited);
         Ok(())
     }
 
@@ -103,6 +114,6 @@ impl Learner {
         health.set(at.step + 1, Phase::Update);
         let (range, grads) = self.gradient.bucket(bucket);
         self.updater.update(&mut self.net, &range, grads, factor, at);
-        clock.lap(Category::Compute);
+        self.bucket_times[bucket].update = clock.lap(Category::Compute);
     }
 }

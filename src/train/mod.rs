@@ -2,6 +2,7 @@
 //! forward, backward, all-reduce, update.
 
 mod agreement;
+pub mod bench;
 pub mod checkpoint;
 mod eval;
 mod gradient;

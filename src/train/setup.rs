@@ -2,7 +2,7 @@
 
 use super::eval::Evaluator;
 use super::gradient::Gradient;
-use super::learner::Learner;
+use super::learner::{BucketTime, Learner};
 use super::update::Updater;
 use crate::comm::Communicator;
 use crate::config::plan::{Plan, Ranks, Samples};
@@ -94,6 +94,7 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Commun
         loss: loss(config, net.spec(), &*parts.train)?,
         updater: Updater::new(&config.optimizer, net.table())?,
         net,
+        bucket_times: vec![BucketTime::default(); gradient.buckets()],
         gradient,
         schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),

@@ -26,6 +26,11 @@ impl Updater {
         Ok(Updater { rule, state, clip_value, clip_norm })
     }
 
+    /// For each parameter.
+    pub fn state_tensors(&self) -> usize {
+        self.state.len()
+    }
+
     /// Whether the update needs the whole gradient before it can begin.
     pub fn needs_norm(&self) -> bool {
         self.clip_norm.is_some()
