@@ -97,9 +97,12 @@ pub struct PlanArgs {
 pub struct EvalArgs {
     #[command(flatten)]
     pub experiment: Experiment,
-    /// The checkpoint, a file that a run has saved
+    /// A checkpoint, or a safetensors file of PyTorch weights
     #[arg(long, value_name = "PATH")]
     pub checkpoint: PathBuf,
+    /// Write the outputs for the test set, a safetensors file
+    #[arg(long, value_name = "FILE")]
+    pub logits: Option<PathBuf>,
 }
 
 /// Time the training step by layer and phase
@@ -155,7 +158,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Command::Eval(args) => {
             let config = args.experiment.load()?;
-            cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, cli.verbosity()))
+            cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, args.logits.as_deref(), cli.verbosity()))
         }
         Command::BenchStep(args) => {
             let config = args.experiment.load()?;
