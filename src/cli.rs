@@ -1,6 +1,7 @@
 //! The command line: what can be asked of `trainer`, and who answers.
 
 mod bench_step;
+mod data;
 mod info;
 mod plan;
 
@@ -61,6 +62,9 @@ pub enum Command {
     Eval(EvalArgs),
     BenchStep(BenchStepArgs),
     BenchComm(BenchCommArgs),
+    /// Make data sets
+    #[command(subcommand)]
+    Data(data::DataCommand),
     /// Show this machine and this build: CPU, memory, transports
     Info,
     /// Print the JSON schema of the configuration, for editors
@@ -165,6 +169,7 @@ pub fn run(cli: Cli) -> Result<u8> {
             cli.on_every_rank(|| bench_step(&config, args, cli.verbosity()))
         }
         Command::BenchComm(args) => cli.on_every_rank(|| bench_comm(args, cli.verbosity())),
+        Command::Data(command) => print(&data::run(command)?),
         Command::Info => print(&info::describe()),
         Command::Schema => print(&format!("{:#}\n", config::schema())),
     }

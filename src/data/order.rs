@@ -1,6 +1,7 @@
 //! The order of an epoch and the validation split: which sample stands where, as a function of the seed.
 
-use super::Dataset;
+use super::image::Image;
+use super::{Dataset, Reading};
 use crate::error::{Error, Result};
 use crate::model::Shape;
 use crate::rng::{Purpose, Rng};
@@ -27,34 +28,40 @@ pub struct Subset {
     indices: Vec<u32>,
 }
 
-/// Holds out `share` of every class, to the nearest sample, drawn by seed. Returns (training, validation), each in the
-/// order of the original set.
+/// Holds out `share` of every class for validation. Fails where either part is left without a sample.
 pub fn split_validation(dataset: &Arc<dyn Dataset>, share: f64, seed: u64) -> Result<(Subset, Subset)> {
-    assert!((0.0..1.0).contains(&share), "validation share {share}");
-    let mut by_class = vec![Vec::new(); dataset.classes()];
-    for index in 0..dataset.len() {
-        by_class[dataset.label(index) as usize].push(index as u32);
-    }
-    let (mut train, mut validation) = (Vec::new(), Vec::new());
-    for (class, mut members) in by_class.into_iter().enumerate() {
-        permute(&mut members, &mut Rng::new(seed, Purpose::Split, 0, class as u64));
-        let held_out = (members.len() as f64 * share).round() as usize;
-        validation.extend_from_slice(&members[..held_out]);
-        train.extend_from_slice(&members[held_out..]);
-    }
-    for (part, indices) in [("training", &train), ("validation", &validation)] {
-        if indices.is_empty() {
+    let (train, validation) = split(dataset, share, seed, 0);
+    for (part, subset) in [("training", &train), ("validation", &validation)] {
+        if subset.is_empty() {
             return Err(Error::data(format!(
                 "`[data] validation = {share}` of {} samples leaves none for {part}",
                 dataset.len()
             )));
         }
     }
+    Ok((train, validation))
+}
+
+/// Takes `share` of every class apart, to the nearest sample, drawn by (seed, stream). Returns (the rest, the share), each
+/// in the order of the original set.
+pub fn split(dataset: &Arc<dyn Dataset>, share: f64, seed: u64, stream: u32) -> (Subset, Subset) {
+    assert!((0.0..1.0).contains(&share), "share {share}");
+    let mut by_class = vec![Vec::new(); dataset.classes()];
+    for index in 0..dataset.len() {
+        by_class[dataset.label(index) as usize].push(index as u32);
+    }
+    let (mut rest, mut apart) = (Vec::new(), Vec::new());
+    for (class, mut members) in by_class.into_iter().enumerate() {
+        permute(&mut members, &mut Rng::new(seed, Purpose::Split, stream, class as u64));
+        let taken = (members.len() as f64 * share).round() as usize;
+        apart.extend_from_slice(&members[..taken]);
+        rest.extend_from_slice(&members[taken..]);
+    }
     let subset = |mut indices: Vec<u32>| {
         indices.sort_unstable();
         Subset { of: dataset.clone(), indices }
     };
-    Ok((subset(train), subset(validation)))
+    (subset(rest), subset(apart))
 }
 
 impl Subset {
@@ -68,7 +75,7 @@ impl Dataset for Subset {
     fn len(&self) -> usize {
         self.indices.len()
     }
-    fn shape(&self) -> Shape {
+    fn shape(&self) -> Option<Shape> {
         self.of.shape()
     }
     fn classes(&self) -> usize {
@@ -77,7 +84,7 @@ impl Dataset for Subset {
     fn label(&self, index: usize) -> u32 {
         self.of.label(self.original(index))
     }
-    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
         self.of.read(self.original(index), image)
     }
 }
@@ -128,10 +135,11 @@ mod tests {
         let mut seen = Vec::new();
         for part in [&train, &validation] {
             for index in 0..part.len() {
-                let mut byte = [0];
-                part.read(index, &mut byte).unwrap();
-                assert_eq!(part.label(index), set.label(byte[0].into()));
-                seen.push(byte[0]);
+                let mut image = Image::default();
+                part.read(index, &mut image).unwrap();
+                let byte = image.bytes()[0];
+                assert_eq!(part.label(index), set.label(byte.into()));
+                seen.push(byte);
             }
         }
         seen.sort();

@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::raw::Augment;
+use crate::data::order;
 use crate::model::Shape;
 use std::collections::HashSet;
 use std::sync::atomic::AtomicUsize;
@@ -15,6 +16,7 @@ const PANICKING: usize = 23;
 struct Slow {
     len: usize,
     failing: bool,
+    damaged: Vec<usize>,
     reads: AtomicUsize,
 }
 
@@ -22,8 +24,8 @@ impl Dataset for Slow {
     fn len(&self) -> usize {
         self.len
     }
-    fn shape(&self) -> Shape {
-        SHAPE
+    fn shape(&self) -> Option<Shape> {
+        Some(SHAPE)
     }
     fn classes(&self) -> usize {
         10
@@ -31,7 +33,7 @@ impl Dataset for Slow {
     fn label(&self, index: usize) -> u32 {
         (index % 10) as u32
     }
-    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
         let read = self.reads.fetch_add(1, Relaxed);
         // Every read of a sample waits differently, so runs differ in which worker is first.
         std::thread::sleep(Duration::from_micros((index * 7919 + read * 104_729) as u64 % 300));
@@ -39,8 +41,11 @@ impl Dataset for Slow {
             return Err(Error::data(format!("images.bin: image {index} is damaged")));
         }
         assert!(!self.failing || index != PANICKING, "planted panic");
-        image.iter_mut().enumerate().for_each(|(at, out)| *out = byte(index, at));
-        Ok(())
+        image.reshape(SHAPE).iter_mut().enumerate().for_each(|(at, out)| *out = byte(index, at));
+        if self.damaged.contains(&index) {
+            return Ok(Reading::Damaged(Error::data(format!("{index}.jpg: no image"))));
+        }
+        Ok(Reading::Whole)
     }
 }
 
@@ -55,7 +60,8 @@ fn slow(len: usize) -> Arc<Slow> {
 
 fn loader(workers: usize, prefetch: usize) -> Loader {
     let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
-    Loader { augmenter: Augmenter::new(&steps, &*slow(1)).unwrap(), seed: SEED, workers, prefetch }
+    let augmenter = Augmenter::new(&steps, &*slow(1), SHAPE).unwrap();
+    Loader { augmenter, seed: SEED, workers, prefetch, skipped: Arc::default() }
 }
 
 fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
@@ -96,9 +102,9 @@ fn plainly(set: &Slow, batching: Batching, start: Position, epochs: u32) -> Vec<
                 let labels = indices.iter().map(|&index| set.label(index as usize)).collect();
                 let mut images = vec![0.0; indices.len() * SHAPE.len()];
                 for (&index, out) in indices.iter().zip(images.chunks_exact_mut(SHAPE.len())) {
-                    let mut image = [0; SHAPE.len()];
+                    let mut image = Image::default();
                     set.read(index as usize, &mut image).unwrap();
-                    augmenter.apply(&image, out, SEED, epoch, index);
+                    augmenter.apply(&image, &mut Workspace::default(), out, (SEED, epoch, index)).unwrap();
                 }
                 all.push((place, indices, labels, images));
             }
