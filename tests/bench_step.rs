@@ -51,8 +51,8 @@ fn layers_and_phases_are_counted() {
     let phases: Vec<Vec<&str>> = (layers.iter())
         .map(|layer| layer["phases"].as_object().unwrap().keys().map(String::as_str).collect())
         .collect();
-    let learns = ["forward", "backward_data", "backward_weights", "reduce", "update"];
-    assert_eq!(phases[0], ["forward", "backward_weights", "reduce", "update"], "nobody needs the gradient of the data");
+    let learns = ["forward", "backward_data", "backward_weights", "reduce_update"];
+    assert_eq!(phases[0], ["forward", "backward_weights", "reduce_update"], "nobody needs the gradient of the data");
     assert_eq!(phases[1], ["forward", "backward_data"]);
     assert_eq!(phases[2], learns);
     assert_eq!(phases[4], learns);
@@ -68,8 +68,8 @@ fn layers_and_phases_are_counted() {
         ("backward_data", output + params + input),
         // The ReLU in it reads the output.
         ("backward_weights", 2 * output + params + input),
-        ("reduce", 2 * params),
-        ("update", 5 * params),
+        // Two gradients, parameter and momentum in and out, of half the parameters.
+        ("reduce_update", 3 * params),
     ] {
         assert_eq!(conv2(phase, "gb").round(), f64::from(4 * values), "{phase}");
     }
@@ -81,7 +81,7 @@ fn layers_and_phases_are_counted() {
 #[test]
 fn overlapped_and_lone_ranks_are_measured_too() {
     let (_folder, config) = config();
-    let reduce = &bench(&["-n", "2"], &config, &[])["phases"]["reduce"];
+    let reduce = &bench(&["-n", "2"], &config, &[])["phases"]["reduce_update"];
     assert!(reduce["ms"].is_f64() && reduce.get("gb_s").is_none(), "{reduce}");
     let alone = bench(&[], &config, &["--set", "batch.micro=2"]);
     assert_eq!((&alone["transport"], &alone["local_batch"]), (&"none".into(), &8.into()));

@@ -14,14 +14,13 @@ impl Phase {
             Phase::Forward => "forward",
             Phase::BackwardData => "backward data",
             Phase::BackwardWeights => "backward weights",
-            Phase::Reduce => "reduce",
-            Phase::Update => "update",
+            Phase::ReduceUpdate => "reduce update",
         }
     }
 
     /// Whether it is measured by its operations as well as by its bytes.
     fn computes(self) -> bool {
-        !matches!(self, Phase::Reduce | Phase::Update)
+        self != Phase::ReduceUpdate
     }
 }
 
@@ -39,7 +38,9 @@ pub fn text(run: &str, measured: &Measured<'_>) -> String {
     let _ = write!(text, "milliseconds of a step on rank 0, medians of {}\n\n", count(measured.steps as usize, "step"));
     let _ = write!(text, "{}\n\n", times(measured, &layers));
     if measured.overlap {
-        text.push_str("reduce: what is left of it after backward; --set parallel.overlap=false shows it whole\n\n");
+        text.push_str(
+            "reduce update: what is left of it after backward; --set parallel.overlap=false shows it whole\n\n",
+        );
     }
     let _ = write!(text, "{}\n\n", rates(&layers));
     let _ = writeln!(

@@ -5,7 +5,7 @@
 //! more steps after the timed ones, in which each such layer is first asked for the gradient by its parameters alone.
 
 use super::gradient::Sums;
-use super::learner::{BucketTime, Learner, Step};
+use super::learner::{Learner, Step};
 use super::{Rank, agreement, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
@@ -34,7 +34,7 @@ pub struct Measured<'a> {
     pub net: &'a Net,
     pub plan: &'a Plan,
     pub transport: &'static str,
-    /// Whether buckets are reduced behind backward, so that the time of `reduce` is only what is left after it.
+    /// Whether buckets are reduced and updated behind backward, so that `parts` has only what is left after it.
     pub overlap: bool,
     /// Steps that were timed.
     pub steps: u32,
@@ -47,8 +47,10 @@ pub struct Measured<'a> {
     pub data: Duration,
     /// By node; `weights_alone` is of the steps after the timed ones.
     pub layers: Vec<LayerTime>,
-    /// The elements of each bucket.
-    pub buckets: Vec<(Range<usize>, BucketTime)>,
+    /// Reducing and updating: the elements of each bucket and of the tail.
+    pub parts: Vec<(Range<usize>, Duration)>,
+    /// What of the update had to wait for all gradients.
+    pub finish: Duration,
 }
 
 /// Measures, and has rank 0 say what came of it. Collective.
@@ -75,28 +77,26 @@ pub fn run(
     bench.learner.net.stopwatch_mut().as_mut().expect("it was put there").apart = true;
     let apart = bench.steps(steps.steps.div_ceil(3))?;
 
-    let Learner { net, gradient, updater, .. } = &bench.learner;
+    let Learner { net, gradient, .. } = &bench.learner;
     let layer = |layer: usize| LayerTime {
         forward: median(timed.iter().map(|step| step.layers[layer].forward)),
         backward: median(timed.iter().map(|step| step.layers[layer].backward)),
         weights_alone: median(apart.iter().map(|step| step.layers[layer].weights_alone)),
     };
-    let bucket = |bucket: usize| BucketTime {
-        reduce: median(timed.iter().map(|step| step.buckets[bucket].reduce)),
-        update: median(timed.iter().map(|step| step.buckets[bucket].update)),
-    };
+    let part = |part: usize| median(timed.iter().map(|step| step.parts[part]));
     let measured = Measured {
         net,
         plan: &plan,
         transport,
         overlap: config.parallel.overlap && plan.ranks > 1,
         steps: steps.steps,
-        state_tensors: updater.state_tensors(),
+        state_tensors: gradient.reducer().with(|_, updater| updater.state_tensors()),
         samples_per_second: timed.iter().map(|step| step.samples).sum::<f64>() / seconds,
         step: median(timed.iter().map(|step| step.whole)),
         data: median(timed.iter().map(|step| step.data)),
         layers: (0..net.spec().nodes.len()).map(layer).collect(),
-        buckets: (0..gradient.buckets()).map(|number| (gradient.range(number), bucket(number))).collect(),
+        parts: (0..gradient.parts()).map(|number| (gradient.range(number), part(number))).collect(),
+        finish: part(gradient.parts()),
     };
     if rank.world.rank == 0 { say(&measured) } else { Ok(()) }
 }
@@ -116,7 +116,7 @@ struct Timed {
     /// Of all ranks.
     samples: f64,
     layers: Vec<LayerTime>,
-    buckets: Vec<BucketTime>,
+    parts: Vec<Duration>,
 }
 
 impl Bench<'_> {
@@ -152,13 +152,13 @@ impl Bench<'_> {
             data: Duration::from_secs_f64(data),
             samples: f64::from(done.sums.samples),
             layers: self.learner.net.stopwatch_mut().as_mut().map(Stopwatch::take).unwrap_or_default(),
-            buckets: self.learner.bucket_times.clone(),
+            parts: self.learner.part_times.clone(),
         })
     }
 
     /// When all ranks have come.
     fn meet(&mut self) -> Result<Instant> {
-        self.learner.gradient.reducer().with(|comm| comm.barrier())?;
+        self.learner.gradient.reducer().with(|comm, _| comm.barrier())?;
         Ok(Instant::now())
     }
 }

@@ -8,6 +8,7 @@ mod eval;
 mod gradient;
 mod learner;
 mod logits;
+mod norms;
 mod resume;
 mod session;
 pub(crate) mod setup;
@@ -65,7 +66,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
-        let mut net = setup::net(config, &plan, false)?;
+        let mut net = setup::net(config, &plan)?;
         let loss = setup::loss(config, net.spec(), &*parts.train)?;
         update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;

@@ -7,28 +7,27 @@
 //! forward            inputs, parameters -> output, what is saved for backward
 //! backward data      gradient of the output, parameters, what was saved -> gradients of the inputs
 //! backward weights   inputs, gradient of the output -> gradients of the parameters
-//! reduce             (without overlap) gradients: over shm a slice of every rank's -> the same of all ranks; over tcp what is sent
-//! update             gradients, parameters, optimizer state -> parameters, optimizer state
+//! reduce update      1/N of: all ranks' gradients, parameters, optimizer state -> parameters, optimizer state
+//!                    (over tcp, instead, what is sent: (N - 1)/N of the gradients and of the parameters)
 //! ```
 //!
 //! The output is read once more where an activation is fused into the layer.
 
-use crate::model::params::{Param, Role};
+use crate::model::params::Param;
 use crate::model::spec::Node;
 use crate::train::bench::Measured;
 use std::ops::Add;
+use std::time::Duration;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     Forward,
     BackwardData,
     BackwardWeights,
-    Reduce,
-    Update,
+    ReduceUpdate,
 }
 
-pub const PHASES: [Phase; 5] =
-    [Phase::Forward, Phase::BackwardData, Phase::BackwardWeights, Phase::Reduce, Phase::Update];
+pub const PHASES: [Phase; 4] = [Phase::Forward, Phase::BackwardData, Phase::BackwardWeights, Phase::ReduceUpdate];
 
 /// Of one step on one rank. All zero where there is nothing to do.
 #[derive(Clone, Copy, Default)]
@@ -72,8 +71,8 @@ impl<'a> LayerCost<'a> {
         let nodes = &measured.net.spec().nodes;
         let layer = |number: usize| {
             let [forward, data, weights] = passes(measured, number);
-            let [reduce, update] = after_backward(measured, measured.net.table().of_node(number));
-            LayerCost { node: &nodes[number], phases: [forward, data, weights, reduce, update] }
+            let reduce_update = after_backward(measured, measured.net.table().of_node(number));
+            LayerCost { node: &nodes[number], phases: [forward, data, weights, reduce_update] }
         };
         (0..nodes.len()).map(layer).collect()
     }
@@ -120,31 +119,26 @@ fn passes(measured: &Measured<'_>, number: usize) -> [Cost; 3] {
     [forward, data, weights]
 }
 
-/// Reduce and update: of the time of the bucket in which these tensors of one layer are, their share by size.
-fn after_backward(measured: &Measured<'_>, params: &[Param]) -> [Cost; 2] {
-    let Some(first) = params.first() else { return Default::default() };
-    let (range, time) = (measured.buckets.iter())
+/// Reduce and update: these tensors' share, by size, of the time of their bucket, and of what had to wait for all buckets.
+fn after_backward(measured: &Measured<'_>, params: &[Param]) -> Cost {
+    let Some(first) = params.first() else { return Cost::default() };
+    let (range, time) = (measured.parts.iter())
         .find(|(range, _)| range.contains(&first.range.start))
         .expect("buckets cover all parameters");
-    let table = measured.net.table();
+    let all = &measured.net.table().params;
     let in_bucket: usize =
-        table.params.iter().filter(|param| range.contains(&param.range.start)).map(|param| param.spec.len()).sum();
-    let share = total(params) as f64 / in_bucket as f64;
+        all.iter().filter(|param| range.contains(&param.range.start)).map(|param| param.spec.len()).sum();
+    let share = |time: &Duration, of: usize| time.as_secs_f64() * total(params) as f64 / of as f64;
 
     let bytes = (size_of::<f32>() * total(params)) as f64;
     let ranks = measured.plan.ranks as f64;
     let moved = match measured.transport {
         // The time does not say how fast bytes went that were moved behind backward.
         _ if measured.overlap => 0.0,
-        "shm" => 2.0 * bytes,
-        _ => 2.0 * bytes * (ranks - 1.0) / ranks,
+        "tcp" => 2.0 * bytes * (ranks - 1.0) / ranks,
+        _ => bytes * (ranks + 2.0 + 2.0 * measured.state_tensors as f64) / ranks,
     };
-    let trained: usize = params.iter().filter(|p| p.spec.role == Role::Trainable).map(|param| param.spec.len()).sum();
-    let updated = (size_of::<f32>() * (3 + 2 * measured.state_tensors) * trained) as f64;
-    [
-        Cost { seconds: share * time.reduce.as_secs_f64(), flops: 0.0, bytes: moved },
-        Cost { seconds: share * time.update.as_secs_f64(), flops: 0.0, bytes: updated },
-    ]
+    Cost { seconds: share(time, in_bucket) + share(&measured.finish, total(all)), flops: 0.0, bytes: moved }
 }
 
 fn total(params: &[Param]) -> usize {
