@@ -21,6 +21,7 @@ use crate::model::params::ParamTable;
 use crate::model::spec::NetSpec;
 use crate::optim::schedule::Schedule;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The samples of a run.
 pub struct Parts {
@@ -106,6 +107,7 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     Ok(Learner {
         loss: loss(config, net.spec(), &*parts.train)?,
         net,
+        part_times: vec![Duration::ZERO; gradient.parts() + 1],
         gradient,
         schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),

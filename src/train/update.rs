@@ -95,6 +95,11 @@ impl Updater {
         })
     }
 
+    /// For each parameter.
+    pub fn state_tensors(&self) -> usize {
+        self.state.len()
+    }
+
     pub fn grads(&self) -> &Arc<Arena> {
         &self.grads
     }
