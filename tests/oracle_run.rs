@@ -12,6 +12,7 @@ use lockstep::model::layers;
 use lockstep::model::loss::Loss;
 use lockstep::model::net::{Net, Options};
 use lockstep::model::params::{Param, Role};
+use lockstep::model::precision::Precision;
 use lockstep::model::spec::NetSpec;
 use lockstep::optim::{self, At, Optimizer};
 use safetensors::SafeTensors;
@@ -78,7 +79,8 @@ struct Run {
 impl Run {
     fn new(about: &Json, batch: usize) -> Run {
         let config = optimizer(&about["optimizer"]);
-        let options = Options { batch, place: Place::Host, threads: 2, seed: 0, training: true };
+        let options =
+            Options { batch, place: Place::Host, threads: 2, seed: 0, precision: Precision::F32, training: true };
         let net = Net::new(net_spec(about), &options).unwrap();
         Run {
             pass: Pass { batch, training: true, first_sample: 0, share: 1.0 },
@@ -94,7 +96,7 @@ impl Run {
     fn start_from(&mut self, canonical: impl Fn(&str) -> Vec<f32>) {
         let params = self.net.table().params.clone();
         for Param { name, spec, range, .. } in params {
-            spec.to_arena(&canonical(&name), &mut self.net.params_mut()[range]);
+            spec.to_arena(&canonical(&name), &mut self.net.weights_mut().1.f32[range]);
         }
     }
 
@@ -107,7 +109,7 @@ impl Run {
         // SAFETY: backward is over.
         let grads = unsafe { self.grads.slice(0..self.grads.bytes()) }.f32();
         for Param { spec, range, .. } in self.net.table().params.clone() {
-            let (values, slot) = (&mut self.net.params_mut()[range.clone()], &grads[range.clone()]);
+            let (values, slot) = (&mut self.net.weights_mut().1.f32[range.clone()], &grads[range.clone()]);
             match spec.role {
                 Role::Trainable => {
                     let at = At { lr: self.lr, step: step as u64 };

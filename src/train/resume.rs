@@ -105,7 +105,8 @@ pub fn distribute(found: Option<&State>, learner: &mut Learner) -> Result<Progre
     reducer.with(|comm| comm.broadcast(SliceMut::from(&mut header[..]), 0))?;
     let progress = decode(&header);
     if progress.step > 0 {
-        reducer.with(|comm| comm.broadcast(SliceMut::from(learner.net.params_mut()), 0))?;
+        reducer.with(|comm| comm.broadcast(SliceMut::from(&mut *learner.net.weights_mut().1.f32), 0))?;
+        learner.net.weights_mut().1.refresh_bf16();
         for state in learner.updater.state_mut() {
             reducer.with(|comm| comm.broadcast(SliceMut::from(state), 0))?;
         }

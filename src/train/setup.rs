@@ -106,6 +106,7 @@ pub fn net(config: &Config, plan: &Plan, training: bool) -> Result<Net> {
         place: Place::Host,
         threads: rayon::current_num_threads(),
         seed: config.run.seed,
+        precision: config.run.precision,
         training,
     };
     Net::new(NetSpec::new(&config.model)?, &options)

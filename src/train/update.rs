@@ -46,9 +46,9 @@ impl Updater {
 
     /// Updates the tensors of one bucket; with both kinds of clipping, by norm first. `grads` are the bucket's elements, summed over all ranks.
     pub fn update(&mut self, net: &mut Net, bucket: &Range<usize>, grads: &mut [f32], factor: f32, at: At) {
-        let (table, params) = net.table_and_params_mut();
+        let (table, mut weights) = net.weights_mut();
         for param in tensors(table, bucket) {
-            let values = &mut params[param.range.clone()];
+            let values = &mut weights.f32[param.range.clone()];
             let grads = &mut grads[within(bucket, param)];
             match param.spec.role {
                 Role::Running { momentum } => {
@@ -63,6 +63,7 @@ impl Updater {
                     self.update_tensor(at, values, grads, &param.range);
                 }
             }
+            weights.mirror(param.range.clone());
         }
     }
 
@@ -140,11 +141,12 @@ pub fn export_params(net: &Net) -> Vec<Tensor> {
 
 /// Sets all parameters from a checkpoint; fails, naming the tensor, where it was made by another net.
 pub fn import_params(net: &mut Net, state: &State) -> Result<()> {
-    let (table, params) = net.table_and_params_mut();
+    let (table, mut weights) = net.weights_mut();
     for param in &table.params {
         let tensor = state.tensor(&param.name, &param.spec.shape)?;
-        param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
+        param.spec.to_arena(&tensor.values, &mut weights.f32[param.range.clone()]);
     }
+    weights.refresh_bf16();
     Ok(())
 }
 

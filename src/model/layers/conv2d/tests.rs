@@ -95,6 +95,7 @@ impl Case {
                 inputs: &[values.x[..].into()],
                 output: (&mut y[..]).into(),
                 params: &params,
+                params_bf16: &[],
                 saved: SliceMut::empty(),
                 scratch: (&mut scratch[..]).into(),
             };
@@ -108,6 +109,7 @@ impl Case {
                 grad_output: (&mut dy[..]).into(),
                 grad_inputs: &mut [(&mut dx[..]).into()],
                 params: &params,
+                params_bf16: &[],
                 grad_params: &mut grad_params,
                 saved: Slice::empty(),
                 scratch: (&mut scratch[..]).into(),
@@ -251,6 +253,7 @@ fn without_a_use_for_dx_the_other_gradients_are_the_same() {
         grad_output: (&mut dy[..]).into(),
         grad_inputs: &mut [SliceMut::empty()],
         params: &[values.weight[..].into(), values.bias[..].into()],
+        params_bf16: &[],
         grad_params: &mut [(&mut dweight[..]).into(), (&mut dbias[..]).into()],
         saved: Slice::empty(),
         scratch: (&mut scratch[..]).into(),
