@@ -96,7 +96,7 @@ impl Run {
     fn start_from(&mut self, canonical: impl Fn(&str) -> Vec<f32>) {
         let params = self.net.table().params.clone();
         for Param { name, spec, range, .. } in params {
-            spec.to_arena(&canonical(&name), &mut self.net.weights_mut().1.f32[range]);
+            spec.to_arena(&canonical(&name), &mut self.net.params_mut()[range]);
         }
     }
 
@@ -109,7 +109,7 @@ impl Run {
         // SAFETY: backward is over.
         let grads = unsafe { self.grads.slice(0..self.grads.bytes()) }.f32();
         for Param { spec, range, .. } in self.net.table().params.clone() {
-            let (values, slot) = (&mut self.net.weights_mut().1.f32[range.clone()], &grads[range.clone()]);
+            let (values, slot) = (&mut self.net.params_mut()[range.clone()], &grads[range.clone()]);
             match spec.role {
                 Role::Trainable => {
                     let at = At { lr: self.lr, step: step as u64 };

@@ -12,6 +12,7 @@ pub mod params;
 pub mod precision;
 pub mod simd;
 pub mod spec;
+pub mod weights;
 mod widened;
 
 use crate::device::{Place, Slice, SliceMut};

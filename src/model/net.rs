@@ -10,12 +10,13 @@ use super::memory::{self, Lifetime};
 use super::params::ParamTable;
 use super::precision::{self, Precision};
 use super::spec::{Activation, DATA, MAX_INPUTS, MAX_PARAMS, NetSpec};
+use super::weights::Weights;
 use super::{Backward, Build, Forward, Layer, Pass, Shape};
 use crate::device::{self, Arena, Place, Slice, SliceMut};
 use crate::error::{Error, Result};
-use half::bf16;
 use std::array;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// How a net is built.
 #[derive(Clone, Copy, Debug)]
@@ -38,9 +39,8 @@ pub struct Net {
     plan: Plan,
     memory: Arena,
     scratch: Arena,
-    params: Arena,
-    /// In bf16: `params` rounded, element for element. Else empty.
-    params_bf16: Arena,
+    /// What holds it beside the net changes parameters between passes, or those of layers whose backward is over.
+    weights: Arc<Weights>,
 }
 
 /// Values of an activation of a whole batch, at most: the layers' tables address them with 32 bits.
@@ -65,17 +65,20 @@ struct Plan {
 impl Net {
     /// Builds all layers and draws the initial parameters from the seed.
     pub fn new(spec: NetSpec, options: &Options) -> Result<Net> {
+        let len = ParamTable::new(&spec).len();
+        let weights = Weights::new(len, options.precision, |bytes| device::allocate(options.place, bytes))?;
+        Net::with_weights(spec, options, Arc::new(weights))
+    }
+
+    /// The same with parameters in memory that is given, as many as `ParamTable::len` says.
+    pub fn with_weights(spec: NetSpec, options: &Options, weights: Arc<Weights>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
         let table = ParamTable::new(&spec);
         let plan = Plan::new(&spec, options);
         // The largest memory first: where it is not to be had, that is said before layers make tables of its size.
         let memory =
             Arena::host(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
-        let params = device::allocate(options.place, table.len() * size_of::<f32>())
-            .map_err(|e| e.context(format!("{} parameters", table.len())))?;
-        let bf16_bytes = if options.precision == Precision::Bf16 { table.len() * Precision::Bf16.bytes() } else { 0 };
-        let params_bf16 = device::allocate(options.place, bf16_bytes)
-            .map_err(|e| e.context(format!("{} parameters in bf16", table.len())))?;
+        assert_eq!(weights.f32.bytes(), table.len() * size_of::<f32>(), "memory for the parameters");
         let mut layers = Vec::with_capacity(spec.nodes.len());
         for (number, node) in spec.nodes.iter().enumerate() {
             let inputs = spec.input_shapes(number);
@@ -96,7 +99,7 @@ impl Net {
         let scratch = layers.iter().map(|layer| layer.scratch_bytes()).max().unwrap_or(0);
         let scratch = Arena::host(scratch).map_err(|e| e.context("scratch of the layers"))?;
         let precision = options.precision;
-        let mut net = Net { spec, precision, table, layers, plan, memory, scratch, params, params_bf16 };
+        let mut net = Net { spec, precision, table, layers, plan, memory, scratch, weights };
         net.initialise(options.seed);
         Ok(net)
     }
@@ -113,19 +116,21 @@ impl Net {
     }
     /// All parameters, in the order of the table.
     pub fn params(&self) -> &[f32] {
-        // SAFETY: parameters are written through `params_mut` alone.
-        unsafe { self.params.slice(0..self.params.bytes()) }.f32()
+        // SAFETY: parameters are written through `params_mut`, and by others at no time at which someone asks for all.
+        unsafe { self.weights.f32.slice(0..self.weights.f32.bytes()) }.f32()
     }
-    /// Parameters to be written: through `Weights::set`, or followed by `refresh_bf16`.
-    pub fn weights_mut(&mut self) -> (&ParamTable, Weights<'_>) {
+    /// For writing; `round_params` is to follow.
+    pub fn params_mut(&mut self) -> &mut [f32] {
+        self.table_and_params_mut().1
+    }
+    pub fn table_and_params_mut(&mut self) -> (&ParamTable, &mut [f32]) {
         // SAFETY: `&mut self`.
-        let weights = unsafe {
-            Weights {
-                f32: self.params.slice_mut(0..self.params.bytes()).into_f32(),
-                bf16: self.params_bf16.slice_mut(0..self.params_bf16.bytes()).into_bf16(),
-            }
-        };
-        (&self.table, weights)
+        (&self.table, unsafe { self.weights.f32.slice_mut(0..self.weights.f32.bytes()) }.into_f32())
+    }
+    /// Parameters were written: brings up to date what layers in bf16 read of them.
+    pub fn round_params(&mut self) {
+        // SAFETY: `&mut self`.
+        unsafe { self.weights.round_all(0..self.table.len()) };
     }
 
     /// Output of the last forward, in f32: (batch, outputs).
@@ -194,11 +199,11 @@ impl Net {
     }
 
     fn initialise(&mut self, seed: u64) {
-        let (table, mut weights) = self.weights_mut();
+        let (table, params) = self.table_and_params_mut();
         for param in &table.params {
-            param.spec.initialise(seed, param.number, &mut weights.f32[param.range.clone()]);
+            param.spec.initialise(seed, param.number, &mut params[param.range.clone()]);
         }
-        weights.refresh_bf16();
+        self.round_params();
     }
 
     /// In bf16 the layers read a copy of the images.
@@ -244,7 +249,7 @@ impl Net {
         let tensors = self.table.of_node(node);
         let mut grad_params: [SliceMut; MAX_PARAMS] = array::from_fn(|i| match tensors.get(i) {
             // SAFETY: tensors do not overlap, and the caller lent `grads` to this backward.
-            Some(param) => unsafe { grads.slice_mut(bytes_of(&param.range, Precision::F32)) },
+            Some(param) => unsafe { grads.slice_mut(Precision::F32.bytes_of(&param.range)) },
             None => SliceMut::empty(),
         });
         let io = Backward {
@@ -274,14 +279,14 @@ impl Net {
     /// A node's parameters in f32 and, if layers read them so, in bf16.
     fn node_params(&self, node: usize) -> ([Slice<'static>; MAX_PARAMS], [Slice<'static>; MAX_PARAMS]) {
         let tensors = self.table.of_node(node);
-        let of = |arena: &Arena, precision| {
+        let of = |arena: &Arena, precision: Precision| {
             array::from_fn(|i| match tensors.get(i) {
                 // SAFETY: nobody writes parameters while a pass runs.
-                Some(param) if arena.bytes() > 0 => unsafe { arena.slice(bytes_of(&param.range, precision)) },
+                Some(param) if arena.bytes() > 0 => unsafe { arena.slice(precision.bytes_of(&param.range)) },
                 _ => Slice::empty(),
             })
         };
-        (of(&self.params, Precision::F32), of(&self.params_bf16, Precision::Bf16))
+        (of(&self.weights.f32, Precision::F32), of(&self.weights.bf16, Precision::Bf16))
     }
 
     fn activation_bytes(&self, activation: Activation, pass: &Pass) -> usize {
@@ -324,33 +329,6 @@ impl Net {
         // handed only buffers that live at its time.
         unsafe { self.memory.slice_mut(range.start..range.start + bytes) }
     }
-}
-
-/// All parameters, to be written.
-pub struct Weights<'a> {
-    pub f32: &'a mut [f32],
-    /// Their copy in bf16; empty where layers read f32.
-    pub bf16: &'a mut [bf16],
-}
-
-impl Weights<'_> {
-    /// After `f32[range]` was written and while it is in the cache: brings its copy up to date.
-    pub fn mirror(&mut self, range: Range<usize>) {
-        if !self.bf16.is_empty() {
-            precision::narrow_block(&self.f32[range.clone()], &mut self.bf16[range]);
-        }
-    }
-
-    /// Brings the whole copy up to date.
-    pub fn refresh_bf16(&mut self) {
-        if !self.bf16.is_empty() {
-            precision::narrow(self.f32, self.bf16);
-        }
-    }
-}
-
-fn bytes_of(elements: &Range<usize>, precision: Precision) -> Range<usize> {
-    elements.start * precision.bytes()..elements.end * precision.bytes()
 }
 
 /// What passes keeps every sum of the memory plan far from overflow.

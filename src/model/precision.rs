@@ -5,12 +5,14 @@
 //! state stay f32 ("mixed precision", Micikevicius et al. 2018; bf16 needs no scaling of the loss, Kalamkar et al. 2019).
 //! Kernels compute in f32 registers and round once, to nearest even, when they store.
 
+use super::kernels::convert::{self, nearest};
 use super::simd::vectorized;
 use crate::device::{self, Slice, SliceMut};
 use half::bf16;
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -29,6 +31,11 @@ impl Precision {
             Precision::F32 => size_of::<f32>(),
             Precision::Bf16 => size_of::<bf16>(),
         }
+    }
+
+    /// Where elements of an arena lie.
+    pub const fn bytes_of(self, elements: &Range<usize>) -> Range<usize> {
+        elements.start * self.bytes()..elements.end * self.bytes()
     }
 
     /// `sum += term` for two activations of one length.
@@ -53,34 +60,13 @@ const CHUNK: usize = 4096;
 /// to = from, on all threads.
 pub fn widen(from: &[bf16], to: &mut [f32]) {
     assert_eq!(from.len(), to.len());
-    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
-        vectorized(
-            #[inline(always)]
-            || {
-                for (to, from) in to.iter_mut().zip(from) {
-                    *to = widened(*from);
-                }
-            },
-        );
-    });
+    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| convert::widen(from, to));
 }
 
 /// to = from, rounded, on all threads.
 pub fn narrow(from: &[f32], to: &mut [bf16]) {
     assert_eq!(from.len(), to.len());
-    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| narrow_block(from, to));
-}
-
-/// `narrow` on the calling thread: for what is in its cache anyway.
-pub fn narrow_block(from: &[f32], to: &mut [bf16]) {
-    vectorized(
-        #[inline(always)]
-        || {
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = rounded(*from);
-            }
-        },
-    );
+    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| convert::narrow(from, to));
 }
 
 fn add_bf16(sum: &mut [bf16], term: &[bf16]) {
@@ -89,46 +75,16 @@ fn add_bf16(sum: &mut [bf16], term: &[bf16]) {
             #[inline(always)]
             || {
                 for (sum, term) in sum.iter_mut().zip(term) {
-                    *sum = rounded(widened(*sum) + widened(*term));
+                    *sum = nearest(f32::from(*sum) + f32::from(*term));
                 }
             },
         );
     });
 }
 
-/// Exact, and one shift: unlike `bf16::to_f32`, which quiets NaNs and does not vectorise.
-#[inline(always)]
-pub fn widened(value: bf16) -> f32 {
-    f32::from_bits(u32::from(value.to_bits()) << 16)
-}
-
-/// The nearest bf16, the even one of two; a NaN stays a NaN. `bf16::from_f32` without its branch, so that loops vectorise.
-#[inline(always)]
-pub fn rounded(value: f32) -> bf16 {
-    let bits = value.to_bits();
-    let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
-    let quiet = bits >> 16 | 0x40;
-    bf16::from_bits(if value.is_nan() { quiet } else { nearest } as u16)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rounding_is_to_nearest_even() {
-        // Every upper half, with lower halves below, at and above the middle.
-        for upper in 0..=0xFFFFu32 {
-            for lower in [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
-                let value = f32::from_bits(upper << 16 | lower);
-                let (found, expected) = (rounded(value), bf16::from_f32(value));
-                assert_eq!(found.to_bits(), expected.to_bits(), "{value:e}");
-                assert_eq!(widened(expected).is_nan(), value.is_nan());
-            }
-            let value = bf16::from_bits(upper as u16);
-            assert!(value.is_nan() || widened(value) == value.to_f32());
-        }
-    }
 
     #[test]
     fn sums_are_rounded_once() {

@@ -16,7 +16,9 @@ use crate::error::{Error, Result};
 use crate::launch::world::World;
 use crate::model::loss::Loss;
 use crate::model::net::{self, Net};
+use crate::model::params::ParamTable;
 use crate::model::spec::NetSpec;
+use crate::model::weights::Weights;
 use crate::optim::schedule::Schedule;
 use std::sync::Arc;
 
@@ -87,29 +89,40 @@ pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks)
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
-pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Communicator>) -> Result<Learner> {
-    let net = net(config, plan, true)?;
-    let gradient = Gradient::new(comm, net.table(), plan.micros_per_rank, plan.bucket_bytes, config.parallel.overlap)?;
+pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
+    let spec = NetSpec::new(&config.model)?;
+    let len = ParamTable::new(&spec).len();
+    let weights = Arc::new(Weights::new(len, config.run.precision, |bytes| comm.allocate_replicated(bytes))?);
+    let net = Net::with_weights(spec, &net_options(config, plan, true), weights.clone())?;
+    // Where they share one copy, every rank has written the same initial values.
+    comm.barrier()?;
+    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, &mut *comm)?;
+    let alone = comm.size() == 1;
+    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {
         loss: loss(config, net.spec(), &*parts.train)?,
-        updater: Updater::new(&config.optimizer, net.table())?,
         net,
         gradient,
         schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),
+        alone,
     })
 }
 
-pub fn net(config: &Config, plan: &Plan, training: bool) -> Result<Net> {
-    let options = net::Options {
+/// The net of one rank, for evaluation alone.
+pub fn net(config: &Config, plan: &Plan) -> Result<Net> {
+    Net::new(NetSpec::new(&config.model)?, &net_options(config, plan, false))
+}
+
+fn net_options(config: &Config, plan: &Plan, training: bool) -> net::Options {
+    net::Options {
         batch: plan.micro_batch,
         place: Place::Host,
         threads: rayon::current_num_threads(),
         seed: config.run.seed,
         precision: config.run.precision,
         training,
-    };
-    Net::new(NetSpec::new(&config.model)?, &options)
+    }
 }
 
 pub fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {
