@@ -16,7 +16,7 @@ pub mod weights;
 mod widened;
 
 use crate::device::{Place, Slice, SliceMut};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use params::ParamSpec;
 use std::fmt;
 
@@ -68,8 +68,7 @@ pub trait LayerSpec: Send + Sync + fmt::Debug {
 
     /// The operator for activations in bf16. A layer that has no kernels for them works in f32 between two conversions.
     fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        let inferred = self.infer(build.inputs).map_err(Error::usage)?;
-        Ok(Box::new(widened::Widened::new(build, inferred, |build| self.build(build))?))
+        widened::around(self, build)
     }
 }
 

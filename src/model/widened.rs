@@ -7,16 +7,30 @@
 
 use super::precision::{narrow, widen};
 use super::spec::{MAX_INPUTS, MAX_PARAMS};
-use super::{Backward, Build, Forward, Inferred, Layer, Pass};
+use super::{Backward, Build, Forward, Inferred, Layer, LayerSpec, Pass};
 use crate::device::{ALIGN, Slice, SliceMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::array;
 use std::ops::Range;
 
 /// Bytes of a thread's share of a block's f32 copies, at most.
 const BLOCK_BYTES: usize = 1 << 20;
 
-pub struct Widened {
+/// The f32 operator of a layer, made into one for bf16.
+pub fn around<S: LayerSpec + ?Sized>(spec: &S, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+    let inferred = spec.infer(build.inputs).map_err(Error::usage)?;
+    let inputs: Vec<usize> = build.inputs.iter().map(|shape| shape.len()).collect();
+    // Backward holds most: inputs and output, and the gradients of all.
+    let sample = 2 * size_of::<f32>() * (inputs.iter().sum::<usize>() + inferred.output.len());
+    let block = match inferred.params.is_empty() {
+        true => (BLOCK_BYTES * build.threads.max(1) / sample.max(1)).clamp(1, build.batch),
+        false => build.batch,
+    };
+    let layer = spec.build(&Build { batch: block, ..build.clone() })?;
+    Ok(Box::new(Widened { layer, inferred, inputs, block }))
+}
+
+struct Widened {
     layer: Box<dyn Layer>,
     inferred: Inferred,
     /// Values a sample of each input.
@@ -26,23 +40,6 @@ pub struct Widened {
 }
 
 impl Widened {
-    /// Around the operator that `layer` builds for f32.
-    pub fn new(
-        build: &Build<'_>,
-        inferred: Inferred,
-        layer: impl FnOnce(&Build<'_>) -> Result<Box<dyn Layer>>,
-    ) -> Result<Widened> {
-        let inputs: Vec<usize> = build.inputs.iter().map(|shape| shape.len()).collect();
-        // Backward holds most: inputs and output, and the gradients of all.
-        let sample = 2 * size_of::<f32>() * (inputs.iter().sum::<usize>() + inferred.output.len());
-        let block = match inferred.params.is_empty() {
-            true => (BLOCK_BYTES * build.threads.max(1) / sample.max(1)).clamp(1, build.batch),
-            false => build.batch,
-        };
-        let layer = layer(&Build { batch: block, ..build.clone() })?;
-        Ok(Widened { layer, inferred, inputs, block })
-    }
-
     /// The blocks of a pass: the samples of each, the pass that it is to its layer, and its part of what is saved.
     fn blocks(&self, pass: &Pass) -> impl Iterator<Item = (Range<usize>, Pass, Range<usize>)> + use<> {
         let (pass, block) = (*pass, self.block);

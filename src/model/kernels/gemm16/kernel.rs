@@ -46,6 +46,11 @@ impl Kernel {
         &Self::available()[0]
     }
 
+    /// Whether the CPU has instructions for products of bf16, so that these are faster than products of f32.
+    pub fn is_native(&self) -> bool {
+        !matches!(self.arithmetic, Widened(_))
+    }
+
     /// 96 x 384 of A and 96 x 256 of C take 245 KB: half of a Zen 3's L2.
     fn widened(kernel: &'static gemm::Kernel) -> Kernel {
         Kernel { name: kernel.name, nr: kernel.nr, mc: 96, kc: 384, nc: 256, arithmetic: Widened(kernel) }
