@@ -60,7 +60,7 @@ pub struct Out<'a, T = f32> {
 }
 
 /// What happens to a sum beside being stored.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Store {
     /// Adds to C instead of overwriting it; the start row of the panels is then not used.
     pub accumulate: bool,

@@ -18,15 +18,22 @@
 //! K is cut by its length alone, so every element of C is the same sum in the same order whoever computes it. `multiply`
 //! runs on the calling thread; callers divide M or N among threads, each with its own scratch.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod kernel;
-mod stage;
+mod pairs;
+#[cfg(test)]
+mod tests;
+mod widened;
 
 pub use super::gemm::{Left, Out, Right, Store};
 pub use kernel::Kernel;
 
 use super::convert::nearest;
 use half::bf16;
-use kernel::Block;
+use kernel::{Block, Layout};
 use std::ops::Range;
 
 /// What C may consist of.
@@ -85,6 +92,9 @@ pub fn multiply<T: Element>(
     let panel_len = packed_len(kernel, k, 1);
     let (staged, sums) = scratch[..scratch_len(kernel)].split_at_mut(kernel.staged_len());
 
+    let prepared = kernel.prepare();
+    let mut layout = Layout::Rows;
+
     let blocks_of_k = k.div_ceil(kernel.kc).max(1);
     for rows in blocks(m, kernel.mc) {
         for columns in blocks(n, kernel.nc) {
@@ -93,10 +103,12 @@ pub fn multiply<T: Element>(
             for number in 0..blocks_of_k {
                 let ks = number * kernel.kc..k.min((number + 1) * kernel.kc);
                 if blocks_of_k > 1 || columns.start == 0 {
-                    kernel.stage(Left { rows: &left.rows[rows.clone()], cols: &left.cols[ks.clone()], ..left }, staged);
+                    let block = Left { rows: &left.rows[rows.clone()], cols: &left.cols[ks.clone()], ..left };
+                    layout = kernel.stage(block, staged);
                 }
                 for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(kernel.mc * kernel.nr)) {
-                    kernel.multiply(Block { rows: rows.len(), ks: ks.clone(), staged, panel, sums });
+                    let block = Block { rows: rows.len(), ks: ks.clone(), staged, layout, panel, sums };
+                    kernel.multiply(&prepared, block);
                 }
             }
             let starts = panels.map(|panel| &panel[..kernel.nr]);
