@@ -9,7 +9,7 @@ const CHUNK: usize = 8192;
 /// Channels of a task of `add_rows`: two cache lines of a row.
 const CHANNELS: usize = 64;
 
-/// dy = 0 where the ReLU's output y is not positive.
+/// dy = 0 where the ReLU's output y is not positive; nothing where `y` is empty.
 pub fn mask(y: &[bf16], dy: &mut [bf16]) {
     dy.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(dy, y)| {
         vectorized(

@@ -170,7 +170,8 @@ impl Layer for Conv2d {
             let inputs = images.start * input.len()..images.end * input.len();
             let outputs = images.start * output.len()..images.end * output.len();
             let dy = &mut dy[outputs.clone()];
-            if self.relu {
+            // Without an output to read, ReLU's backward is done, or there is none.
+            if !y.is_empty() {
                 mask(&y[outputs], dy);
             }
             grad_bias.iter_mut().for_each(|grad| add_rows(dy, grad.f32()));

@@ -129,9 +129,8 @@ impl Layer for Linear {
 
     fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()> {
         let (x, weight, dy) = (io.inputs[0].bf16(), io.params_bf16[0].bf16(), io.grad_output.into_bf16());
-        if self.relu {
-            mask(io.output.bf16(), dy);
-        }
+        // Without an output to read, ReLU's backward is done, or there is none.
+        mask(io.output.bf16(), dy);
         let (workers, scratch) = io.scratch.into_f32().split_at_mut(self.threads * self.worker_len());
         match io.grad_params {
             [grad_weight, grad_bias @ ..] => {
