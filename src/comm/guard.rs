@@ -8,6 +8,7 @@ use super::{Communicator, Update};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
 use crate::launch::watch::Health;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,7 +63,7 @@ impl Communicator for Guarded {
     fn barrier(&mut self) -> Result<Duration> {
         self.run(|comm| comm.barrier())
     }
-    fn plain_all_reduce(&mut self, data: SliceMut<'_>) -> Result<bool> {
-        self.run(|comm| comm.plain_all_reduce(data))
+    fn expose(&mut self, data: SliceMut<'_>, work: &mut dyn FnMut(&[usize], Range<usize>)) -> Result<bool> {
+        self.run(|comm| comm.expose(data, work))
     }
 }

@@ -85,9 +85,9 @@ pub trait Communicator: Send {
     /// Returns when all ranks have called it.
     fn barrier(&mut self) -> Result<Duration>;
 
-    /// The work of `all_reduce` as a plain loop, where this transport can reach all data: the ceiling with which
-    /// `bench-comm` compares. False if it cannot.
-    fn plain_all_reduce(&mut self, _data: SliceMut<'_>) -> Result<bool> {
+    /// Where this transport can reach the data of all ranks, calls `work` on each with the addresses of all and its chunk,
+    /// between two synchronisation points: for the plain loops with which `bench-comm` compares. False if it cannot.
+    fn expose(&mut self, _data: SliceMut<'_>, _work: &mut dyn FnMut(&[usize], Range<usize>)) -> Result<bool> {
         Ok(false)
     }
 }

@@ -69,28 +69,6 @@ pub unsafe fn tree_to(addresses: &[usize], range: Range<usize>, update: &(dyn Fn
     }
 }
 
-/// The same work without any of this module's care, as one would write it first: what `bench-comm` compares with.
-///
-/// # Safety
-/// As for `tree_in_place`.
-pub unsafe fn plain(addresses: &[usize], range: Range<usize>) {
-    if let [a, b] = *addresses {
-        // SAFETY: the caller's promise.
-        let (a, b) = unsafe { (values_mut(a, range.clone()), values_mut(b, range)) };
-        for (a, b) in a.iter_mut().zip(b) {
-            let sum = *a + *b;
-            (*a, *b) = (sum, sum);
-        }
-        return;
-    }
-    for index in range {
-        // SAFETY: the caller's promise.
-        let value = |address: &usize| unsafe { (*address as *mut f32).add(index) };
-        let sum = addresses.iter().map(|address| unsafe { *value(address) }).sum();
-        addresses.iter().for_each(|address| unsafe { *value(address) = sum });
-    }
-}
-
 /// The tree over inputs first..first + n, for at most a block of values. All inputs have `out`'s length.
 fn tree_block<'a>(first: usize, n: usize, input: &impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
     match n {
@@ -133,7 +111,7 @@ fn pair_into_both(a: &mut [f32], b: &mut [f32]) {
 
 /// Runs a loop compiled for the widest vectors that this CPU has. Additions are element by element, so the width does
 /// not change a bit of the result.
-fn vectorised<T>(slices: T, kernel: impl FnOnce(T)) {
+pub fn vectorised<T>(slices: T, kernel: impl FnOnce(T)) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f")]

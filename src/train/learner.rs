@@ -81,7 +81,7 @@ impl Learner {
     /// Reducing and updating are one pass. It counts as communication, but for a rank that has nobody to communicate with.
     fn lap(&self, clock: &mut Clock, waited: Duration) {
         match self.alone {
-            true => drop(clock.lap(Category::Compute)),
+            true => _ = clock.lap(Category::Compute),
             false => clock.lap_communication(waited),
         }
     }

@@ -264,8 +264,11 @@ impl Session<'_> {
         }
         self.rank.health.set(self.progress.step, Phase::Finish);
         let world = &self.rank.world;
-        let mut seconds = Merged::contribution(self.clock.budget(), world.rank, world.size);
-        self.learner.gradient.reducer().with(|comm, _| comm.all_reduce(SliceMut::from(&mut seconds[..])))?;
+        // What every rank can tell, in one sum: where its time went, and how many images it skipped.
+        let mut told = Merged::contribution(self.clock.budget(), world.rank, world.size);
+        told.push(self.skipped() as f32);
+        self.learner.gradient.reducer().with(|comm, _| comm.all_reduce(SliceMut::from(&mut told[..])))?;
+        let skipped = told.pop().unwrap_or_default();
         let reason = self.reason(end);
         if let Some(report) = self.report.take() {
             report.finish(Ending {
@@ -273,10 +276,16 @@ impl Session<'_> {
                 exit_reason: reason.clone(),
                 epochs: u64::from(self.progress.position.epoch),
                 weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
-                budget: Merged::from_sum(&seconds),
+                budget: Merged::from_sum(&told),
+                skipped_images: skipped as u64,
             })?;
         }
         if signal { Err(Error::new(Kind::Stopped, reason)) } else { Ok(()) }
+    }
+
+    /// By this rank.
+    fn skipped(&self) -> u64 {
+        self.evaluator.loader.skipped.times()
     }
 
     fn reason(&self, end: StoppedBy) -> String {
@@ -327,6 +336,7 @@ impl Session<'_> {
             epochs: u64::from(self.progress.position.epoch),
             weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
             budget: Merged::single(self.clock.budget()),
+            skipped_images: self.skipped(),
         };
         if let Err(error) = report.finish(ending) {
             tracing::warn!("{error}");

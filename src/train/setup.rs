@@ -14,6 +14,7 @@ use crate::data::{self, Dataset, order};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use crate::launch::world::World;
+use crate::model::Shape;
 use crate::model::loss::Loss;
 use crate::model::net::{self, Net};
 use crate::model::params::ParamTable;
@@ -30,19 +31,12 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Opens the sets and holds the validation split out of the training set.
+    /// Opens the sets, checks that their images can become the model's input, and holds the validation split out of the
+    /// training set.
     pub fn open(config: &Config) -> Result<Parts> {
-        let seed = config.run.seed;
-        let data::Sets { train, test } = data::open(&config.data.format, seed)?;
-        let shape = train.shape();
-        if [shape.h, shape.w, shape.c] != config.model.input {
-            let [h, w, c] = config.model.input;
-            return Err(Error::usage(format!(
-                "model.input is {h}x{w}x{c}, but the images of this data set are {shape}; \
-                 write input = [{}, {}, {}]",
-                shape.h, shape.w, shape.c
-            )));
-        }
+        let (seed, net) = (config.run.seed, NetSpec::new(&config.model)?);
+        let data::Sets { train, test } = sets(config, &net)?;
+        augment::check(&config.data.shared.augment, train.shape(), net.input)?;
         if config.data.shared.validation == 0.0 {
             return Ok(Parts { train, validation: None, test });
         }
@@ -58,15 +52,25 @@ impl Parts {
         }
     }
 
-    /// How batches are made of them. Normalisation reads the whole training set.
+    /// How batches are made of them. Normalisation by the training set's own statistics reads all of it.
     pub fn loader(&self, config: &Config) -> Result<Loader> {
+        let [h, w, c] = config.model.input;
+        let input = Shape::new(h, w, c);
         Ok(Loader {
-            augmenter: Augmenter::new(&config.data.shared.augment, &*self.train)?,
+            augmenter: Augmenter::new(&config.data.shared.augment, &*self.train, input)?,
+            sampler: config.data.shared.sampler,
             seed: config.run.seed,
             workers: config.data.shared.workers,
             prefetch: config.data.shared.prefetch,
+            skipped: Arc::default(),
         })
     }
+}
+
+/// Opens the sets for this net.
+pub fn sets(config: &Config, net: &NetSpec) -> Result<data::Sets> {
+    let target = data::Target { input: net.input, outputs: net.output().len() };
+    data::open(&config.data, target, config.run.seed)
 }
 
 /// The numbers of a run in this world, as `checked_plan`.
@@ -84,7 +88,6 @@ pub fn ranks(world: &World) -> Ranks {
 pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks) -> Result<Plan> {
     let plan = Plan::new(config, ranks, parts.samples())?;
     loss(config, net, &*parts.train)?;
-    augment::check(&config.data.shared.augment, parts.train.shape())?;
     Ok(plan)
 }
 

@@ -140,7 +140,9 @@ impl World {
                 values.iter_mut().zip(part.clone()).for_each(|(x, index)| *x = terms(rank, step, index));
                 unsafe { reducer.start(number) }.unwrap();
             }
-            (0..parts.len()).for_each(|part| drop(reducer.wait(part).unwrap()));
+            for part in 0..parts.len() {
+                reducer.wait(part).unwrap();
+            }
             reducer.with(|comm, updater| updater.finish(comm)).unwrap();
             let tail = parts.last().unwrap();
             // SAFETY: the step is over.
