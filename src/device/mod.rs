@@ -9,8 +9,9 @@ pub use arena::{ALIGN, Arena};
 use std::marker::PhantomData;
 
 /// Where memory lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Place {
+    #[default]
     Host,
     /// A GPU's memory; the address is meaningless to the CPU.
     Cuda,

@@ -74,6 +74,8 @@ impl Net {
                 threads: options.threads,
                 seed: options.seed,
                 layer: number,
+                masks_input: node.masks_input,
+                grad_masked: node.grad_masked,
             };
             layers.push(node.spec.build(&build).map_err(|e| e.context(format!("layer `{}`", node.name)))?);
         }

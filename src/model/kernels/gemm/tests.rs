@@ -68,7 +68,7 @@ fn products_of_all_sizes_equal_their_sums() {
     for m in SIZES {
         for n in SIZES {
             for k in [0, 1, 6, 17, 100] {
-                let store = Store { accumulate: (m + n + k) % 3 == 0, relu: (m + k) % 2 == 0 };
+                let store = Store { accumulate: (m + n + k) % 3 == 0, relu: (m + k) % 2 == 0, stream: n % 3 == 0 };
                 check(m, n, k, (k, 1), (n, 1), store, n % 2 == 0);
             }
         }
@@ -77,8 +77,8 @@ fn products_of_all_sizes_equal_their_sums() {
 
 #[test]
 fn blocks_of_rows_and_of_sums_join() {
-    check(MC + 7, 33, 2 * KC + 1, (2 * KC + 1, 1), (33, 1), Store { accumulate: false, relu: true }, true);
-    check(2 * MC, 9, KC + 5, (KC + 5, 1), (9, 1), Store { accumulate: true, relu: false }, false);
+    check(MC + 7, 33, 2 * KC + 1, (2 * KC + 1, 1), (33, 1), Store { relu: true, ..Store::default() }, true);
+    check(2 * MC, 9, KC + 5, (KC + 5, 1), (9, 1), Store { accumulate: true, ..Store::default() }, false);
     check(13, 257, KC, (KC, 1), (257, 1), Store::default(), true);
 }
 

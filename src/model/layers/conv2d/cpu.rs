@@ -41,6 +41,8 @@ pub struct Conv2d {
     geometry: Geometry,
     bias: bool,
     activation: Activation,
+    /// What backward has to undo of it.
+    undo: Activation,
     threads: usize,
     batch: usize,
     /// Images of a block, and of a part.
@@ -94,6 +96,7 @@ impl Conv2d {
             kernel: Kernel::best(),
             bias,
             activation,
+            undo: activation.to_undo(build),
             threads: build.threads.max(1),
             batch: build.batch,
             block,
@@ -152,7 +155,7 @@ impl Conv2d {
         let Geometry { input, output, groups, .. } = self.geometry;
         let x = self.input.copy(x, copy);
         let rows = y.len() / output.c;
-        let store = Store { accumulate: false, relu: self.activation == Activation::Relu };
+        let store = Store { relu: self.activation == Activation::Relu, ..Store::default() };
         if self.geometry.is_depthwise() {
             let left = Left { data: x, rows: &self.pixels[..rows], cols: &self.taps };
             let right = PerChannel { data: weight.plain, rows: &self.weight_rows, bias: weight.bias };
@@ -301,8 +304,8 @@ impl Shared<'_> {
                 let inputs = block.start * input.len()..block.end * input.len();
                 let outputs = block.start * output.len()..block.end * output.len();
                 let (x, dy) = (&job.x[inputs.clone()], &mut job.dy[outputs.clone()]);
-                if layer.activation != Activation::None {
-                    layer.activation.backward(&job.y[outputs], dy);
+                if layer.undo != Activation::None {
+                    layer.undo.backward(&job.y[outputs], dy);
                 }
                 if layer.bias {
                     dy.chunks_exact(output.c).for_each(|row| bias.iter_mut().zip(row).for_each(|(sum, dy)| *sum += dy));
@@ -358,7 +361,7 @@ impl Conv2d {
         let x = self.input.copy(x, copy);
         let pixels = dy.len() / output.c;
         let rows = &self.output_rows[..pixels];
-        let store = Store { accumulate, relu: false };
+        let store = Store { accumulate, ..Store::default() };
         if self.geometry.is_depthwise() {
             let left = Left { data: x, rows: &self.taps, cols: &self.pixels[..pixels] };
             let out = Out { data: weight, rows: &self.weight_rows };
