@@ -75,9 +75,15 @@ mod tests {
     fn errors_are_what_is_said() {
         check("exp", (-22f64).exp2(), -87.2..88.2, exp, f64::exp);
         check("sigmoid", (-21f64).exp2(), -87.0..f32::MAX, sigmoid, |x| 1.0 / (1.0 + (-x).exp()));
-        check("tanh", (-21f64).exp2(), f32::MIN..f32::MAX, |x| if x.abs() < 1e-30 { 1.0 } else { tanh(x) }, |x| {
-            if x.abs() < 1e-30 { 1.0 } else { x.tanh() }
-        });
+        check(
+            "tanh",
+            (-21f64).exp2(),
+            f32::MIN..f32::MAX,
+            |x| if x.abs() < 1e-30 { 1.0 } else { tanh(x) },
+            |x| {
+                if x.abs() < 1e-30 { 1.0 } else { x.tanh() }
+            },
+        );
     }
 
     #[test]

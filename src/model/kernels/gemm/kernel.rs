@@ -67,7 +67,6 @@ pub(super) struct Panel<'a> {
     pub c_rows: &'a [u32],
     pub n: usize,
     pub relu: bool,
-    pub stream: bool,
 }
 
 /// Row k of a panel that is not packed: the nr values at `data + rows[k]`.
@@ -86,8 +85,6 @@ trait Vector: Copy {
     unsafe fn splat(from: *const f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
-    /// Stores past the caches; `to` is aligned to the register.
-    unsafe fn stream(self, to: *mut f32);
     /// Asks for the cache line at `place`, which need not be valid, into the cache of this level.
     unsafe fn prefetch<const LEVEL: i32>(place: *const f32);
     /// self * b + c
@@ -122,15 +119,14 @@ unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const NR: usize, con
             // Without columns no row of A need exist, so this place may lie outside; it is not read then.
             a[i] = p.a.wrapping_add(*p.rows.get_unchecked(first + i) as usize);
             c[i] = p.c.add(*p.c_rows.get_unchecked(first + i) as usize);
-            if !p.stream {
-                V::prefetch::<1>(c[i]);
-            }
+            V::prefetch::<1>(c[i]);
         }
         let mut sums = begin::<V, MR, NV>(p, &c);
+        let share = [first, first + MR].map(|row| LINE * row / p.rows.len());
         let mut b = p.b;
         for (number, cols) in p.cols.chunks(LINE).enumerate() {
             let k = number * LINE;
-            prefetch::<V, MR>(p, first, k, cols);
+            prefetch::<V, MR>(p, first, k, cols, share);
             // In a variable of the loop's own, the sums stay in registers.
             let mut inner = sums;
             for (i, &col) in cols.iter().enumerate() {
@@ -197,22 +193,21 @@ unsafe fn begin<V: Vector, const MR: usize, const NV: usize>(p: &Panel<'_>, c: &
 }
 
 /// While `cols`, which begin at column `k`, are worked on: fetches the same columns of the next tile's rows, or of a
-/// panel that is not packed the share of the next one that falls to this tile and these columns.
+/// panel that is not packed the same rows of the next one, of which each tile takes its `share`.
 #[inline(always)]
-unsafe fn prefetch<V: Vector, const MR: usize>(p: &Panel<'_>, first: usize, k: usize, cols: &[u32]) {
+unsafe fn prefetch<V: Vector, const MR: usize>(p: &Panel<'_>, first: usize, k: usize, cols: &[u32], share: [usize; 2]) {
     // SAFETY: the tables are as long as the caller of the kernel says; a prefetch of any address is harmless.
     unsafe {
         if let Some(source) = p.source {
-            let share = |k: usize| (first * p.cols.len() + k * MR) / p.rows.len();
-            for line in share(k)..share(k + cols.len()) {
-                V::prefetch::<2>(source.next.wrapping_add(*source.rows.get_unchecked(line) as usize));
+            for line in share[0].min(cols.len())..share[1].min(cols.len()) {
+                V::prefetch::<2>(source.next.wrapping_add(*source.rows.get_unchecked(k + line) as usize));
             }
         } else {
             // Behind the last tile comes the first again, with the next panel.
             let next = if first + 2 * MR <= p.rows.len() { first + MR } else { 0 };
             for i in next..next + MR {
                 let row = *p.rows.get_unchecked(i) as usize;
-                V::prefetch::<1>(p.a.wrapping_add(row + *cols.get_unchecked(0) as usize));
+                V::prefetch::<2>(p.a.wrapping_add(row + *cols.get_unchecked(0) as usize));
             }
         }
     }
@@ -225,11 +220,9 @@ unsafe fn end<V: Vector, const MR: usize, const NV: usize>(p: &Panel<'_>, c: &[*
     // SAFETY: passed on.
     unsafe {
         for i in 0..MR {
-            let stream = p.stream && (c[i] as usize).is_multiple_of(size_of::<V>());
             for v in 0..NV {
                 let sum = if p.relu { sums[i][v].relu() } else { sums[i][v] };
-                let to = c[i].add(v * V::LANES);
-                if stream { sum.stream(to) } else { sum.store(to) }
+                sum.store(c[i].add(v * V::LANES));
             }
         }
     }
@@ -298,10 +291,6 @@ impl Vector for [f32; 4] {
         unsafe { to.cast::<[f32; 4]>().write_unaligned(self) }
     }
     #[inline(always)]
-    unsafe fn stream(self, to: *mut f32) {
-        unsafe { self.store(to) }
-    }
-    #[inline(always)]
     unsafe fn prefetch<const LEVEL: i32>(_: *const f32) {}
     /// Two roundings: without an FMA instruction, `mul_add` is a slow library call.
     #[inline(always)]
@@ -347,7 +336,7 @@ mod x86 {
     }
 
     macro_rules! vector {
-        ($vector:ty, $lanes:literal, $zero:ident, $set1:ident, $load:ident, $store:ident, $stream:ident, $fma:ident, $max:ident) => {
+        ($vector:ty, $lanes:literal, $zero:ident, $set1:ident, $load:ident, $store:ident, $fma:ident, $max:ident) => {
             impl Vector for $vector {
                 const LANES: usize = $lanes;
                 #[inline(always)]
@@ -365,10 +354,6 @@ mod x86 {
                 #[inline(always)]
                 unsafe fn store(self, to: *mut f32) {
                     unsafe { $store(to, self) }
-                }
-                #[inline(always)]
-                unsafe fn stream(self, to: *mut f32) {
-                    unsafe { $stream(to, self) }
                 }
                 #[inline(always)]
                 unsafe fn prefetch<const LEVEL: i32>(place: *const f32) {
@@ -396,7 +381,6 @@ mod x86 {
         _mm256_set1_ps,
         _mm256_loadu_ps,
         _mm256_storeu_ps,
-        _mm256_stream_ps,
         _mm256_fmadd_ps,
         _mm256_max_ps
     );
@@ -407,7 +391,6 @@ mod x86 {
         _mm512_set1_ps,
         _mm512_loadu_ps,
         _mm512_storeu_ps,
-        _mm512_stream_ps,
         _mm512_fmadd_ps,
         _mm512_max_ps
     );

@@ -67,9 +67,6 @@ pub struct Store {
     pub accumulate: bool,
     /// Stores max(sum, 0); a NaN stays a NaN.
     pub relu: bool,
-    /// Stores past the caches: for a C that is larger than they are and written once. A line that is stored through them
-    /// is first read from memory.
-    pub stream: bool,
 }
 
 /// A table of `count` offsets that lie `step` apart: the rows or columns of an ordinary matrix.
@@ -184,7 +181,6 @@ pub fn multiply(kernel: &Kernel, left: Left<'_>, packed: &[f32], n: usize, out: 
             }
         }
     }
-    fence(store);
 }
 
 /// f32 values that `multiply_in_place` needs for each thread.
@@ -218,7 +214,6 @@ pub fn multiply_in_place(
         // SAFETY: checked above, and threads write columns of their own.
         unsafe { multiply_columns(kernel, left, right, buffer, c.clone(), out.rows, columns, store) };
     });
-    fence(store);
 }
 
 /// One thread's share of `multiply_in_place`.
@@ -296,7 +291,6 @@ fn panel_of<'a>(
         c_rows,
         n: columns.len(),
         relu: store.relu && ks.end == k,
-        stream: store.stream && ks.len() == k,
     }
 }
 
@@ -308,17 +302,6 @@ fn check(left: &Left<'_>, n: usize, out: &Out<'_>) {
 
 fn largest(table: &[u32]) -> usize {
     table.iter().max().map_or(0, |&offset| offset as usize)
-}
-
-/// Stores past the caches are in no order with later ones until here.
-fn fence(store: Store) {
-    if store.stream {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: every x86-64 has it.
-        unsafe {
-            std::arch::x86_64::_mm_sfence()
-        };
-    }
 }
 
 /// The blocks of K: equally long, at most `KC`; one of nothing where K is 0.

@@ -155,7 +155,7 @@ impl Conv2d {
         let Geometry { input, output, groups, .. } = self.geometry;
         let x = self.input.copy(x, copy);
         let rows = y.len() / output.c;
-        let store = Store { relu: self.activation == Activation::Relu, ..Store::default() };
+        let store = Store { accumulate: false, relu: self.activation == Activation::Relu };
         if self.geometry.is_depthwise() {
             let left = Left { data: x, rows: &self.pixels[..rows], cols: &self.taps };
             let right = PerChannel { data: weight.plain, rows: &self.weight_rows, bias: weight.bias };
@@ -361,7 +361,7 @@ impl Conv2d {
         let x = self.input.copy(x, copy);
         let pixels = dy.len() / output.c;
         let rows = &self.output_rows[..pixels];
-        let store = Store { accumulate, ..Store::default() };
+        let store = Store { accumulate, relu: false };
         if self.geometry.is_depthwise() {
             let left = Left { data: x, rows: &self.taps, cols: &self.pixels[..pixels] };
             let out = Out { data: weight, rows: &self.weight_rows };

@@ -8,7 +8,7 @@
 //!
 //! The weight is the largest of the matrices: with few samples its way through memory takes as long as the products, so
 //! each product moves it once. Forward and backward-data read it where it lies (on the left, and on the right by
-//! `multiply_in_place`); backward-weight writes it past the caches. Forward's output comes out transposed, which is cheap
+//! `multiply_in_place`); backward-weight writes it once, tile by tile. Forward's output comes out transposed, which is cheap
 //! to undo. The floor of each is the greater of 2 * batch * inputs * units FLOP and 4 * inputs * units bytes. Every sum
 //! has the same order for any number of threads.
 
@@ -20,9 +20,6 @@ use rayon::prelude::*;
 
 /// Units of a task of forward and of backward-weight.
 const TASK_UNITS: usize = 48;
-/// Bytes of a weight gradient that is stored past the caches: what does not stay in them until it is reduced.
-const STREAM_BYTES: usize = 8 << 20;
-
 pub struct Linear {
     kernel: &'static Kernel,
     inputs: usize,
@@ -139,12 +136,11 @@ impl Linear {
         }
         let right = Right { data: x, rows: &self.by_inputs[..batch], step: 1, n: self.inputs };
         gemm::pack_parallel(self.kernel, right, None, packed);
-        let store = Store { stream: size_of_val(grad_weight) >= STREAM_BYTES, ..Store::default() };
         let tasks = grad_weight.par_chunks_mut(TASK_UNITS * self.inputs).zip(self.by_batch.par_chunks(TASK_UNITS));
         tasks.for_each(|(grad, rows)| {
             let left = Left { data: transposed, rows, cols: &self.consecutive[..batch] };
             let out = Out { data: grad, rows: &self.by_inputs[..rows.len()] };
-            gemm::multiply(self.kernel, left, packed, self.inputs, out, store);
+            gemm::multiply(self.kernel, left, packed, self.inputs, out, Store::default());
         });
     }
 
