@@ -11,6 +11,7 @@ pub mod net;
 pub mod params;
 pub mod simd;
 pub mod spec;
+pub mod stopwatch;
 
 use crate::device::{Place, Slice, SliceMut};
 use crate::error::Result;

@@ -9,11 +9,14 @@
 use super::memory::{self, Lifetime};
 use super::params::ParamTable;
 use super::spec::{Activation, DATA, MAX_INPUTS, MAX_PARAMS, NetSpec};
+use super::stopwatch::{Part, Stopwatch};
 use super::{Backward, Build, Forward, Layer, Pass};
 use crate::device::{self, Arena, Place, Slice, SliceMut};
 use crate::error::{Error, Result};
 use std::array;
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
 
 /// How a net is built.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +37,9 @@ pub struct Net {
     plan: Plan,
     memory: Arena,
     scratch: Arena,
-    params: Arena,
+    /// What holds it beside the net changes parameters between passes, or those of layers whose backward is over.
+    params: Arc<Arena>,
+    stopwatch: Option<Stopwatch>,
 }
 
 /// Values of an activation of a whole batch, at most: the layers' tables address them with 32 bits.
@@ -56,14 +61,21 @@ struct Plan {
 impl Net {
     /// Builds all layers and draws the initial parameters from the seed.
     pub fn new(spec: NetSpec, options: &Options) -> Result<Net> {
+        let len = ParamTable::new(&spec).len();
+        let params = device::allocate(options.place, len * size_of::<f32>())
+            .map_err(|e| e.context(format!("{len} parameters")))?;
+        Net::with_params(spec, options, Arc::new(params))
+    }
+
+    /// The same with parameters in memory that is given, as much as `ParamTable::len` says.
+    pub fn with_params(spec: NetSpec, options: &Options, params: Arc<Arena>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
         let table = ParamTable::new(&spec);
         let plan = Plan::new(&spec, options);
         // The largest memory first: where it is not to be had, that is said before layers make tables of its size.
         let memory =
             Arena::host(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
-        let params = device::allocate(options.place, table.len() * size_of::<f32>())
-            .map_err(|e| e.context(format!("{} parameters", table.len())))?;
+        assert_eq!(params.bytes(), table.len() * size_of::<f32>(), "memory for the parameters");
         let mut layers = Vec::with_capacity(spec.nodes.len());
         for (number, node) in spec.nodes.iter().enumerate() {
             let inputs = spec.input_shapes(number);
@@ -81,7 +93,7 @@ impl Net {
         }
         let scratch = layers.iter().map(|layer| layer.scratch_bytes()).max().unwrap_or(0);
         let scratch = Arena::host(scratch).map_err(|e| e.context("scratch of the layers"))?;
-        let mut net = Net { spec, table, layers, plan, memory, scratch, params };
+        let mut net = Net { spec, table, layers, plan, memory, scratch, params, stopwatch: None };
         net.initialise(options.seed);
         Ok(net)
     }
@@ -98,7 +110,7 @@ impl Net {
     }
     /// All parameters, in the order of the table.
     pub fn params(&self) -> &[f32] {
-        // SAFETY: parameters are written through `params_mut` alone.
+        // SAFETY: parameters are written through `params_mut`, and by others at no time at which someone asks for all.
         unsafe { self.params.slice(0..self.params.bytes()) }.f32()
     }
     pub fn params_mut(&mut self) -> &mut [f32] {
@@ -107,6 +119,11 @@ impl Net {
     pub fn table_and_params_mut(&mut self) -> (&ParamTable, &mut [f32]) {
         // SAFETY: `&mut self`.
         (&self.table, unsafe { self.params.slice_mut(0..self.params.bytes()) }.into_f32())
+    }
+
+    /// From `Some` to `None` its layers are timed.
+    pub fn stopwatch_mut(&mut self) -> &mut Option<Stopwatch> {
+        &mut self.stopwatch
     }
 
     /// Output of the last forward: (batch, outputs).
@@ -121,7 +138,8 @@ impl Net {
 
     /// `images` (batch, H, W, C) to `output`.
     pub fn forward(&mut self, pass: &Pass, images: &[f32]) -> Result<()> {
-        (0..self.layers.len()).try_for_each(|node| self.forward_node(node, pass, images.into()))
+        (0..self.layers.len())
+            .try_for_each(|node| self.timed(node, Part::Forward, |net| net.forward_node(node, pass, images.into())))
     }
 
     /// Walks from the gradient of the output to the gradient of every parameter, which it writes into `grads` in the
@@ -135,7 +153,16 @@ impl Net {
     ) -> Result<()> {
         for node in (0..self.layers.len()).rev() {
             if self.spec.nodes[node].learns {
-                self.backward_node(node, pass, images.into(), grads)?;
+                if self.stopwatch.as_ref().is_some_and(|stopwatch| stopwatch.apart)
+                    && self.spec.has_both_gradients(node)
+                {
+                    self.timed(node, Part::WeightsAlone, |net| {
+                        net.backward_node(node, pass, images.into(), grads, Wanted::Parameters)
+                    })?;
+                }
+                self.timed(node, Part::Backward, |net| {
+                    net.backward_node(node, pass, images.into(), grads, Wanted::All)
+                })?;
             }
             if let Some(last) = self.table.of_node(node).last() {
                 done(last.end_of_line())?;
@@ -171,6 +198,15 @@ impl Net {
         }
     }
 
+    fn timed(&mut self, node: usize, part: Part, work: impl FnOnce(&mut Net) -> Result<()>) -> Result<()> {
+        let start = self.stopwatch.is_some().then(Instant::now);
+        work(self)?;
+        if let (Some(stopwatch), Some(start)) = (&mut self.stopwatch, start) {
+            stopwatch.add(node, part, start);
+        }
+        Ok(())
+    }
+
     fn forward_node(&mut self, node: usize, pass: &Pass, images: Slice<'_>) -> Result<()> {
         let entry = &self.spec.nodes[node];
         let inputs: [Slice; MAX_INPUTS] =
@@ -186,7 +222,14 @@ impl Net {
         self.layers[node].forward(pass, io)
     }
 
-    fn backward_node(&mut self, node: usize, pass: &Pass, images: Slice<'_>, grads: &Arena) -> Result<()> {
+    fn backward_node(
+        &mut self,
+        node: usize,
+        pass: &Pass,
+        images: Slice<'_>,
+        grads: &Arena,
+        wanted: Wanted,
+    ) -> Result<()> {
         let entry = &self.spec.nodes[node];
         let inferred = &entry.inferred;
         let inputs: [Slice; MAX_INPUTS] = array::from_fn(|i| match entry.inputs.get(i) {
@@ -194,11 +237,11 @@ impl Net {
             _ => Slice::empty(),
         });
         let mut grad_inputs: [SliceMut; MAX_INPUTS] = array::from_fn(|i| match entry.inputs.get(i) {
-            Some(&activation) => match &self.plan.extra[node][i] {
+            Some(&activation) if wanted == Wanted::All => match &self.plan.extra[node][i] {
                 Some(extra) => self.cut(extra, self.activation_bytes(activation, pass)),
                 None => self.gradient(activation, pass),
             },
-            None => SliceMut::empty(),
+            _ => SliceMut::empty(),
         });
         let params = self.node_params(node);
         let tensors = self.table.of_node(node);
@@ -221,6 +264,9 @@ impl Net {
             scratch: self.scratch(),
         };
         self.layers[node].backward(pass, io)?;
+        if wanted == Wanted::Parameters {
+            return Ok(());
+        }
         for (i, &activation) in self.spec.nodes[node].inputs.iter().enumerate() {
             if let Some(extra) = &self.plan.extra[node][i] {
                 let contribution = self.cut(extra, self.activation_bytes(activation, pass));
@@ -274,6 +320,13 @@ impl Net {
         // handed only buffers that live at its time.
         unsafe { self.memory.slice_mut(range.start..range.start + bytes) }
     }
+}
+
+/// The gradients that a node's backward is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    All,
+    Parameters,
 }
 
 fn bytes_of(elements: &Range<usize>) -> Range<usize> {

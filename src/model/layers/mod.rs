@@ -107,6 +107,14 @@ pub(crate) fn yes() -> bool {
     true
 }
 
+/// A `bias_init` where there is no bias is a mistake.
+pub(crate) fn refuse_unused_bias_init(bias: bool, bias_init: f32) -> Result<(), String> {
+    match bias || bias_init == 0.0 {
+        true => Ok(()),
+        false => Err(format!("bias_init = {bias_init} has no bias to set: take out bias_init, or bias = false")),
+    }
+}
+
 /// Rows of so many values (or operations) each that make a task worth a thread's while.
 pub(crate) fn rows_per_task(row: usize) -> usize {
     (16 * 1024 / row.max(1)).max(1)

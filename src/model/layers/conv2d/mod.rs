@@ -12,7 +12,7 @@ use super::super::init::Initializer;
 use super::super::params::{Layout, ParamSpec, Role};
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
-use super::{Activation, addressable, single};
+use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use padded::Padded;
@@ -42,6 +42,9 @@ pub struct Conv2d {
     /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
     #[serde(default)]
     init: Initializer,
+    /// The first value of every bias.
+    #[serde(default)]
+    bias_init: f32,
 }
 
 fn one() -> usize {
@@ -166,6 +169,7 @@ impl Conv2d {
 
 impl LayerSpec for Conv2d {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        refuse_unused_bias_init(self.bias, self.bias_init)?;
         let geometry = self.geometry(inputs)?;
         let Geometry { output, rows, columns, .. } = geometry;
         let area = rows.size * columns.size;
@@ -176,7 +180,7 @@ impl LayerSpec for Conv2d {
             init: self.init.resolve(geometry.taps(), area * geometry.filters()),
             role: Role::Trainable,
         };
-        let bias = self.bias.then(|| ParamSpec::bias(output.c));
+        let bias = self.bias.then(|| ParamSpec::bias(output.c, self.bias_init));
         Ok(Inferred {
             output,
             params: std::iter::once(weight).chain(bias).collect(),

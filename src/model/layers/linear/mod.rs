@@ -7,7 +7,7 @@ mod tests;
 use super::super::init::Initializer;
 use super::super::params::{Layout, ParamSpec, Role};
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
-use super::{Activation, addressable, single};
+use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use schemars::JsonSchema;
@@ -26,6 +26,9 @@ pub struct Linear {
     /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
     #[serde(default)]
     init: Initializer,
+    /// The first value of every bias.
+    #[serde(default)]
+    bias_init: f32,
 }
 
 impl Linear {
@@ -44,6 +47,7 @@ impl Linear {
 
 impl LayerSpec for Linear {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        refuse_unused_bias_init(self.bias, self.bias_init)?;
         let width = self.width(inputs)?;
         let weight = ParamSpec {
             name: "weight",
@@ -52,7 +56,7 @@ impl LayerSpec for Linear {
             init: self.init.resolve(width, self.units),
             role: Role::Trainable,
         };
-        let bias = self.bias.then(|| ParamSpec::bias(self.units));
+        let bias = self.bias.then(|| ParamSpec::bias(self.units, self.bias_init));
         Ok(Inferred {
             output: Shape::vector(self.units),
             params: std::iter::once(weight).chain(bias).collect(),

@@ -33,7 +33,7 @@ fn values(batch: usize, inputs: usize, units: usize) -> Values {
 /// Forward and backward of a layer built for `built` samples, on `threads` threads, from poisoned buffers.
 fn run(values: &Values, batch: usize, built: usize, threads: usize, activation: Activation) -> Results {
     let (inputs, units) = (values.x.len() / batch, values.bias.len());
-    let spec = Linear { units, bias: true, activation, init: Initializer::default() };
+    let spec = Linear { units, bias: true, activation, init: Initializer::default(), bias_init: 0.0 };
     let shape = [Shape::vector(inputs)];
     let build = Build { inputs: &shape, batch: built, threads, ..Build::default() };
     let mut layer = spec.build(&build).unwrap();
