@@ -3,3 +3,4 @@
 pub mod convert;
 pub mod gemm;
 pub mod gemm16;
+pub mod math;

@@ -190,6 +190,7 @@ impl LayerSpec for Conv2d {
             forward_flops: (2 * geometry.taps() as u64).saturating_mul(output.len() as u64),
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
+            relu_output: self.activation == Activation::Relu,
             ..Inferred::default()
         })
     }

@@ -79,7 +79,7 @@ impl Case {
     fn run(&self, values: &Values, batch: usize, built: usize, threads: usize) -> Results {
         let spec = self.spec();
         let output = spec.infer(&[self.input]).unwrap().output;
-        let build = Build { inputs: &[self.input], batch: built, place: Place::Host, threads, seed: 1, layer: 0 };
+        let build = Build { inputs: &[self.input], batch: built, threads, ..Build::default() };
         let mut layer = spec.build(&build).unwrap();
         let pass = Pass { batch, training: true, first_sample: 0, share: 1.0 };
         let poison = |len: usize| vec![f32::NAN; len];
@@ -243,7 +243,7 @@ fn without_a_use_for_dx_the_other_gradients_are_the_same() {
     let values = case.values(5);
     let whole = case.run(&values, 5, 5, 1);
     let spec = case.spec();
-    let build = Build { inputs: &[case.input], batch: 5, place: Place::Host, threads: 1, seed: 1, layer: 0 };
+    let build = Build { inputs: &[case.input], batch: 5, threads: 1, ..Build::default() };
     let mut layer = spec.build(&build).unwrap();
     let (mut dy, mut scratch) = (values.dy.clone(), vec![f32::NAN; layer.scratch_bytes() / 4]);
     let (mut dweight, mut dbias) = (vec![f32::NAN; values.weight.len()], vec![f32::NAN; values.bias.len()]);
@@ -267,7 +267,7 @@ fn the_tables_of_a_block_stay_within_32_bits() {
     // A block of 6250 such images would fit the cache by its input, but its output has 6.25e9 values.
     let case = case((1, 1, 1), "filters = 1000000\nkernel = 1");
     let (inputs, batch) = (&[case.input], 100_000);
-    let layer = case.spec().build(&Build { inputs, batch, place: Place::Host, threads: 1, seed: 1, layer: 0 });
+    let layer = case.spec().build(&Build { inputs, batch, threads: 1, ..Build::default() });
     assert!(layer.unwrap().scratch_bytes() > 0);
 }
 
