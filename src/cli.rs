@@ -1,5 +1,6 @@
 //! The command line: what can be asked of `trainer`, and who answers.
 
+mod data;
 mod info;
 mod plan;
 
@@ -59,6 +60,9 @@ pub enum Command {
     Plan(PlanArgs),
     Eval(EvalArgs),
     BenchComm(BenchArgs),
+    /// Make and change data sets: pack, generate
+    #[command(subcommand)]
+    Data(data::DataCommand),
     /// Show this machine and this build: CPU, memory, transports
     Info,
     /// Print the JSON schema of the configuration, for editors
@@ -140,6 +144,7 @@ pub fn run(cli: Cli) -> Result<u8> {
             cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, cli.verbosity()))
         }
         Command::BenchComm(args) => cli.on_every_rank(|| bench(args, cli.verbosity())),
+        Command::Data(command) => print(&data::run(command)?),
         Command::Info => print(&info::describe()),
         Command::Schema => print(&format!("{:#}\n", config::schema())),
     }
@@ -184,6 +189,14 @@ fn print(text: &str) -> Result<u8> {
             Err(Error::internal(format!("writing to stdout: {error}")))
         }
         _ => Ok(0),
+    }
+}
+
+fn bytes(count: usize) -> String {
+    match count {
+        ..1024 => format!("{count} B"),
+        1024..1_048_576 => format!("{:.1} KiB", count as f64 / 1024.0),
+        _ => format!("{:.1} MiB", count as f64 / f64::from(1 << 20)),
     }
 }
 

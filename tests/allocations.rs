@@ -41,6 +41,7 @@ steps = 1
 format = "shapes"
 train = 250
 test = 8
+sampler = "balanced"
 augment = ["random_crop", "horizontal_flip", "normalize"]
 [batch]
 global = 32

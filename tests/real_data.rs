@@ -2,8 +2,9 @@
 //! say that they skip.
 
 use assert_cmd::Command;
-use lockstep::config::raw::Format;
-use lockstep::data;
+use lockstep::config::raw::{Data, DataShared, Format};
+use lockstep::data::{self, Sets, Target};
+use lockstep::model::Shape;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +19,10 @@ fn folder(name: &str) -> Option<PathBuf> {
     Some(folder)
 }
 
+fn open(format: Format, input: Shape, outputs: usize) -> Sets {
+    data::open(&Data { format, shared: DataShared::default() }, Target { input, outputs }, 0).unwrap()
+}
+
 /// Four steps on two ranks with the configuration that the README names.
 fn trains(config: &str, path: &Path) {
     let out = tempfile::tempdir().unwrap();
@@ -30,7 +35,7 @@ fn trains(config: &str, path: &Path) {
 #[test]
 fn fashion_mnist_is_read_and_trained_on() {
     let Some(path) = folder("fashion-mnist") else { return };
-    let sets = data::open(&Format::Idx { path: path.clone() }, 0).unwrap();
+    let sets = open(Format::Idx { path: path.clone() }, Shape::new(28, 28, 1), 10);
     assert_eq!((sets.train.len(), sets.test.len()), (60_000, 10_000));
     assert_eq!(data::class_counts(&*sets.train), [6000; 10]);
     assert_eq!(data::class_counts(&*sets.test), [1000; 10]);
@@ -40,7 +45,7 @@ fn fashion_mnist_is_read_and_trained_on() {
 #[test]
 fn cifar_10_is_read_and_trained_on() {
     let Some(path) = folder("cifar-10") else { return };
-    let sets = data::open(&Format::Cifar { path: path.clone() }, 0).unwrap();
+    let sets = open(Format::Cifar { path: path.clone() }, Shape::new(32, 32, 3), 10);
     assert_eq!(sets.train.len() % 10_000, 0, "whole batches");
     assert!(data::class_counts(&*sets.train).iter().all(|&count| count > 0));
     trains("configs/cifar10.toml", &path);

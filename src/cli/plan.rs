@@ -1,10 +1,12 @@
 //! `trainer plan`: what a run on N ranks would compute, hold and send, without running it.
 
+use super::bytes;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
 use crate::config::raw::Config;
 use crate::error::Result;
 use crate::model::params::{ParamTable, Role};
 use crate::model::spec::{NetSpec, Node};
+use crate::optim;
 use crate::train::setup::{Parts, checked_plan};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
@@ -19,7 +21,7 @@ pub fn describe(config: &Config, ranks: usize) -> Result<String> {
     let mut text = format!("# Configuration, defaults filled in\n\n{}", config.resolved());
     let _ = write!(text, "\n# Layers\n\n{}\n\n{}", layers(&net, &plan), totals(&net, &params, &plan));
     let _ = write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan));
-    let _ = write!(text, "\n# A step and rank\n\n{}", traffic(&params, &plan));
+    let _ = write!(text, "\n# A step and rank\n\n{}", traffic(config, &params, &plan));
     let _ = write!(text, "\n# The run\n\n{}", run(&plan, parts.samples()));
     Ok(text)
 }
@@ -69,17 +71,25 @@ fn buckets(params: &ParamTable, plan: &Plan) -> Table {
     table
 }
 
-/// What an all-reduce of S bytes over N ranks moves: shm reads 1/N of all ranks' gradients and writes that sum to all,
-/// 2 S; the ring of tcp sends (N-1)/N S twice.
-fn traffic(params: &ParamTable, plan: &Plan) -> String {
-    let (gradients, ranks) = (params.len_with_tail() * size_of::<f32>(), plan.ranks);
-    let (shm, tcp) = match ranks {
-        1 => (0, 0),
-        _ => (2 * gradients, 2 * gradients * (ranks - 1) / ranks),
-    };
+/// What reducing and updating P bytes of parameters over N ranks holds and moves, with S values of state a parameter: each
+/// rank has the state of 1/N of the parameters, in shared memory reads the gradients of all ranks for these, and reads and
+/// writes these parameters and their state, (N + 2 + 2 S) P / N; over tcp it sends (N - 1) / N P of gradients and as much of
+/// parameters.
+fn traffic(config: &Config, params: &ParamTable, plan: &Plan) -> String {
+    let (gradients, ranks) = (params.len() * size_of::<f32>(), plan.ranks);
+    let states = optim::new(&config.optimizer).state();
+    let names = if states.is_empty() { "none".to_owned() } else { states.join(", ") };
+    let state = states.len() * gradients;
+    let shm = gradients + 2 * (gradients + state) / ranks;
+    let tcp = 2 * gradients * (ranks - 1) / ranks;
     format!(
-        "gradients    {}\nshm          {} read and written in memory\ntcp          {} sent, and as much received\n",
+        "gradients    {}\n\
+         state        {} of {}, the optimizer's ({names})\n\
+         shm          {} read and written in memory to reduce and update; one copy of the parameters a host\n\
+         tcp          {} sent, and as much received; the parameters on every rank\n",
         bytes(gradients),
+        bytes(state / ranks),
+        bytes(state),
         bytes(shm),
         bytes(tcp)
     )
@@ -132,14 +142,6 @@ fn cadence(cadence: Cadence) -> String {
     let periods: Vec<u64> = [cadence.every_steps, cadence.every_epochs_steps].into_iter().flatten().collect();
     let every: Vec<String> = periods.iter().map(|steps| format!("every {steps} steps")).collect();
     format!("{}, and at the end", every.join(" and "))
-}
-
-fn bytes(count: usize) -> String {
-    match count {
-        ..1024 => format!("{count} B"),
-        1024..1_048_576 => format!("{:.1} KiB", count as f64 / 1024.0),
-        _ => format!("{:.1} MiB", count as f64 / f64::from(1 << 20)),
-    }
 }
 
 fn table(header: &[&str]) -> Table {

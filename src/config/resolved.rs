@@ -53,7 +53,7 @@ impl Config {
 /// unnoticed. Left out is what may change between two parts of one run: its end, its parallelism, its housekeeping,
 /// and where the data lies.
 pub fn difference(a: &Table, b: &Table) -> Vec<String> {
-    const FREE: [&str; 12] = [
+    const FREE: [&str; 15] = [
         "run.name",
         "run.epochs",
         "run.steps",
@@ -62,6 +62,9 @@ pub fn difference(a: &Table, b: &Table) -> Vec<String> {
         "data.path",
         "data.workers",
         "data.prefetch",
+        "data.on_bad_image",
+        "data.max_pixels",
+        "data.max_image_bytes",
         "parallel.",
         "checkpoint.",
         "eval.",

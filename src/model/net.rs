@@ -14,6 +14,7 @@ use crate::device::{self, Arena, Place, Slice, SliceMut};
 use crate::error::{Error, Result};
 use std::array;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// How a net is built.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +35,8 @@ pub struct Net {
     plan: Plan,
     memory: Arena,
     scratch: Arena,
-    params: Arena,
+    /// What holds it beside the net changes parameters between passes, or those of layers whose backward is over.
+    params: Arc<Arena>,
 }
 
 /// Values of an activation of a whole batch, at most: the layers' tables address them with 32 bits.
@@ -56,14 +58,21 @@ struct Plan {
 impl Net {
     /// Builds all layers and draws the initial parameters from the seed.
     pub fn new(spec: NetSpec, options: &Options) -> Result<Net> {
+        let len = ParamTable::new(&spec).len();
+        let params = device::allocate(options.place, len * size_of::<f32>())
+            .map_err(|e| e.context(format!("{len} parameters")))?;
+        Net::with_params(spec, options, Arc::new(params))
+    }
+
+    /// The same with parameters in memory that is given, as much as `ParamTable::len` says.
+    pub fn with_params(spec: NetSpec, options: &Options, params: Arc<Arena>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
         let table = ParamTable::new(&spec);
         let plan = Plan::new(&spec, options);
         // The largest memory first: where it is not to be had, that is said before layers make tables of its size.
         let memory =
             Arena::host(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
-        let params = device::allocate(options.place, table.len() * size_of::<f32>())
-            .map_err(|e| e.context(format!("{} parameters", table.len())))?;
+        assert_eq!(params.bytes(), table.len() * size_of::<f32>(), "memory for the parameters");
         let mut layers = Vec::with_capacity(spec.nodes.len());
         for (number, node) in spec.nodes.iter().enumerate() {
             let inputs = spec.input_shapes(number);
@@ -96,7 +105,7 @@ impl Net {
     }
     /// All parameters, in the order of the table.
     pub fn params(&self) -> &[f32] {
-        // SAFETY: parameters are written through `params_mut` alone.
+        // SAFETY: parameters are written through `params_mut`, and by others at no time at which someone asks for all.
         unsafe { self.params.slice(0..self.params.bytes()) }.f32()
     }
     pub fn params_mut(&mut self) -> &mut [f32] {

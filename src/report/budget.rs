@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Category {
-    /// Forward, backward, optimizer.
+    /// Forward and backward, and the optimizer of a rank that is alone.
     Compute,
-    /// Moving and adding gradients while nothing else could go on.
+    /// Moving and adding gradients, and the update of parameters in the same pass, while nothing else could go on.
     Communication,
     /// Inside communication, waiting for a rank that had not arrived.
     Waiting,

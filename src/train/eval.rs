@@ -3,7 +3,7 @@
 use crate::data::Dataset;
 use crate::data::queue::{DataQueue, Loader};
 use crate::device::SliceMut;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Pass;
 use crate::model::loss::Loss;
 use crate::model::net::Net;
@@ -31,7 +31,7 @@ impl Evaluator {
         }
     }
 
-    /// Loss and accuracy over all ranks' shares of a set. `at` is the step and epoch to report; `all_reduce` adds up what
+    /// Loss and accuracy over all ranks' shares of a set, without images that are damaged. `at` is the step and epoch to report; `all_reduce` adds up what
     /// the ranks found.
     pub fn run(
         &self,
@@ -45,24 +45,34 @@ impl Evaluator {
             _ => &self.test,
         };
         let mut queue = DataQueue::eval(dataset.clone(), self.loader.clone(), self.batch, self.rank, self.size)?;
-        let (mut loss_sum, mut correct) = (0.0, 0);
+        let (mut loss_sum, mut correct, mut samples) = (0.0, 0, 0);
         while let Some(batch) = queue.next()? {
+            if batch.count() == 0 {
+                continue;
+            }
             let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };
             net.forward(&pass, &batch.images)?;
             let out = loss.evaluate(net.output(&pass), &batch.labels);
             loss_sum += f64::from(out.loss_sum);
             correct += out.correct;
+            samples += batch.count();
         }
-        let mut sums = [loss_sum as f32, correct as f32];
+        // Each fits a float: up to 2^24 samples are counted exactly.
+        let mut sums = [loss_sum as f32, correct as f32, samples as f32];
         all_reduce(SliceMut::from(&mut sums[..]))?;
-        let [loss_sum, correct] = sums;
+        let [loss_sum, correct, samples] = sums;
+        if samples == 0.0 {
+            return Err(Error::data(format!(
+                "no image of the {set:?} set is whole, so there is nothing to evaluate on"
+            )));
+        }
         Ok(Evaluation {
             set,
             step: at.0,
             epoch: at.1,
             loss_sum: f64::from(loss_sum),
             correct: correct as u64,
-            samples: dataset.len() as u64,
+            samples: samples as u64,
         })
     }
 }

@@ -6,6 +6,7 @@ pub mod checkpoint;
 mod eval;
 mod gradient;
 mod learner;
+mod norms;
 mod resume;
 mod session;
 pub(crate) mod setup;
@@ -60,7 +61,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, verbosity: i8) -> Result<()>
             checkpoint::load(checkpoint).map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
-        let mut net = setup::net(config, &plan, false)?;
+        let mut net = setup::net(config, &plan)?;
         let loss = setup::loss(config, net.spec(), &*parts.train)?;
         update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;

@@ -1,5 +1,7 @@
 use super::*;
 use crate::config::raw::Augment;
+use crate::data::memory::InMemory;
+use crate::data::order;
 use crate::model::Shape;
 use std::collections::HashSet;
 use std::sync::atomic::AtomicUsize;
@@ -15,6 +17,7 @@ const PANICKING: usize = 23;
 struct Slow {
     len: usize,
     failing: bool,
+    damaged: Vec<usize>,
     reads: AtomicUsize,
 }
 
@@ -22,8 +25,8 @@ impl Dataset for Slow {
     fn len(&self) -> usize {
         self.len
     }
-    fn shape(&self) -> Shape {
-        SHAPE
+    fn shape(&self) -> Option<Shape> {
+        Some(SHAPE)
     }
     fn classes(&self) -> usize {
         10
@@ -31,7 +34,7 @@ impl Dataset for Slow {
     fn label(&self, index: usize) -> u32 {
         (index % 10) as u32
     }
-    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
         let read = self.reads.fetch_add(1, Relaxed);
         // Every read of a sample waits differently, so runs differ in which worker is first.
         std::thread::sleep(Duration::from_micros((index * 7919 + read * 104_729) as u64 % 300));
@@ -39,8 +42,11 @@ impl Dataset for Slow {
             return Err(Error::data(format!("images.bin: image {index} is damaged")));
         }
         assert!(!self.failing || index != PANICKING, "planted panic");
-        image.iter_mut().enumerate().for_each(|(at, out)| *out = byte(index, at));
-        Ok(())
+        image.reshape(SHAPE).iter_mut().enumerate().for_each(|(at, out)| *out = byte(index, at));
+        if self.damaged.contains(&index) {
+            return Ok(Reading::Damaged(Error::data(format!("{index}.jpg: no image"))));
+        }
+        Ok(Reading::Whole)
     }
 }
 
@@ -55,7 +61,8 @@ fn slow(len: usize) -> Arc<Slow> {
 
 fn loader(workers: usize, prefetch: usize) -> Loader {
     let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
-    Loader { augmenter: Augmenter::new(&steps, &*slow(1)).unwrap(), seed: SEED, workers, prefetch }
+    let augmenter = Augmenter::new(&steps, &*slow(1), SHAPE).unwrap();
+    Loader { augmenter, sampler: raw::Sampler::Shuffle, seed: SEED, workers, prefetch, skipped: Arc::default() }
 }
 
 fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
@@ -96,9 +103,9 @@ fn plainly(set: &Slow, batching: Batching, start: Position, epochs: u32) -> Vec<
                 let labels = indices.iter().map(|&index| set.label(index as usize)).collect();
                 let mut images = vec![0.0; indices.len() * SHAPE.len()];
                 for (&index, out) in indices.iter().zip(images.chunks_exact_mut(SHAPE.len())) {
-                    let mut image = [0; SHAPE.len()];
+                    let mut image = Image::default();
                     set.read(index as usize, &mut image).unwrap();
-                    augmenter.apply(&image, out, SEED, epoch, index);
+                    augmenter.apply(&image, &mut Workspace::default(), out, (SEED, epoch, index.into())).unwrap();
                 }
                 all.push((place, indices, labels, images));
             }
@@ -228,4 +235,23 @@ fn batches_beyond_memory_are_an_error_not_an_abort() {
     let error =
         DataQueue::eval(slow(4), loader(1, 2), usize::MAX / 2, 0, 1).err().expect("there is not that much memory");
     assert!(error.kind() == Kind::Device && error.to_string().contains("lower data.prefetch"), "{error}");
+}
+
+/// Of 40 samples one is of class 0, so a balanced epoch has it 20 times: cropped and mirrored in many ways, not in one.
+#[test]
+fn a_sample_that_comes_again_in_an_epoch_is_augmented_anew() {
+    let pixels = (0..40 * SHAPE.len()).map(|at| (at * 7) as u8).collect();
+    let labels = (0..40).map(|index| u8::from(index > 0)).collect();
+    let set = Arc::new(InMemory::new(SHAPE, 2, pixels, labels));
+    let loader = Loader { sampler: raw::Sampler::Balanced, ..loader(2, 2) };
+    let queue = DataQueue::train(set, loader, batching(8, None, 0, 1), Position::default(), 1).unwrap();
+    let mut seen = Vec::new();
+    for (_, indices, _, images) in collect(queue) {
+        let images = indices.into_iter().zip(images.chunks_exact(SHAPE.len()));
+        seen.extend(images.filter(|(index, _)| *index == 0).map(|(_, image)| image.to_vec()));
+    }
+    assert_eq!(seen.len(), 20);
+    seen.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    seen.dedup();
+    assert!(seen.len() > 8, "{} of the 18 ways", seen.len());
 }
