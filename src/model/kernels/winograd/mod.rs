@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! V(p, t, c) = input transform of the N x N values of tile t              U(p, c, f) = R x R filter, evaluated at p
-//! forward            M(p, t, f)  = sum over c of V(p, t, c) U(p, c, f)    y  = collect M, add bias, apply ReLU
+//! forward            Y(p, t, f)  = sum over c of V(p, t, c) U(p, c, f)    y  = collect Y, add bias, apply ReLU
 //! backward, data     the same over dy, with the filter turned around and C and F exchanged
 //! backward, weight   dU(p, c, f) = sum over t of V(p, t, c) Z(p, t, f)    Z  = M x M values of dy, evaluated at p
 //!                                                                         dW = collect dU
@@ -14,7 +14,7 @@
 //!
 //! So each product is N * N matrix products, in all N * N * C * F multiply-adds a tile where the definition takes
 //! R * R * M * M * C * F. The transforms (`transform`) cost about 50 N additions and multiplications a value of V and
-//! M, that is per tile and channel, which counts little against C or F from 64 up:
+//! Y, that is per tile and channel, which counts little against C or F from 64 up:
 //!
 //! | N | R | M | fewer multiply-adds | covering 13 x 13 or 27 x 27 outputs |
 //! | --- | --- | --- | --- | --- |
@@ -30,14 +30,14 @@
 //! N = 8, where direct sums in f32 have 2e-7, and the common choice N = 6 with points 0, +-1, +-2 has 2.3e-6. What the tests
 //! hold it to: no error above 2^-24 * 128 (N = 7) or 256 (N = 8) of the largest sum of the terms' magnitudes.
 //!
-//! **Memory.** U takes N * N / (R * R) times the filter's bytes. V with M or Z would take far more than the cache for a
-//! batch, so tiles are worked on in chunks whose V and M stay within `CHUNK_BYTES`, while U passes by once a chunk:
+//! **Memory.** U takes N * N / (R * R) times the filter's bytes. V with Y or Z would take far more than the cache for a
+//! batch, so tiles are worked on in chunks whose V and Y stay within `CHUNK_BYTES`, while U passes by once a chunk:
 //! 2 * tiles FLOP for 4 bytes. Layouts, where a block is 16 channels and a panel is the kernel's nr columns:
 //!
 //! ```text
 //! V   [block] [p] [t] [16]          written block by block, read as a left matrix of (t, c) or (c, t) by tables
 //! U   [panel] [p] [1 + c] [nr]      each [1 + c] [nr] a packed right matrix; written panel by panel
-//! M   [p] [t] [f]                   written point by point, read tile by tile
+//! Y   [p] [t] [f]                   written point by point, read tile by tile
 //! Z   [panel] [p] [1 + t] [nr]      packed
 //! dU  [p] [panel] [c] [nr]          written point by point
 //! ```
@@ -45,22 +45,21 @@
 //! Every pass is divided among threads by its outermost index, so each value is written by one thread and is the same sum
 //! in the same order for any number of threads.
 
+mod passes;
 #[cfg(test)]
 mod tests;
 mod transform;
 
 use super::super::Shape;
-use super::super::simd::vectorized;
 use super::gemm::{self, Kernel, Left, Out, Store, offset, strided};
 use rayon::prelude::*;
 use std::ops::Range;
-use transform::{LANES, Lanes, Square, collect_square, evaluate_square, input_square, scales};
 
 /// Channels and filters are multiples of this.
 pub const BLOCK: usize = 16;
-/// Bytes of V and M of a chunk, about: what leaves room for U in the last level of cache.
+/// Bytes of V and Y of a chunk, about: what leaves room for U in the last level of cache.
 const CHUNK_BYTES: usize = 12 << 20;
-/// f32 values between the matrices of M, so that those of different points do not meet in the same sets of a cache.
+/// f32 values between the matrices of Y, so that those of different points do not meet in the same sets of a cache.
 const GAP: usize = 16;
 
 /// Correlation of images (H, W, C) with R x R filters to (OH, OW, F), with zeros outside the images.
@@ -81,7 +80,7 @@ pub struct Winograd {
     /// In V, from the first value of a point on: of each channel, of each tile.
     channel_places: Vec<u32>,
     tile_places: Vec<u32>,
-    /// Rows of M, and of a panel of dU.
+    /// Rows of Y, and of a panel of dU.
     product_rows: Vec<u32>,
     grad_rows: Vec<u32>,
 }
@@ -94,19 +93,6 @@ pub struct Filter<'a> {
     pub row: usize,
     pub column: usize,
     pub turned: bool,
-}
-
-/// Calls a function with N, R and M as constants.
-macro_rules! dispatch {
-    ($self:ident.$function:ident($($argument:expr),*)) => {
-        match ($self.points, $self.taps) {
-            (7, 3) => $self.$function::<7, 3, 5>($($argument),*),
-            (8, 3) => $self.$function::<8, 3, 6>($($argument),*),
-            (7, 5) => $self.$function::<7, 5, 3>($($argument),*),
-            (8, 5) => $self.$function::<8, 5, 4>($($argument),*),
-            (points, taps) => unreachable!("{points} points for {taps} taps"),
-        }
-    };
 }
 
 impl Winograd {
@@ -123,7 +109,7 @@ impl Winograd {
         batch: usize,
         chunk_bytes: usize,
     ) -> Winograd {
-        assert!(matches!(taps, 3 | 5) && input.c % BLOCK == 0 && output.c % BLOCK == 0);
+        assert!(matches!(taps, 3 | 5) && [input.c, output.c].iter().all(|count| count.is_multiple_of(BLOCK)));
         let tiles = |points: usize| [output.h, output.w].map(|length| length.div_ceil(points + 1 - taps));
         let area = |points: usize| tiles(points).map(|count| count * points).iter().product::<usize>();
         let points = if area(8) < area(7) { 8 } else { 7 };
@@ -179,7 +165,7 @@ impl Winograd {
     pub fn filter_len(&self) -> usize {
         self.panels() * self.filter_panel_len()
     }
-    /// Of V and M.
+    /// Of V and Y.
     pub fn forward_len(&self) -> usize {
         self.input_len() + self.squares() * self.product_len()
     }
@@ -207,7 +193,7 @@ impl Winograd {
     fn input_len(&self) -> usize {
         self.input.c / BLOCK * self.input_block_len()
     }
-    /// Of one point's matrix in M, and in dU.
+    /// Of one point's matrix in Y, and in dU.
     fn product_len(&self) -> usize {
         self.tile_places.len() * self.output.c + GAP
     }
@@ -229,8 +215,7 @@ impl Winograd {
         images: usize,
         x: &[f32],
         filter: &[f32],
-        bias: Option<&[f32]>,
-        relu: bool,
+        finish: Finish<'_>,
         y: &mut [f32],
         scratch: &mut [f32],
     ) {
@@ -242,11 +227,11 @@ impl Winograd {
                 self.multiply_point(point, tiles, v, filter, product);
             });
             let y = &mut y[self.output_range(&rows)];
-            self.transform_output(rows.start, rows, product, Finish { bias, relu }, y);
+            self.transform_output(rows.start, rows, product, finish, y);
         }
     }
 
-    /// M(point) = V(point) U(point)
+    /// Y(point) = V(point) U(point)
     fn multiply_point(&self, point: usize, tiles: usize, v: &[f32], filter: &[f32], product: &mut [f32]) {
         let nr = self.kernel.nr;
         let matrix_len = self.filter_panel_len() / self.squares();
@@ -276,7 +261,7 @@ impl Winograd {
         let (grad, rest) = scratch[..self.gradient_len()].split_at_mut(self.squares() * self.grad_len());
         let (v, z) = rest.split_at_mut(self.input_len());
         self.transform_input(rows.clone(), x, v);
-        dispatch!(self.transform_grad_output(rows.clone(), dy, accumulate, sums, z));
+        self.transform_grad_output(rows.clone(), dy, accumulate, sums, z);
 
         let (v, z, tiles) = (&*v, &*z, rows.len() * self.tiles[1]);
         let nr = self.kernel.nr;
@@ -295,260 +280,11 @@ impl Winograd {
             }
         });
     }
-
-    /// The gradient by the filter (R, R, C, F) from dU, after `gradient` has seen all tiles.
-    pub fn finish_gradient(&self, filter: &mut [f32], scratch: &[f32]) {
-        dispatch!(self.collect_filter(filter, &scratch[..self.squares() * self.grad_len()]));
-    }
-
-    /// U, packed.
-    pub fn pack(&self, filter: Filter<'_>, packed: &mut [f32]) {
-        let panels = packed[..self.filter_len()].par_chunks_mut(self.filter_panel_len()).enumerate();
-        panels.for_each(|(panel, packed)| dispatch!(self.pack_panel(filter, panel * self.kernel.nr, packed)));
-    }
-
-    fn pack_panel<const N: usize, const R: usize, const M: usize>(
-        &self,
-        filter: Filter<'_>,
-        first: usize,
-        packed: &mut [f32],
-    ) {
-        let nr = self.kernel.nr;
-        let matrix_len = packed.len() / (N * N);
-        let plane = self.input.c * self.output.c;
-        packed.chunks_exact_mut(matrix_len).for_each(|matrix| matrix[..nr].fill(0.0));
-        vectorized(
-            #[inline(always)]
-            || {
-                for k in 0..self.input.c {
-                    for column in (first..self.output.c.min(first + nr)).step_by(LANES) {
-                        let mut taps = [[Lanes::ZERO; R]; R];
-                        for tap in 0..R * R {
-                            let from = if filter.turned { R * R - 1 - tap } else { tap };
-                            let place = from * plane + k * filter.row + column * filter.column;
-                            taps[tap / R][tap % R] = Lanes::gather(&filter.data[place..], filter.column);
-                        }
-                        let values: Square<N> = evaluate_square(&taps);
-                        for point in 0..N * N {
-                            let scale = const { scales::<N>() }[point / N] * const { scales::<N>() }[point % N];
-                            let to = point * matrix_len + (1 + k) * nr + column - first;
-                            (values[point / N][point % N] * scale).store(&mut packed[to..]);
-                        }
-                    }
-                }
-            },
-        );
-    }
-
-    fn transform_input(&self, rows: Range<usize>, x: &[f32], v: &mut [f32]) {
-        let blocks = v.par_chunks_mut(self.input_block_len()).enumerate();
-        blocks.for_each(|(block, v)| match self.points {
-            7 => self.transform_input_block::<7>(rows.clone(), x, block * BLOCK, v),
-            _ => self.transform_input_block::<8>(rows.clone(), x, block * BLOCK, v),
-        });
-    }
-
-    fn transform_input_block<const N: usize>(&self, rows: Range<usize>, x: &[f32], channel: usize, v: &mut [f32]) {
-        let point_len = self.tile_places.len() * BLOCK;
-        vectorized(
-            #[inline(always)]
-            || {
-                for (tile, image, [top, left]) in self.each_tile(rows) {
-                    let image = &x[image * self.input.len()..][..self.input.len()];
-                    for lane in (0..BLOCK).step_by(LANES) {
-                        let place = [top.wrapping_sub(self.before[0]), left.wrapping_sub(self.before[1])];
-                        let values: Square<N> = input_square(&load(image, self.input, place, channel + lane));
-                        for point in 0..N * N {
-                            values[point / N][point % N].store(&mut v[point * point_len + tile * BLOCK + lane..]);
-                        }
-                    }
-                }
-            },
-        );
-    }
-
-    /// Z, packed, and the sums of dy.
-    fn transform_grad_output<const N: usize, const R: usize, const M: usize>(
-        &self,
-        rows: Range<usize>,
-        dy: &[f32],
-        accumulate: bool,
-        sums: &mut [f32],
-        z: &mut [f32],
-    ) {
-        let nr = self.kernel.nr;
-        let matrix_len = self.output_panel_len() / self.squares();
-        let panels = z.par_chunks_mut(self.output_panel_len()).zip(sums.par_chunks_mut(nr)).enumerate();
-        panels.for_each(|(panel, (z, sums))| {
-            z.chunks_exact_mut(matrix_len).for_each(|matrix| matrix[..nr].fill(0.0));
-            if !accumulate {
-                sums.fill(0.0);
-            }
-            vectorized(
-                #[inline(always)]
-                || {
-                    for lane in (0..sums.len()).step_by(LANES) {
-                        let mut sum = Lanes::ZERO;
-                        for (tile, image, place) in self.each_tile(rows.clone()) {
-                            let image = &dy[image * self.output.len()..][..self.output.len()];
-                            let values: Square<M> = load(image, self.output, place, panel * nr + lane);
-                            for i in 0..M {
-                                for j in 0..M {
-                                    sum += values[i][j];
-                                }
-                            }
-                            let values: Square<N> = evaluate_square(&values);
-                            for point in 0..N * N {
-                                let to = point * matrix_len + (1 + tile) * nr + lane;
-                                values[point / N][point % N].store(&mut z[to..]);
-                            }
-                        }
-                        (Lanes::load(&sums[lane..]) + sum).store(&mut sums[lane..]);
-                    }
-                },
-            );
-        });
-    }
-
-    /// y of some rows of tiles, of which `first` is the first row in M.
-    fn transform_output(&self, first: usize, rows: Range<usize>, product: &[f32], finish: Finish<'_>, y: &mut [f32]) {
-        if rows.len() == 1 {
-            return dispatch!(self.transform_output_row(rows.start - first, rows.start, product, finish, y));
-        }
-        let middle = rows.start + rows.len() / 2;
-        let (upper, lower) = y.split_at_mut(self.output_range(&(rows.start..middle)).len());
-        rayon::join(
-            || self.transform_output(first, rows.start..middle, product, finish, upper),
-            || self.transform_output(first, middle..rows.end, product, finish, lower),
-        );
-    }
-
-    fn transform_output_row<const N: usize, const R: usize, const M: usize>(
-        &self,
-        number: usize,
-        row: usize,
-        product: &[f32],
-        finish: Finish<'_>,
-        y: &mut [f32],
-    ) {
-        let Shape { h, w, c } = self.output;
-        let height = M.min(h - row % self.tiles[0] * M);
-        vectorized(
-            #[inline(always)]
-            || {
-                for column in 0..self.tiles[1] {
-                    let tile = number * self.tiles[1] + column;
-                    let width = M.min(w - column * M);
-                    for f in (0..c).step_by(LANES) {
-                        let mut values = [[Lanes::ZERO; N]; N];
-                        for point in 0..N * N {
-                            let from = point * self.product_len() + tile * c + f;
-                            values[point / N][point % N] = Lanes::load(&product[from..]);
-                        }
-                        let values: Square<M> = collect_square(&values);
-                        let bias = finish.bias.map_or(Lanes::ZERO, |bias| Lanes::load(&bias[f..]));
-                        for i in 0..height {
-                            for j in 0..width {
-                                let value = values[i][j] + bias;
-                                let value = if finish.relu { value.relu() } else { value };
-                                value.store(&mut y[(i * w + column * M + j) * c + f..]);
-                            }
-                        }
-                    }
-                }
-            },
-        );
-    }
-
-    fn collect_filter<const N: usize, const R: usize, const M: usize>(&self, filter: &mut [f32], grad: &[f32]) {
-        let mut planes = filter.chunks_exact_mut(self.input.c * self.output.c);
-        let planes: Planes<'_, R> =
-            std::array::from_fn(|_| std::array::from_fn(|_| planes.next().expect("R * R planes")));
-        self.collect_channels::<N, R>(0..self.input.c, planes, grad);
-    }
-
-    /// The gradient's planes (C, F) for some channels.
-    fn collect_channels<const N: usize, const R: usize>(
-        &self,
-        channels: Range<usize>,
-        planes: Planes<'_, R>,
-        grad: &[f32],
-    ) {
-        let filters = self.output.c;
-        if channels.len() > BLOCK {
-            let middle = channels.start + channels.len() / 2;
-            let (upper, lower) = split_planes(planes, (middle - channels.start) * filters);
-            rayon::join(
-                || self.collect_channels::<N, R>(channels.start..middle, upper, grad),
-                || self.collect_channels::<N, R>(middle..channels.end, lower, grad),
-            );
-            return;
-        }
-        let (nr, mut planes) = (self.kernel.nr, planes);
-        vectorized(
-            #[inline(always)]
-            || {
-                for (row, c) in channels.enumerate() {
-                    for f in (0..filters).step_by(LANES) {
-                        let mut values = [[Lanes::ZERO; N]; N];
-                        for point in 0..N * N {
-                            let scale = const { scales::<N>() }[point / N] * const { scales::<N>() }[point % N];
-                            let from = point * self.grad_len() + (f / nr * self.input.c + c) * nr + f % nr;
-                            values[point / N][point % N] = Lanes::load(&grad[from..]) * scale;
-                        }
-                        let values: Square<R> = collect_square(&values);
-                        for tap in 0..R * R {
-                            let to = &mut planes[tap / R][tap % R][row * filters + f..];
-                            values[tap / R][tap % R].store(to);
-                        }
-                    }
-                }
-            },
-        );
-    }
-}
-
-type Planes<'a, const R: usize> = [[&'a mut [f32]; R]; R];
-
-/// Each plane's first `len` values, and the rest.
-fn split_planes<const R: usize>(planes: Planes<'_, R>, len: usize) -> (Planes<'_, R>, Planes<'_, R>) {
-    let mut lower: Planes<'_, R> = std::array::from_fn(|_| std::array::from_fn(|_| Default::default()));
-    let mut kh = 0;
-    let upper = planes.map(|row| {
-        let mut kw = 0;
-        let row = row.map(|plane| {
-            let (head, tail) = plane.split_at_mut(len);
-            lower[kh][kw] = tail;
-            kw += 1;
-            head
-        });
-        kh += 1;
-        row
-    });
-    (upper, lower)
 }
 
 /// What happens to an output at the end.
-#[derive(Clone, Copy)]
-struct Finish<'a> {
-    bias: Option<&'a [f32]>,
-    relu: bool,
-}
-
-/// `LANES` channels of a square of pixels, zeros outside the image; `place` may have wrapped below zero.
-#[inline(always)]
-fn load<const A: usize>(image: &[f32], shape: Shape, place: [usize; 2], channel: usize) -> Square<A> {
-    let mut square = [[Lanes::ZERO; A]; A];
-    for i in 0..A {
-        let h = place[0].wrapping_add(i);
-        if h < shape.h {
-            for j in 0..A {
-                let w = place[1].wrapping_add(j);
-                if w < shape.w {
-                    square[i][j] = Lanes::load(&image[(h * shape.w + w) * shape.c + channel..]);
-                }
-            }
-        }
-    }
-    square
+#[derive(Clone, Copy, Default)]
+pub struct Finish<'a> {
+    pub bias: Option<&'a [f32]>,
+    pub relu: bool,
 }

@@ -53,7 +53,7 @@ impl Case {
         winograd.pack(Filter { data: &filter, row: output.c, column: 1, turned: false }, &mut packed);
         let (mut y, mut dfilter) = (vec![f32::NAN; dy.len()], vec![f32::NAN; filter.len()]);
         let mut scratch = vec![f32::NAN; winograd.forward_len()];
-        winograd.forward(IMAGES, &x, &packed, None, false, &mut y, &mut scratch);
+        winograd.forward(IMAGES, &x, &packed, Finish::default(), &mut y, &mut scratch);
         let (mut scratch, mut sums) = (vec![f32::NAN; winograd.gradient_len()], vec![f32::NAN; output.c]);
         for rows in winograd.chunks(IMAGES) {
             let accumulate = rows.start > 0;

@@ -2,16 +2,16 @@
 //! +-a, +-b, +-c, infinity, and 0 if N = 8 (in this order wherever N values stand for points):
 //!
 //! ```text
-//! input     d (N) -> v (N)    v_p = coefficients of M(x) / (x - p), times d;   v_inf = coefficients of M(x), times d
+//! input     d (N) -> v (N)    v_p = coefficients of Q(x) / (x - p), times d;   v_inf = coefficients of Q(x), times d
 //! evaluate  w (K) -> u (N)    u_p = sum over i of p^i w_i;                     u_inf = w_(K-1)
 //! collect   m (N) -> y (K)    y_i = sum over p of p^i m_p;                     y_(K-1) += m_inf
 //! ```
 //!
-//! where M(x) is the product of (x - p) over the finite points. `collect` is the transpose of `evaluate`. A filter is
-//! evaluated and divided by M'(p); then collect(evaluate(w) / M' * input(d)) is the correlation of d and w.
+//! where Q(x) is the product of (x - p) over the finite points. `collect` is the transpose of `evaluate`. A filter is
+//! evaluated and divided by Q'(p); then collect(evaluate(w) / Q' * input(d)) is the correlation of d and w.
 //!
 //! The points lie in pairs, so a pair's values are the sum and the difference of an even and an odd half. With N = 8
-//! every v_p but v_0 is that of N = 7 over the last seven values, since M(x) / (x - p) gains a factor x.
+//! every v_p but v_0 is that of N = 7 over the last seven values, since Q(x) / (x - p) gains a factor x.
 
 use std::ops::{Add, AddAssign, Mul, Sub};
 
@@ -77,15 +77,15 @@ macro_rules! lanewise {
             #[inline(always)]
             fn $function(mut self, other: Lanes) -> Lanes {
                 for lane in 0..LANES {
-                    self.0[lane] = self.0[lane] $operator other.0[lane];
+                    self.0[lane] $operator other.0[lane];
                 }
                 self
             }
         }
     };
 }
-lanewise!(Add, add, +);
-lanewise!(Sub, sub, -);
+lanewise!(Add, add, +=);
+lanewise!(Sub, sub, -=);
 
 impl Mul<f32> for Lanes {
     type Output = Lanes;
@@ -105,61 +105,47 @@ impl AddAssign for Lanes {
     }
 }
 
-/// A square of values along both axes.
-pub type Square<const N: usize> = [[Lanes; N]; N];
+/// Between the passes along the two axes: B x A values.
+pub type Columns<const A: usize, const B: usize> = [[Lanes; A]; B];
 
-/// `input` along both axes.
+/// Applies a transform to the columns of A x A values, then to the rows of what comes out. `columns` is the caller's, so
+/// that it need not be cleared for every tile.
 #[inline(always)]
-pub fn input_square<const N: usize>(d: &Square<N>) -> Square<N> {
-    both_axes(d, input)
-}
-
-/// `evaluate` along both axes.
-#[inline(always)]
-pub fn evaluate_square<const K: usize, const N: usize>(w: &Square<K>) -> Square<N> {
-    both_axes(w, evaluate)
-}
-
-/// `collect` along both axes.
-#[inline(always)]
-pub fn collect_square<const N: usize, const K: usize>(m: &Square<N>) -> Square<K> {
-    both_axes(m, collect)
-}
-
-/// Applies a one-dimensional transform to the columns, then to the rows of what comes out.
-#[inline(always)]
-fn both_axes<const A: usize, const B: usize>(
-    from: &Square<A>,
+#[allow(clippy::needless_range_loop, reason = "rows and columns of a square")]
+pub fn both_axes<const A: usize, const B: usize>(
+    columns: &mut Columns<A, B>,
+    mut load: impl FnMut(usize, usize) -> Lanes,
     transform: impl Fn([Lanes; A]) -> [Lanes; B],
-) -> Square<B> {
-    let mut columns = [[Lanes::ZERO; A]; B];
+    mut store: impl FnMut(usize, usize, Lanes),
+) {
     for j in 0..A {
         let mut column = [Lanes::ZERO; A];
         for i in 0..A {
-            column[i] = from[i][j];
+            column[i] = load(i, j);
         }
         let column = transform(column);
         for i in 0..B {
             columns[i][j] = column[i];
         }
     }
-    let mut to = [[Lanes::ZERO; B]; B];
     for i in 0..B {
-        to[i] = transform(columns[i]);
+        let row = transform(columns[i]);
+        for j in 0..B {
+            store(i, j, row[j]);
+        }
     }
-    to
 }
 
 #[inline(always)]
-fn input<const N: usize>(d: [Lanes; N]) -> [Lanes; N] {
+pub fn input<const N: usize>(d: [Lanes; N]) -> [Lanes; N] {
     let p = const { points(N) };
     let sq = [p[0] * p[0], p[1] * p[1], p[2] * p[2]];
-    // M(x) of the six paired points is x^6 - s x^4 + t x^2 - u.
+    // Q(x) of the six paired points is x^6 - s x^4 + t x^2 - u.
     let (s, t, u) = (sq[0] + sq[1] + sq[2], sq[0] * sq[1] + sq[0] * sq[2] + sq[1] * sq[2], sq[0] * sq[1] * sq[2]);
     let first = N - 7;
     let mut v = [Lanes::ZERO; N];
     for pair in 0..PAIRS {
-        // M(x) / (x - p) = (x + p) (x^2 - q) (x^2 - r), with the squares q, r of the other two.
+        // Q(x) / (x - p) = (x + p) (x^2 - q) (x^2 - r), with the squares q, r of the other two.
         let (q, r) = (sq[(pair + 1) % PAIRS], sq[(pair + 2) % PAIRS]);
         let low = d[first + 4] - d[first + 2] * (q + r) + d[first] * (q * r);
         let high = d[first + 5] - d[first + 3] * (q + r) + d[first + 1] * (q * r);
@@ -175,7 +161,7 @@ fn input<const N: usize>(d: [Lanes; N]) -> [Lanes; N] {
 }
 
 #[inline(always)]
-fn evaluate<const K: usize, const N: usize>(w: [Lanes; K]) -> [Lanes; N] {
+pub fn evaluate<const K: usize, const N: usize>(w: [Lanes; K]) -> [Lanes; N] {
     let powers = const { powers(points(N)) };
     let mut u = [Lanes::ZERO; N];
     for pair in 0..PAIRS {
@@ -198,7 +184,7 @@ fn evaluate<const K: usize, const N: usize>(w: [Lanes; K]) -> [Lanes; N] {
 }
 
 #[inline(always)]
-fn collect<const N: usize, const K: usize>(m: [Lanes; N]) -> [Lanes; K] {
+pub fn collect<const N: usize, const K: usize>(m: [Lanes; N]) -> [Lanes; K] {
     let powers = const { powers(points(N)) };
     let mut y = [Lanes::ZERO; K];
     for pair in 0..PAIRS {
@@ -229,7 +215,7 @@ const fn powers(points: [f32; PAIRS]) -> [[f32; POWERS]; PAIRS] {
     powers
 }
 
-/// 1 / M'(p) for each point, 1 for infinity.
+/// 1 / Q'(p) for each point, 1 for infinity.
 pub const fn scales<const N: usize>() -> [f32; N] {
     let p = points(N);
     let sq = [p[0] * p[0], p[1] * p[1], p[2] * p[2]];
@@ -238,7 +224,7 @@ pub const fn scales<const N: usize>() -> [f32; N] {
     while pair < PAIRS {
         let (q, r) = (sq[(pair + 1) % PAIRS], sq[(pair + 2) % PAIRS]);
         let derivative = 2.0 * p[pair] * (sq[pair] - q) * (sq[pair] - r);
-        // The point 0 contributes the factor p, which makes M'(-p) equal to M'(p) in place of its opposite.
+        // The point 0 contributes the factor p, which makes Q'(-p) equal to Q'(p) in place of its opposite.
         let [plus, minus] = if N > ZERO { [derivative * p[pair]; 2] } else { [derivative, -derivative] };
         scales[2 * pair] = 1.0 / plus;
         scales[2 * pair + 1] = 1.0 / minus;

@@ -1,7 +1,7 @@
 //! Convolutions of 3x3 and 5x5 filters with stride 1 through Winograd's transforms (`kernels::winograd`), where these save
 //! enough: which ones depends on shapes alone, so all ranks and all runs choose alike.
 
-use super::super::super::kernels::winograd::{BLOCK, Filter, Winograd};
+use super::super::super::kernels::winograd::{BLOCK, Filter, Finish, Winograd};
 use super::super::super::{Backward, Build, Forward, Layer, Pass};
 use super::super::Activation;
 use super::Geometry;
@@ -34,7 +34,7 @@ pub fn obstacle(geometry: &Geometry) -> Option<&'static str> {
         Some("needs a stride of 1")
     } else if *groups != 1 {
         Some("needs groups = 1")
-    } else if input.c % BLOCK != 0 || output.c % BLOCK != 0 {
+    } else if !input.c.is_multiple_of(BLOCK) || !output.c.is_multiple_of(BLOCK) {
         Some("needs channels and filters in multiples of 16")
     } else if input.w.max(output.w).saturating_mul(input.c + output.c) > u32::MAX as usize / LARGEST_TILE {
         Some("needs narrower images: a row of its tiles would be more than 2^32 values")
@@ -89,7 +89,7 @@ impl Layer for Conv2d {
 
         let bias = self.bias.then(|| io.params[1].f32());
         let (relu, y) = (self.activation == Activation::Relu, io.output.into_f32());
-        self.forward.forward(pass.batch, io.inputs[0].f32(), packed, bias, relu, y, scratch);
+        self.forward.forward(pass.batch, io.inputs[0].f32(), packed, Finish { bias, relu }, y, scratch);
         if !relu {
             self.activation.apply(y);
         }
@@ -121,7 +121,7 @@ impl Layer for Conv2d {
         if !dx.is_empty() {
             let (packed, scratch) = scratch.split_at_mut(self.data.filter_len());
             self.data.pack(Filter { data: io.params[0].f32(), row: 1, column: filters, turned: true }, packed);
-            self.data.forward(pass.batch, dy, packed, None, false, dx, scratch);
+            self.data.forward(pass.batch, dy, packed, Finish::default(), dx, scratch);
         }
         Ok(())
     }
