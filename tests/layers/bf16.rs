@@ -4,7 +4,7 @@
 use crate::gradients::sections;
 use crate::harness::{Gradients, LAYER, SEED, Section, evaluation, training, values, with_threads};
 use half::bf16;
-use lockstep::device::{Place, Slice, SliceMut};
+use lockstep::device::{Slice, SliceMut};
 use lockstep::model::{Backward, Build, Forward, Inferred, Layer, Pass, Shape};
 
 /// Half a unit in the last of 8 bits.

@@ -4,3 +4,4 @@ pub mod convert;
 pub mod gemm;
 pub mod gemm16;
 pub mod math;
+pub mod winograd;
