@@ -11,7 +11,7 @@ pub fn widen(from: &[bf16], to: &mut [f32]) {
         #[inline(always)]
         || {
             for (to, from) in to.iter_mut().zip(from) {
-                *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+                *to = wide(*from);
             }
         },
     );
@@ -30,7 +30,13 @@ pub fn narrow(from: &[f32], to: &mut [bf16]) {
     );
 }
 
-/// The bf16 nearest to `x`. Unlike `bf16::from_f32`, without a branch, so that loops over it become vector instructions.
+/// `x`, exactly. Unlike `bf16::to_f32`, without a branch, so that loops over it become vector instructions.
+#[inline(always)]
+pub fn wide(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
+/// The bf16 nearest to `x`. Without a branch, like `wide`.
 #[inline(always)]
 pub fn nearest(x: f32) -> bf16 {
     let bits = x.to_bits();

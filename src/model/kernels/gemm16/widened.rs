@@ -2,7 +2,8 @@
 //! of the f32 product do the rest. They take the left matrix in any order, so a block is staged in the order in which
 //! the copy is in long pieces.
 
-use super::super::convert::widen;
+use super::super::super::simd::vectorized;
+use super::super::convert::wide;
 use super::super::gemm::{self, Left, Panel};
 use super::kernel::{Block, Layout, run_len};
 use half::bf16;
@@ -14,21 +15,28 @@ pub const STAGED_LEN: usize = MC * KC;
 /// A(i, k) goes to place i * KC + k, or to i + k * MC.
 pub fn stage(block: Left<'_, bf16>, staged: &mut [f32]) -> Layout {
     let layout = Layout::of(&block);
-    match layout {
-        Layout::Rows => copy_runs(block.data, block.rows, block.cols, staged, KC),
-        Layout::Columns => copy_runs(block.data, block.cols, block.rows, staged, MC),
-    }
+    let (outer, inner, stride) = match layout {
+        Layout::Rows => (block.rows, block.cols, KC),
+        Layout::Columns => (block.cols, block.rows, MC),
+    };
+    vectorized(
+        #[inline(always)]
+        || copy_runs(block.data, outer, inner, staged, stride),
+    );
     layout
 }
 
 /// to(i, j) = data[outer[i] + inner[j]], rows of `to` being `stride` long: for each run of `inner`, piece by piece.
+#[inline(always)]
 fn copy_runs(data: &[bf16], outer: &[u32], inner: &[u32], to: &mut [f32], stride: usize) {
     let mut start = 0;
     while start < inner.len() {
         let run = run_len(&inner[start..]);
         for (&place, to) in outer.iter().zip(to.chunks_exact_mut(stride)) {
             let from = place as usize + inner[start] as usize;
-            widen(&data[from..from + run], &mut to[start..start + run]);
+            for (to, &from) in to[start..start + run].iter_mut().zip(&data[from..from + run]) {
+                *to = wide(from);
+            }
         }
         start += run;
     }
