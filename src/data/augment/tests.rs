@@ -27,7 +27,7 @@ fn native(steps: &[Augment], set: &InMemory) -> Result<Augmenter> {
 
 fn applied(augmenter: &Augmenter, image: &Image, epoch: u32, index: u32) -> Vec<f32> {
     let mut out = vec![f32::NAN; augmenter.output().len()];
-    augmenter.apply(image, &mut Workspace::default(), &mut out, (SEED, epoch, index)).unwrap();
+    augmenter.apply(image, &mut Workspace::default(), &mut out, (SEED, epoch, index.into())).unwrap();
     out
 }
 

@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::raw::Augment;
+use crate::data::memory::InMemory;
 use crate::data::order;
 use crate::model::Shape;
 use std::collections::HashSet;
@@ -61,7 +62,7 @@ fn slow(len: usize) -> Arc<Slow> {
 fn loader(workers: usize, prefetch: usize) -> Loader {
     let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
     let augmenter = Augmenter::new(&steps, &*slow(1), SHAPE).unwrap();
-    Loader { augmenter, seed: SEED, workers, prefetch, skipped: Arc::default() }
+    Loader { augmenter, sampler: raw::Sampler::Shuffle, seed: SEED, workers, prefetch, skipped: Arc::default() }
 }
 
 fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
@@ -104,7 +105,7 @@ fn plainly(set: &Slow, batching: Batching, start: Position, epochs: u32) -> Vec<
                 for (&index, out) in indices.iter().zip(images.chunks_exact_mut(SHAPE.len())) {
                     let mut image = Image::default();
                     set.read(index as usize, &mut image).unwrap();
-                    augmenter.apply(&image, &mut Workspace::default(), out, (SEED, epoch, index)).unwrap();
+                    augmenter.apply(&image, &mut Workspace::default(), out, (SEED, epoch, index.into())).unwrap();
                 }
                 all.push((place, indices, labels, images));
             }
@@ -236,6 +237,25 @@ fn batches_beyond_memory_are_an_error_not_an_abort() {
     assert!(error.kind() == Kind::Device && error.to_string().contains("lower data.prefetch"), "{error}");
 }
 
+/// Of 40 samples one is of class 0, so a balanced epoch has it 20 times: cropped and mirrored in many ways, not in one.
+#[test]
+fn a_sample_that_comes_again_in_an_epoch_is_augmented_anew() {
+    let pixels = (0..40 * SHAPE.len()).map(|at| (at * 7) as u8).collect();
+    let labels = (0..40).map(|index| u8::from(index > 0)).collect();
+    let set = Arc::new(InMemory::new(SHAPE, 2, pixels, labels));
+    let loader = Loader { sampler: raw::Sampler::Balanced, ..loader(2, 2) };
+    let queue = DataQueue::train(set, loader, batching(8, None, 0, 1), Position::default(), 1).unwrap();
+    let mut seen = Vec::new();
+    for (_, indices, _, images) in collect(queue) {
+        let images = indices.into_iter().zip(images.chunks_exact(SHAPE.len()));
+        seen.extend(images.filter(|(index, _)| *index == 0).map(|(_, image)| image.to_vec()));
+    }
+    assert_eq!(seen.len(), 20);
+    seen.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    seen.dedup();
+    assert!(seen.len() > 8, "{} of the 18 ways", seen.len());
+}
+
 /// Labels are the index's last digit: 5, 15 and 25 are of one class.
 fn damaged(damaged: &[usize]) -> Arc<Slow> {
     Arc::new(Slow { len: 40, damaged: damaged.to_vec(), ..Slow::default() })
@@ -259,7 +279,7 @@ fn in_training_the_next_whole_image_of_the_class_stands_in_with_the_draws_of_the
             let mut source = Image::default();
             source.reshape(SHAPE).iter_mut().enumerate().for_each(|(at, out)| *out = byte(shown as usize, at));
             let mut expected = vec![0.0; SHAPE.len()];
-            let sample = (SEED, place[0] as u32, index);
+            let sample = (SEED, place[0] as u32, u64::from(index));
             augmenter.apply(&source, &mut Workspace::default(), &mut expected, sample).unwrap();
             assert_eq!((image, label), (&expected[..], index % 10), "sample {index} in epoch {}", place[0]);
         }
@@ -330,7 +350,14 @@ fn a_sample_that_takes_long_holds_up_no_other_of_its_batch() {
     let shape = Shape::new(256, 256, 1);
     let set = Arc::new(Waiting { shape, done: AtomicUsize::new(0) });
     let augmenter = Augmenter::new(&[], &*set, shape).unwrap();
-    let loader = Loader { augmenter, seed: SEED, workers: 2, prefetch: 1, skipped: Arc::default() };
+    let loader = Loader {
+        augmenter,
+        seed: SEED,
+        workers: 2,
+        prefetch: 1,
+        sampler: raw::Sampler::Shuffle,
+        skipped: Arc::default(),
+    };
     let mut queue = DataQueue::eval(set, loader, 8, 0, 1).unwrap();
     let batch = queue.next().unwrap().unwrap();
     assert!(batch.images.chunks_exact(shape.len()).enumerate().all(|(index, image)| image[9] == index as f32 / 255.0));
