@@ -2,6 +2,7 @@
 //! The `schemars` attributes give the range of every key: they are what `check` refuses and what editors show.
 
 use crate::model::layers::Parsed;
+use crate::model::precision::Precision;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -31,6 +32,9 @@ pub struct Run {
     /// Seed of everything random.
     #[serde(default)]
     pub seed: u64,
+    /// Of activations and of the matrix work; parameters, gradients and optimizer state are f32 in either case.
+    #[serde(default)]
+    pub precision: Precision,
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
     #[schemars(range(min = 1))]

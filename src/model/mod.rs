@@ -9,8 +9,12 @@ pub mod loss;
 pub mod memory;
 pub mod net;
 pub mod params;
+pub mod precision;
 pub mod simd;
 pub mod spec;
+pub mod stopwatch;
+pub mod weights;
+mod widened;
 
 use crate::device::{Place, Slice, SliceMut};
 use crate::error::Result;
@@ -53,7 +57,8 @@ impl fmt::Display for Shape {
     }
 }
 
-/// What a layer's section of the TOML means, before any memory exists.
+/// What a layer's section of the TOML means, before any memory exists. A layer without parameters works on each sample by
+/// itself, so that a batch may also be handed to it in parts.
 pub trait LayerSpec: Send + Sync + fmt::Debug {
     /// Everything that follows from the input shapes. The error says which shapes do not fit and why; the caller puts
     /// the names of both layers in front.
@@ -61,6 +66,11 @@ pub trait LayerSpec: Send + Sync + fmt::Debug {
 
     /// The operator for `build.place`. Called after `infer` succeeded for the same inputs.
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>>;
+
+    /// The operator for activations in bf16. A layer that has no kernels for them works in f32 between two conversions.
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        widened::around(self, build)
+    }
 }
 
 /// What follows from a layer's input shapes.
@@ -78,6 +88,11 @@ pub struct Inferred {
     /// What backward reads: the planner may reuse the memory of what it does not.
     pub backward_reads_input: bool,
     pub backward_reads_output: bool,
+    /// The output is that of a ReLU, whose backward its only reader may do instead (`Build::grad_masked`); backward then
+    /// does not read the output.
+    pub relu_output: bool,
+    /// Backward can do that of a ReLU in front of the only input (`Build::masks_input`).
+    pub can_mask_input: bool,
 }
 
 impl Default for Shape {
@@ -87,7 +102,7 @@ impl Default for Shape {
 }
 
 /// What a layer is told when it is built.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Build<'a> {
     pub inputs: &'a [Shape],
     /// Samples at most in one call.
@@ -98,6 +113,10 @@ pub struct Build<'a> {
     pub seed: u64,
     /// Number of the layer in the net: keys its random numbers.
     pub layer: usize,
+    /// The input comes from a ReLU whose backward is done here: its gradient is 0 wherever it is not above 0.
+    pub masks_input: bool,
+    /// The reader of the output has done the backward of this layer's ReLU.
+    pub grad_masked: bool,
 }
 
 /// One call's circumstances.
@@ -128,6 +147,8 @@ pub struct Forward<'a> {
     pub inputs: &'a [Slice<'a>],
     pub output: SliceMut<'a>,
     pub params: &'a [Slice<'a>],
+    /// `params` rounded to bf16, for layers of `build_bf16`; none for others.
+    pub params_bf16: &'a [Slice<'a>],
     pub saved: SliceMut<'a>,
     pub scratch: SliceMut<'a>,
 }
@@ -141,7 +162,9 @@ pub struct Backward<'a> {
     /// Gradient by each input; empty where nobody needs it (the data itself).
     pub grad_inputs: &'a mut [SliceMut<'a>],
     pub params: &'a [Slice<'a>],
-    /// Gradient by each parameter. For a running statistic: this call's value times `pass.share`, so that the sum over
+    /// As in `Forward`.
+    pub params_bf16: &'a [Slice<'a>],
+    /// Gradient by each parameter, in f32. For a running statistic: this call's value times `pass.share`, so that the sum over
     /// micro-batches and ranks is the step's mean.
     pub grad_params: &'a mut [SliceMut<'a>],
     pub saved: Slice<'a>,
@@ -186,7 +209,12 @@ mod tests {
         let pass = Pass { batch: 3, training: true, first_sample: 0, share: 1.0 };
         let mut layer: Box<dyn Layer> = Box::new(Doubling);
         let (saved, scratch) = (SliceMut::empty(), SliceMut::empty());
-        layer.forward(&pass, Forward { inputs: &[read], output: write(3), params: &[], saved, scratch }).unwrap();
+        layer
+            .forward(
+                &pass,
+                Forward { inputs: &[read], output: write(3), params: &[], params_bf16: &[], saved, scratch },
+            )
+            .unwrap();
         assert_eq!(memory.each_ref().map(|value| value.get()), [1.0, 2.0, 3.0, 2.0, 4.0, 6.0]);
 
         let io = Backward {
@@ -195,6 +223,7 @@ mod tests {
             grad_output: write(3),
             grad_inputs: &mut [write(0)],
             params: &[],
+            params_bf16: &[],
             grad_params: &mut [],
             saved: Slice::empty(),
             scratch: SliceMut::empty(),

@@ -43,13 +43,13 @@ pub enum Role {
 }
 
 impl ParamSpec {
-    /// A bias of so many values: zeros at the start.
-    pub fn bias(len: usize) -> ParamSpec {
+    /// A bias of so many values, all `first` at the start.
+    pub fn bias(len: usize, first: f32) -> ParamSpec {
         ParamSpec {
             name: "bias",
             shape: vec![len],
             layout: Layout::Canonical,
-            init: Init::Constant(0.0),
+            init: Init::Constant(first),
             role: Role::Trainable,
         }
     }

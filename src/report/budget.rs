@@ -56,12 +56,14 @@ impl Clock {
     }
 
     /// Gives the time since the last lap to communication, but `waited` of it, as the Communicator returned it, to
-    /// waiting for the slowest rank. Waiting that passed behind computation is not in the lap and not counted.
-    pub fn lap_communication(&mut self, waited: Duration) {
+    /// waiting for the slowest rank, and returns the lap. Waiting that passed behind computation is not in the lap and not
+    /// counted.
+    pub fn lap_communication(&mut self, waited: Duration) -> Duration {
         let spent = self.lap(Communication);
         let waited = waited.min(spent);
         self.budget.spent[Communication as usize] -= waited;
         self.budget.spent[Waiting as usize] += waited;
+        spent
     }
 
     pub fn budget(&self) -> &Budget {

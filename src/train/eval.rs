@@ -1,7 +1,7 @@
 //! Evaluation: every rank takes its share of the set, and the sums go round once.
 
-use crate::data::Dataset;
 use crate::data::queue::{DataQueue, Loader};
+use crate::data::{Batch, Dataset};
 use crate::device::SliceMut;
 use crate::error::{Error, Result};
 use crate::model::Pass;
@@ -31,13 +31,14 @@ impl Evaluator {
         }
     }
 
-    /// Loss and accuracy over all ranks' shares of a set, without images that are damaged. `at` is the step and epoch to report; `all_reduce` adds up what
-    /// the ranks found.
+    /// Loss and accuracy over all ranks' shares of a set, without images that are damaged. `at` is the step and epoch to
+    /// report; `all_reduce` adds up what the ranks found; `seen` gets every batch of this rank with the net's outputs.
     pub fn run(
         &self,
         set: Set,
         (net, loss): (&mut Net, &Loss),
         at: (u64, u64),
+        mut seen: impl FnMut(&Batch, &[f32]),
         all_reduce: impl FnOnce(SliceMut<'_>) -> Result<Duration>,
     ) -> Result<Evaluation> {
         let dataset = match (set, &self.validation) {
@@ -52,7 +53,9 @@ impl Evaluator {
             }
             let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };
             net.forward(&pass, &batch.images)?;
-            let out = loss.evaluate(net.output(&pass), &batch.labels);
+            let outputs = net.output(&pass);
+            seen(batch, outputs.f32());
+            let out = loss.evaluate(outputs, &batch.labels);
             loss_sum += f64::from(out.loss_sum);
             correct += out.correct;
             samples += batch.count();

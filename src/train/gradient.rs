@@ -109,6 +109,11 @@ impl Gradient {
         self.outbox.parts.len()
     }
 
+    /// The elements of a part.
+    pub fn range(&self, part: usize) -> Range<usize> {
+        self.outbox.parts[part].clone()
+    }
+
     /// For the ranks' other collectives, and with the optimizer, between steps.
     pub fn reducer(&self) -> &Reducer<Updater> {
         &self.outbox.reducer

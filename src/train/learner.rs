@@ -23,6 +23,8 @@ pub struct Learner {
     pub samples: usize,
     /// The only rank.
     pub alone: bool,
+    /// What the training thread spent on each part after backward, in the last step, and behind them on `finish`.
+    pub part_times: Vec<Duration>,
 }
 
 /// What a step needs of the rank around it.
@@ -70,18 +72,18 @@ impl Learner {
         health.set(number + 1, Phase::AllReduce);
         for part in 0..self.gradient.parts() {
             let waited = self.gradient.wait(part)?;
-            self.lap(clock, waited);
+            self.part_times[part] = self.lap(clock, waited);
         }
         health.set(number + 1, Phase::Update);
         let waited = self.gradient.reducer().with(|comm, updater| updater.finish(comm))?;
-        self.lap(clock, waited);
+        self.part_times[self.gradient.parts()] = self.lap(clock, waited);
         Ok(Done { sums: self.gradient.sums(), lr: at.lr, non_finite })
     }
 
     /// Reducing and updating are one pass. It counts as communication, but for a rank that has nobody to communicate with.
-    fn lap(&self, clock: &mut Clock, waited: Duration) {
+    fn lap(&self, clock: &mut Clock, waited: Duration) -> Duration {
         match self.alone {
-            true => _ = clock.lap(Category::Compute),
+            true => clock.lap(Category::Compute),
             false => clock.lap_communication(waited),
         }
     }
@@ -105,6 +107,8 @@ impl Learner {
         self.gradient.reducer().with(|comm, updater| {
             comm.broadcast(params, 0)?;
             updater.import(found, comm)
-        })
+        })?;
+        self.net.round_params();
+        Ok(())
     }
 }

@@ -210,7 +210,7 @@ impl Session<'_> {
         let Learner { net, loss, gradient, .. } = &mut self.learner;
         let at = (step, self.progress.latest_epoch());
         let all_reduce = |sums: SliceMut<'_>| gradient.reducer().with(|comm, _| comm.all_reduce(sums));
-        let evaluation = self.evaluator.run(set, (net, loss), at, all_reduce)?;
+        let evaluation = self.evaluator.run(set, (net, loss), at, |_, _| {}, all_reduce)?;
         if set == self.evaluator.watched() {
             self.evaluated = Some(step);
             let best = &mut self.progress.best_accuracy;

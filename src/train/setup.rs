@@ -19,8 +19,10 @@ use crate::model::loss::Loss;
 use crate::model::net::{self, Net};
 use crate::model::params::ParamTable;
 use crate::model::spec::NetSpec;
+use crate::model::weights::Weights;
 use crate::optim::schedule::Schedule;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The samples of a run.
 pub struct Parts {
@@ -94,18 +96,17 @@ pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks)
 pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
-    let params =
-        comm.allocate_replicated(len * size_of::<f32>()).map_err(|e| e.context(format!("{len} parameters")))?;
-    let params = Arc::new(params);
-    let net = Net::with_params(spec, &net_options(config, plan, true), params.clone())?;
+    let weights = Arc::new(Weights::new(len, config.run.precision, |bytes| comm.allocate_replicated(bytes))?);
+    let net = Net::with_weights(spec, &net_options(config, plan, true), weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, params, &mut *comm)?;
+    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, &mut *comm)?;
     let alone = comm.size() == 1;
     let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {
         loss: loss(config, net.spec(), &*parts.train)?,
         net,
+        part_times: vec![Duration::ZERO; gradient.parts() + 1],
         gradient,
         schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),
@@ -124,6 +125,7 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> net::Options {
         place: Place::Host,
         threads: rayon::current_num_threads(),
         seed: config.run.seed,
+        precision: config.run.precision,
         training,
     }
 }

@@ -1,7 +1,7 @@
 //! One layer with its memory, for tests. Everything that a call must write is full of NaN before it, so what a layer
 //! leaves out, or reads before it has written, shows in the result.
 
-use lockstep::device::{Place, Slice, SliceMut};
+use lockstep::device::{Slice, SliceMut};
 use lockstep::model::{Backward, Build, Forward, Inferred, Layer, LayerSpec, Pass, Shape, layers};
 use std::sync::Arc;
 
@@ -29,13 +29,13 @@ impl Section {
     pub fn build(&self, batch: usize) -> Subject {
         let inferred = self.infer();
         let threads = rayon::current_num_threads();
-        let build = Build { inputs: &self.inputs, batch, place: Place::Host, threads, seed: SEED, layer: LAYER };
+        let build = Build { inputs: &self.inputs, batch, threads, seed: SEED, layer: LAYER, ..Build::default() };
         let layer = self.spec().build(&build).unwrap_or_else(|error| panic!("{self:?}: {error}"));
         let saved = inferred.saved_bytes * batch + inferred.saved_bytes_fixed;
         Subject { scratch: poisoned(layer.scratch_bytes()), saved: poisoned(saved), layer, inferred }
     }
 
-    fn spec(&self) -> Arc<dyn LayerSpec> {
+    pub fn spec(&self) -> Arc<dyn LayerSpec> {
         let kind = layers::find(&self.kind).unwrap_or_else(|| panic!("no layer type {}", self.kind));
         let table = toml::from_str(&self.keys).unwrap_or_else(|error| panic!("{self:?}: {error}"));
         (kind.parse)(table).unwrap_or_else(|error| panic!("{self:?}: {error}")).spec
@@ -66,6 +66,7 @@ impl Subject {
             inputs: &slices(inputs),
             output: SliceMut::from(&mut output[..]),
             params: &slices(params),
+            params_bf16: &[],
             saved: SliceMut::from(&mut self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),
         };
@@ -96,6 +97,7 @@ impl Subject {
             grad_output: SliceMut::from(&mut grad_output[..]),
             grad_inputs: &mut slices_mut(&mut grads.inputs),
             params: &slices(params),
+            params_bf16: &[],
             grad_params: &mut slices_mut(&mut grads.params),
             saved: Slice::from(&self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),

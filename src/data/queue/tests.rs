@@ -279,7 +279,7 @@ fn in_training_the_next_whole_image_of_the_class_stands_in_with_the_draws_of_the
             let mut source = Image::default();
             source.reshape(SHAPE).iter_mut().enumerate().for_each(|(at, out)| *out = byte(shown as usize, at));
             let mut expected = vec![0.0; SHAPE.len()];
-            let sample = (SEED, place[0] as u32, index.into());
+            let sample = (SEED, place[0] as u32, u64::from(index));
             augmenter.apply(&source, &mut Workspace::default(), &mut expected, sample).unwrap();
             assert_eq!((image, label), (&expected[..], index % 10), "sample {index} in epoch {}", place[0]);
         }
@@ -352,10 +352,10 @@ fn a_sample_that_takes_long_holds_up_no_other_of_its_batch() {
     let augmenter = Augmenter::new(&[], &*set, shape).unwrap();
     let loader = Loader {
         augmenter,
-        sampler: raw::Sampler::Shuffle,
         seed: SEED,
         workers: 2,
         prefetch: 1,
+        sampler: raw::Sampler::Shuffle,
         skipped: Arc::default(),
     };
     let mut queue = DataQueue::eval(set, loader, 8, 0, 1).unwrap();

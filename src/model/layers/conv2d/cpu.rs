@@ -41,6 +41,8 @@ pub struct Conv2d {
     geometry: Geometry,
     bias: bool,
     activation: Activation,
+    /// What backward has to undo of it.
+    undo: Activation,
     threads: usize,
     batch: usize,
     /// Images of a block, and of a part.
@@ -60,14 +62,14 @@ pub struct Conv2d {
 }
 
 /// The input pixels of a block that meet the same taps.
-struct Phase {
+pub struct Phase {
     /// In the padded dy: of each input pixel (its first tap), of each (tap, filter) relative to that.
-    pixels: Vec<u32>,
-    taps: Vec<u32>,
+    pub pixels: Vec<u32>,
+    pub taps: Vec<u32>,
     /// In the weight: of each (tap, filter), for channel 0.
-    weights: Vec<u32>,
+    pub weights: Vec<u32>,
     /// In dx: of each input pixel.
-    input_rows: Vec<u32>,
+    pub input_rows: Vec<u32>,
 }
 
 impl Conv2d {
@@ -94,6 +96,7 @@ impl Conv2d {
             kernel: Kernel::best(),
             bias,
             activation,
+            undo: activation.to_undo(build),
             threads: build.threads.max(1),
             batch: build.batch,
             block,
@@ -301,8 +304,8 @@ impl Shared<'_> {
                 let inputs = block.start * input.len()..block.end * input.len();
                 let outputs = block.start * output.len()..block.end * output.len();
                 let (x, dy) = (&job.x[inputs.clone()], &mut job.dy[outputs.clone()]);
-                if layer.activation != Activation::None {
-                    layer.activation.backward(&job.y[outputs], dy);
+                if layer.undo != Activation::None {
+                    layer.undo.backward(&job.y[outputs], dy);
                 }
                 if layer.bias {
                     dy.chunks_exact(output.c).for_each(|row| bias.iter_mut().zip(row).for_each(|(sum, dy)| *sum += dy));
@@ -403,7 +406,7 @@ impl Conv2d {
 impl Phase {
     /// Of the input pixels (first_h + i * sh, first_w + j * sw). Pixel ih meets the taps kh = (ih + before) % sh + t * sh
     /// under the output (ih + before) / sh - t: the last of them sees the first row of dy, so the kernel runs backwards.
-    fn new(geometry: &Geometry, grad: &Padded, block: usize, first_h: usize, first_w: usize) -> Phase {
+    pub fn new(geometry: &Geometry, grad: &Padded, block: usize, first_h: usize, first_w: usize) -> Phase {
         let Geometry { input, output, rows, columns, .. } = *geometry;
         let (kh, kw) = ((first_h + rows.before) % rows.stride, (first_w + columns.before) % columns.stride);
         let count = |size: usize, first: usize, stride: usize| size.saturating_sub(first).div_ceil(stride);
@@ -436,6 +439,6 @@ impl Phase {
 }
 
 /// All (a, b, c) below the three bounds, the last running fastest.
-fn each(a: usize, b: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+pub fn each(a: usize, b: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     (0..a).flat_map(move |i| (0..b).flat_map(move |j| (0..c).map(move |k| (i, j, k))))
 }

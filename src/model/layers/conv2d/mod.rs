@@ -2,17 +2,21 @@
 //! x(n, oh * stride + kh - before, ow * stride + kw - before, c) * weight(kh, kw, c, f)), zeros outside the image.
 //! With `groups = G`, channels and filters are cut into G runs and a filter sees only its run's channels.
 
+mod bf16;
 mod cpu;
 mod depthwise;
 mod padded;
 #[cfg(test)]
 mod tests;
+mod winograd;
 
 use super::super::init::Initializer;
+use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
+use super::super::widened;
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
-use super::{Activation, addressable, single};
+use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use padded::Padded;
@@ -42,6 +46,24 @@ pub struct Conv2d {
     /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
     #[serde(default)]
     init: Initializer,
+    /// The first value of every bias.
+    #[serde(default)]
+    bias_init: f32,
+    #[serde(default)]
+    algorithm: Algorithm,
+}
+
+/// How the products are computed. The choice is by shapes, never by timing, so all ranks make the same one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Algorithm {
+    /// Winograd's transforms where they save time: 3x3 and 5x5 kernels of stride 1, with many channels.
+    #[default]
+    Auto,
+    /// Sums of products, as the definition has them: the least rounding.
+    Direct,
+    /// Winograd's transforms, with rounding errors about ten times those of direct sums.
+    Winograd,
 }
 
 fn one() -> usize {
@@ -127,6 +149,10 @@ impl Geometry {
 }
 
 impl Conv2d {
+    fn direct(&self, geometry: Geometry, build: &Build<'_>) -> Box<dyn Layer> {
+        Box::new(cpu::Conv2d::new(geometry, self.bias, self.activation, build))
+    }
+
     fn geometry(&self, inputs: &[Shape]) -> Result<Geometry, String> {
         let input = single(inputs)?;
         let Conv2d { filters, groups, .. } = *self;
@@ -160,12 +186,19 @@ impl Conv2d {
         addressable("output", &output.lengths())?;
         addressable("padded input", &Padded::of_input(&geometry).lengths())?;
         addressable("padded output gradient", &Padded::of_grad(&geometry).lengths())?;
+        match winograd::obstacle(&geometry) {
+            Some(obstacle) if self.algorithm == Algorithm::Winograd => {
+                return Err(format!("algorithm = \"winograd\" {obstacle}; leave the choice to \"auto\""));
+            }
+            _ => {}
+        }
         Ok(geometry)
     }
 }
 
 impl LayerSpec for Conv2d {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        refuse_unused_bias_init(self.bias, self.bias_init)?;
         let geometry = self.geometry(inputs)?;
         let Geometry { output, rows, columns, .. } = geometry;
         let area = rows.size * columns.size;
@@ -176,13 +209,14 @@ impl LayerSpec for Conv2d {
             init: self.init.resolve(geometry.taps(), area * geometry.filters()),
             role: Role::Trainable,
         };
-        let bias = self.bias.then(|| ParamSpec::bias(output.c));
+        let bias = self.bias.then(|| ParamSpec::bias(output.c, self.bias_init));
         Ok(Inferred {
             output,
             params: std::iter::once(weight).chain(bias).collect(),
             forward_flops: (2 * geometry.taps() as u64).saturating_mul(output.len() as u64),
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
+            relu_output: self.activation == Activation::Relu,
             ..Inferred::default()
         })
     }
@@ -190,8 +224,29 @@ impl LayerSpec for Conv2d {
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let geometry = self.geometry(build.inputs).map_err(Error::usage)?;
         match build.place {
-            Place::Host => Ok(Box::new(cpu::Conv2d::new(geometry, self.bias, self.activation, build))),
+            Place::Host => Ok(match self.algorithm {
+                Algorithm::Auto if !winograd::pays(&geometry, build.batch) => self.direct(geometry, build),
+                Algorithm::Direct => self.direct(geometry, build),
+                _ => Box::new(winograd::Conv2d::new(geometry, self.bias, self.activation, build)),
+            }),
             Place::Cuda => Err(Error::device("conv2d has no CUDA kernel yet; train on the CPU")),
         }
+    }
+
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
+            Some(layer) => Ok(Box::new(layer)),
+            None => widened::around(self, build),
+        }
+    }
+}
+
+impl Conv2d {
+    /// The operator with bf16 products, for what they are good for: a depthwise convolution is none, and of activations
+    /// they know ReLU.
+    fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Conv2d> {
+        let geometry = self.geometry(build.inputs).ok()?;
+        let fits = build.place == Place::Host && !geometry.is_depthwise() && self.activation.is_relu_or_none();
+        fits.then(|| bf16::Conv2d::new(kernel, geometry, self.bias, self.activation == Activation::Relu, build))
     }
 }
