@@ -61,7 +61,7 @@ impl Pass<'_> {
     fn run(&mut self, epoch: u32) {
         for index in 0..self.set.len() {
             self.set.read(index, &mut self.image).expect("a whole image");
-            let sample = (1, epoch, index as u32);
+            let sample = (1, epoch, index as u64);
             self.augmenter.apply(&self.image, &mut self.workspace, &mut self.out, sample).expect("a sample");
         }
         std::hint::black_box(&self.out);

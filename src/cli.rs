@@ -62,7 +62,7 @@ pub enum Command {
     Eval(EvalArgs),
     BenchStep(BenchStepArgs),
     BenchComm(BenchCommArgs),
-    /// Make data sets
+    /// Make and change data sets: pack, generate
     #[command(subcommand)]
     Data(data::DataCommand),
     /// Show this machine and this build: CPU, memory, transports
@@ -227,6 +227,14 @@ fn print(text: &str) -> Result<u8> {
             Err(Error::internal(format!("writing to stdout: {error}")))
         }
         _ => Ok(0),
+    }
+}
+
+fn bytes(count: usize) -> String {
+    match count {
+        ..1024 => format!("{count} B"),
+        1024..1_048_576 => format!("{:.1} KiB", count as f64 / 1024.0),
+        _ => format!("{:.1} MiB", count as f64 / f64::from(1 << 20)),
     }
 }
 

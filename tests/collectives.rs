@@ -238,7 +238,7 @@ fn replicated_memory_is_the_same_on_all_ranks() {
                 let replica = comm.allocate_replicated(4 * len).unwrap();
                 let rank = comm.rank();
                 // SAFETY: rank 0 writes before the broadcast, everyone its own chunk after the barrier.
-                let mut values = || unsafe { replica.slice_mut(0..4 * len) };
+                let values = || unsafe { replica.slice_mut(0..4 * len) };
                 assert!(values().f32().iter().all(|value| *value == 0.0));
                 comm.barrier().unwrap();
                 if rank == 0 {

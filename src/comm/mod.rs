@@ -58,6 +58,11 @@ pub trait Communicator: Send {
     /// Collective; of the operations, only these three may be given such memory.
     fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena>;
 
+    /// Whether that is one copy for all ranks: what each writes of it in `reduce_update`, all have when it returns.
+    fn replicas_are_shared(&self) -> bool {
+        false
+    }
+
     /// Every rank ends with the sum over ranks.
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration>;
 

@@ -2,6 +2,7 @@
 //! The `schemars` attributes give the range of every key: they are what `check` refuses and what editors show.
 
 use crate::model::layers::Parsed;
+use crate::model::precision::Precision;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -31,6 +32,9 @@ pub struct Run {
     /// Seed of everything random.
     #[serde(default)]
     pub seed: u64,
+    /// Of activations and of the matrix work; parameters, gradients and optimizer state are f32 in either case.
+    #[serde(default)]
+    pub precision: Precision,
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
     #[schemars(range(min = 1))]
@@ -55,6 +59,8 @@ pub struct DataShared {
     /// Share of the training set that is held out for validation, drawn by seed.
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub validation: f64,
+    /// How training samples are drawn in each epoch.
+    pub sampler: Sampler,
     /// On training samples; evaluation does nothing random.
     pub augment: Vec<Augment>,
     /// What becomes of a JPEG or PNG that cannot be decoded.
@@ -77,6 +83,7 @@ impl Default for DataShared {
     fn default() -> Self {
         DataShared {
             validation: 0.0,
+            sampler: Sampler::Shuffle,
             augment: Vec::new(),
             on_bad_image: OnBadImage::Error,
             max_pixels: 100_000_000,
@@ -85,6 +92,15 @@ impl Default for DataShared {
             prefetch: 4,
         }
     }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Sampler {
+    /// Every sample once, in a random order.
+    Shuffle,
+    /// Every class as often as any other.
+    Balanced,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -121,6 +137,8 @@ pub enum Format {
     },
     /// JPEG and PNG files of any size: a folder a class, or a table of files and classes.
     Images(ImageFolder),
+    /// TFRecord files of tf.train.Example.
+    Tfrecord(Tfrecord),
     /// Noise of the model's input shape, made from (seed, index): for measuring speed without data.
     Synthetic {
         #[serde(default = "Format::synthetic_train")]
@@ -156,6 +174,50 @@ pub struct ImageFolder {
 impl ImageFolder {
     fn test() -> f64 {
         0.1
+    }
+}
+
+/// `[data] format = "tfrecord"`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tfrecord {
+    #[schemars(example = &"data/imagenet")]
+    pub path: PathBuf,
+    /// The training part, a glob pattern seen from `path`. Default: the files with the word `train` in their name.
+    pub train_files: Option<String>,
+    /// The test part likewise. Default: the files with the word `test`, `validation` or `val` in their name.
+    pub test_files: Option<String>,
+    /// The feature that holds the image, as JPEG or PNG; with `raw`, as bytes.
+    #[serde(default = "Tfrecord::image")]
+    pub image: String,
+    /// The feature that holds the label, an integer.
+    #[serde(default = "Tfrecord::label")]
+    pub label: String,
+    /// The first label: 0, or 1 where labels are counted from 1.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub label_base: i64,
+    /// A text file with the name of a class in each line. Default: `classes.txt` in `path`, if it is there.
+    pub class_names: Option<PathBuf>,
+    /// [H, W, C] where images are stored as plain bytes, row by row.
+    #[schemars(inner(range(min = 1, max = 65536)))]
+    pub raw: Option<[usize; 3]>,
+    /// How many samples a training sample may be drawn ahead of its place in the files. A set of at most this many is
+    /// shuffled whole.
+    #[serde(default = "Tfrecord::shuffle_buffer")]
+    #[schemars(range(min = 1, max = 4_294_967_295u32))]
+    pub shuffle_buffer: usize,
+}
+
+impl Tfrecord {
+    fn image() -> String {
+        "image/encoded".to_owned()
+    }
+    fn label() -> String {
+        "image/class/label".to_owned()
+    }
+    fn shuffle_buffer() -> usize {
+        10_000
     }
 }
 

@@ -214,7 +214,7 @@ impl Augmenter {
         image: &Image,
         workspace: &mut Workspace,
         out: &mut [f32],
-        (seed, epoch, index): (u64, u32, u32),
+        (seed, epoch, index): (u64, u32, u64),
     ) -> Result<()> {
         let draw = self.draw(image.shape(), seed, epoch, index);
         let Workspace { resizer, resampled, tables } = workspace;
@@ -244,8 +244,8 @@ impl Augmenter {
         Ok(())
     }
 
-    fn draw(&self, source: Shape, seed: u64, epoch: u32, index: u32) -> Draw {
-        let mut rng = Rng::new(seed, Purpose::Augment, epoch, index.into());
+    fn draw(&self, source: Shape, seed: u64, epoch: u32, index: u64) -> Draw {
+        let mut rng = Rng::new(seed, Purpose::Augment, epoch, index);
         Draw {
             window: self.framing.draw(source, self.input, &mut rng),
             mirrored: self.flip && rng.below(2) == 1,

@@ -1,5 +1,5 @@
-//! Samples, from files to batches: `open` reads a format into a `Dataset`, `order` shuffles it for an epoch, `partition`
-//! deals the shuffled positions out to ranks, and `DataQueue` turns them into augmented batches ahead of the step.
+//! Samples, from files to batches: `open` reads a format into a `Dataset`, `sampler` puts an epoch in order, `partition`
+//! deals its positions out to ranks, and `DataQueue` turns them into augmented batches ahead of the step.
 //!
 //! `Dataset` is the seam: a format is one file and one line of `open`. Everything after it is a function of
 //! (seed, epoch, position), so no batch depends on the number of ranks or threads, or on what was read before.
@@ -14,15 +14,19 @@ pub mod image;
 pub mod images;
 mod memory;
 pub mod order;
+pub mod pack;
 pub mod partition;
 pub mod queue;
+pub mod sampler;
 mod shapes;
 mod synthetic;
+pub mod tfrecord;
 
 use crate::config::raw::{Data, Format};
 use crate::error::{Error, Result};
 use crate::model::Shape;
 use image::Image;
+use sampler::Layout;
 use std::sync::Arc;
 
 /// A set of labelled images that can be read in any order by several threads at once.
@@ -38,6 +42,18 @@ pub trait Dataset: Send + Sync {
     fn label(&self, index: usize) -> u32;
     /// Replaces `image` by the sample. An error ends the run and names the file and the index.
     fn read(&self, index: usize, image: &mut Image) -> Result<Reading>;
+    /// Replaces `bytes` by the JPEG or PNG file of a sample; false for a set that has only pixels.
+    fn read_encoded(&self, _index: usize, _bytes: &mut Vec<u8>) -> Result<bool> {
+        Ok(false)
+    }
+    /// Names of the classes, as far as they have some; their places are the labels.
+    fn class_names(&self) -> Vec<String> {
+        (0..self.classes()).map(|class| class.to_string()).collect()
+    }
+    /// How samples lie in files, where reading them about in that order is cheaper than in any.
+    fn layout(&self) -> Option<Layout> {
+        None
+    }
 }
 
 /// What came of reading a sample.
@@ -72,6 +88,7 @@ pub fn open(data: &Data, target: Target, seed: u64) -> Result<Sets> {
         Format::Idx { path } => idx::open(path),
         Format::Cifar { path } => cifar::open(path),
         Format::Images(folder) => images::open(folder, &data.shared, target, seed),
+        Format::Tfrecord(config) => tfrecord::open(config, &data.shared, target),
         Format::Synthetic { train, test, classes } => {
             Ok(synthetic::open([*train, *test], classes.unwrap_or(target.outputs), target.input, seed))
         }
@@ -91,8 +108,10 @@ pub struct Batch {
     pub images: Vec<f32>,
     /// (count)
     pub labels: Vec<u32>,
-    /// Indices into the dataset, for error messages and tests.
+    /// Indices into the dataset.
     pub indices: Vec<u32>,
+    /// The round of the epoch in which each is used, as `Sampler::rounds`.
+    pub rounds: Vec<u32>,
     pub epoch: u32,
     /// Number of the step in its epoch.
     pub step: usize,
@@ -131,7 +150,7 @@ pub fn class_counts(dataset: &dyn Dataset) -> Vec<usize> {
     counts
 }
 
-/// BLAKE3 of the set's size, shape and labels, by which ranks check that they read the same files.
+/// BLAKE3 of the set's size, shape, labels and files, by which ranks check that they read the same and in the same order.
 pub fn fingerprint(dataset: &dyn Dataset) -> String {
     let [h, w, c] = dataset.shape().map_or([0; 3], Shape::lengths);
     let mut hasher = blake3::Hasher::new();
@@ -140,6 +159,10 @@ pub fn fingerprint(dataset: &dyn Dataset) -> String {
     }
     for index in 0..dataset.len() {
         hasher.update(&dataset.label(index).to_le_bytes());
+    }
+    for file in dataset.layout().into_iter().flat_map(|layout| layout.files) {
+        hasher.update(&file.start.to_le_bytes());
+        hasher.update(&file.end.to_le_bytes());
     }
     hasher.finalize().to_hex().to_string()
 }

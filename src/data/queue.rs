@@ -16,7 +16,9 @@ mod schedule;
 use super::augment::{Augmenter, Workspace};
 use super::image::Image;
 use super::partition::{Batching, share};
+use super::sampler::Sampler;
 use super::{Batch, Dataset, Reading};
+use crate::config::raw;
 use crate::error::{Context, Error, Kind, Result};
 use schedule::{Evaluation, Schedule, Training};
 use std::collections::HashSet;
@@ -34,6 +36,7 @@ const VALUES_AT_A_TIME: usize = 1 << 16;
 #[derive(Clone)]
 pub struct Loader {
     pub augmenter: Augmenter,
+    pub sampler: raw::Sampler,
     pub seed: u64,
     /// Threads of this queue.
     pub workers: usize,
@@ -141,8 +144,9 @@ struct Chunk {
     step: usize,
     /// Places in the batch.
     places: Range<usize>,
-    /// The batch's indices and images, which stay where they are until all of its samples are done.
+    /// The batch's vectors, which stay where they are until all of its samples are done.
     indices: *const u32,
+    rounds: *const u32,
     images: *mut f32,
 }
 
@@ -172,7 +176,8 @@ impl DataQueue {
                  not the set that the checkpoint was made with"
             )));
         }
-        let training = Training::new(loader.seed, batching, epochs, samples, start);
+        let sampler = Sampler::new(&*dataset, loader.sampler, loader.seed)?;
+        let training = Training::new(sampler, batching, epochs, start);
         DataQueue::start(dataset, loader, Box::new(training), batching.largest(), OnDamage::StandIn)
     }
 
@@ -262,7 +267,8 @@ fn buffer(samples: usize, values: usize) -> Result<Batch> {
     let images = samples.saturating_mul(values);
     let room = (batch.images.try_reserve_exact(images))
         .and_then(|()| batch.labels.try_reserve_exact(samples))
-        .and_then(|()| batch.indices.try_reserve_exact(samples));
+        .and_then(|()| batch.indices.try_reserve_exact(samples))
+        .and_then(|()| batch.rounds.try_reserve_exact(samples));
     room.map(|()| batch).map_err(|_| {
         Error::device(format!(
             "out of memory: there is no room for one more batch of {samples} samples of {values} values; lower \
@@ -304,11 +310,11 @@ impl State {
     fn chunk(&mut self, most: usize) -> Option<Chunk> {
         let ticket = self.given.checked_sub(1)?;
         let filling = self.slot(ticket).as_mut()?;
-        let Batch { epoch, step, ref indices, ref mut images, .. } = filling.batch;
+        let Batch { epoch, step, ref indices, ref rounds, ref mut images, .. } = filling.batch;
         let places = filling.taken..indices.len().min(filling.taken + most);
         filling.taken = places.end;
-        let (indices, images) = (indices.as_ptr(), images.as_mut_ptr());
-        (!places.is_empty()).then_some(Chunk { ticket, epoch, step, places, indices, images })
+        let (indices, rounds, images) = (indices.as_ptr(), rounds.as_ptr(), images.as_mut_ptr());
+        (!places.is_empty()).then_some(Chunk { ticket, epoch, step, places, indices, rounds, images })
     }
 }
 
@@ -346,6 +352,7 @@ impl Shared {
     /// Gives the next batch of the schedule a ticket and calls the other workers; or tells everybody of the end.
     fn open(&self, mut batch: Batch, state: &mut State) {
         batch.indices.clear();
+        batch.rounds.clear();
         batch.labels.clear();
         if !state.schedule.next(&mut batch) {
             state.ended = true;
@@ -373,8 +380,8 @@ impl Shared {
             return Ok(true);
         }
         let values = self.augmenter.output().len();
-        // SAFETY: the batch has `indices.len()` of both, and neither vector is touched until this place is done.
-        let index = unsafe { *chunk.indices.add(place) };
+        // SAFETY: the batch has as many of all three, and no vector is touched until this place is done.
+        let (index, round) = unsafe { (*chunk.indices.add(place), *chunk.rounds.add(place)) };
         // SAFETY: and no other worker has this place.
         let out = unsafe { std::slice::from_raw_parts_mut(chunk.images.add(place * values), values) };
         let read = self.read(index as usize, &mut desk.image).map_err(|error| {
@@ -382,7 +389,8 @@ impl Shared {
             error.context(format_args!("sample {index}, wanted in epoch {epoch} by step {step}"))
         })?;
         if read {
-            self.augmenter.apply(&desk.image, &mut desk.workspace, out, (self.seed, chunk.epoch, index))?;
+            let draws = (self.seed, chunk.epoch, u64::from(round) << 32 | u64::from(index));
+            self.augmenter.apply(&desk.image, &mut desk.workspace, out, draws)?;
         }
         Ok(read)
     }
@@ -432,6 +440,7 @@ impl Filling {
         for &place in out.iter().rev() {
             batch.labels.remove(place);
             batch.indices.remove(place);
+            batch.rounds.remove(place);
             batch.images.copy_within((place + 1) * values.., place * values);
             batch.images.truncate(batch.indices.len() * values);
         }

@@ -41,22 +41,20 @@ pub fn squares(part: &[f32], first: usize) -> impl Iterator<Item = f64> {
 /// Joins the nodes of all parts of a tensor.
 #[derive(Debug)]
 pub struct Joint {
-    /// Lengths in lines and sums of the nodes that have no sibling yet.
+    /// Lengths in lines and sums of the nodes that have no sibling yet: each longer than the next.
     nodes: Vec<(usize, f64)>,
-    lines: usize,
 }
 
 impl Joint {
     pub fn new() -> Joint {
         // One of every power of two, and one to be joined.
-        Joint { nodes: Vec::with_capacity(usize::BITS as usize + 1), lines: 0 }
+        Joint { nodes: Vec::with_capacity(usize::BITS as usize + 1) }
     }
 
     /// Takes the next node, from the tensor's first to its last.
     pub fn push(&mut self, mut lines: usize, mut sum: f64) {
-        self.lines += lines;
-        // A right child ends at a multiple of twice its length.
-        while let Some((_, left)) = self.nodes.pop_if(|(left, _)| *left == lines && self.lines % (2 * lines) == 0) {
+        // Of two neighbours of one length the left one is a left child: a right child has been joined when it came.
+        while let Some((_, left)) = self.nodes.pop_if(|(left, _)| *left == lines) {
             sum += left;
             lines *= 2;
         }
@@ -65,7 +63,6 @@ impl Joint {
 
     /// The sum over the whole tensor. Empty again afterwards.
     pub fn finish(&mut self) -> f64 {
-        self.lines = 0;
         self.nodes.drain(..).rev().fold(0.0, |right, (_, left)| left + right)
     }
 }

@@ -107,6 +107,8 @@ impl Learner {
         self.gradient.reducer().with(|comm, updater| {
             comm.broadcast(params, 0)?;
             updater.import(found, comm)
-        })
+        })?;
+        self.net.round_params();
+        Ok(())
     }
 }

@@ -19,6 +19,7 @@ use crate::model::loss::Loss;
 use crate::model::net::{self, Net};
 use crate::model::params::ParamTable;
 use crate::model::spec::NetSpec;
+use crate::model::weights::Weights;
 use crate::optim::schedule::Schedule;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,8 +36,7 @@ impl Parts {
     /// training set.
     pub fn open(config: &Config) -> Result<Parts> {
         let (seed, net) = (config.run.seed, NetSpec::new(&config.model)?);
-        let target = data::Target { input: net.input, outputs: net.output().len() };
-        let data::Sets { train, test } = data::open(&config.data, target, seed)?;
+        let data::Sets { train, test } = sets(config, &net)?;
         augment::check(&config.data.shared.augment, train.shape(), net.input)?;
         if config.data.shared.validation == 0.0 {
             return Ok(Parts { train, validation: None, test });
@@ -59,12 +59,19 @@ impl Parts {
         let input = Shape::new(h, w, c);
         Ok(Loader {
             augmenter: Augmenter::new(&config.data.shared.augment, &*self.train, input)?,
+            sampler: config.data.shared.sampler,
             seed: config.run.seed,
             workers: config.data.shared.workers,
             prefetch: config.data.shared.prefetch,
             skipped: Arc::default(),
         })
     }
+}
+
+/// Opens the sets for this net.
+pub fn sets(config: &Config, net: &NetSpec) -> Result<data::Sets> {
+    let target = data::Target { input: net.input, outputs: net.output().len() };
+    data::open(&config.data, target, config.run.seed)
 }
 
 /// The numbers of a run in this world, as `checked_plan`.
@@ -89,13 +96,11 @@ pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks)
 pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
-    let params =
-        comm.allocate_replicated(len * size_of::<f32>()).map_err(|e| e.context(format!("{len} parameters")))?;
-    let params = Arc::new(params);
-    let net = Net::with_params(spec, &net_options(config, plan, true), params.clone())?;
+    let weights = Arc::new(Weights::new(len, config.run.precision, |bytes| comm.allocate_replicated(bytes))?);
+    let net = Net::with_weights(spec, &net_options(config, plan, true), weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, params, &mut *comm)?;
+    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, &mut *comm)?;
     let alone = comm.size() == 1;
     let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {
@@ -120,6 +125,7 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> net::Options {
         place: Place::Host,
         threads: rayon::current_num_threads(),
         seed: config.run.seed,
+        precision: config.run.precision,
         training,
     }
 }

@@ -22,6 +22,7 @@ use crate::device::Arena;
 use crate::error::Result;
 use crate::model::net::Net;
 use crate::model::params::{Param, ParamTable, Role};
+use crate::model::weights::Weights;
 use crate::optim::{self, At, Optimizer, clip};
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ use std::time::Duration;
 pub struct Updater {
     table: ParamTable,
     shards: Vec<Shard>,
-    params: Arc<Arena>,
+    weights: Arc<Weights>,
     grads: Arc<Arena>,
     rule: Box<dyn Optimizer>,
     /// For each name of `Optimizer::state` this rank's values, shard behind shard.
@@ -56,12 +57,12 @@ struct Shard {
 }
 
 impl Updater {
-    /// For parameters in `params`. Makes the arena of the gradients. Collective.
+    /// For the parameters in `weights`. Makes the arena of the gradients. Collective.
     pub fn new(
         config: &raw::Optimizer,
         table: &ParamTable,
         bucket_bytes: usize,
-        params: Arc<Arena>,
+        weights: Arc<Weights>,
         comm: &mut dyn Communicator,
     ) -> Result<Updater> {
         let grads = Arc::new(comm.allocate(table.len_with_tail() * size_of::<f32>())?);
@@ -83,7 +84,7 @@ impl Updater {
         Ok(Updater {
             table: table.clone(),
             shards,
-            params,
+            weights,
             grads,
             rule,
             state,
@@ -125,10 +126,12 @@ impl Updater {
         self.shards.iter().try_fold(waited, |waited, shard| {
             // SAFETY: between the buckets and the next step this rank's share of all memory is its own.
             let [grads, params] =
-                [&self.grads, &self.params].map(|arena| unsafe { arena.slice_mut(bytes(&shard.mine)) });
+                [&self.grads, &self.weights.f32].map(|arena| unsafe { arena.slice_mut(bytes(&shard.mine)) });
             self.update(shard, shard.mine.clone(), grads.into_f32(), params.into_f32());
             // SAFETY: as above; the others' share is theirs to send.
-            Ok(waited + comm.all_gather(unsafe { self.params.slice_mut(bytes(&shard.bucket)) })?)
+            let gathered = comm.all_gather(unsafe { self.weights.f32.slice_mut(bytes(&shard.bucket)) })?;
+            self.round_received(shard, comm);
+            Ok(waited + gathered)
         })
     }
 
@@ -158,7 +161,7 @@ impl Updater {
         }
         // SAFETY: as above, and nobody changes parameters before all ranks have measured them.
         let waited =
-            unsafe { norms.measure(&self.grads, gradients, comm)? + norms.measure(&self.params, weights, comm)? };
+            unsafe { norms.measure(&self.grads, gradients, comm)? + norms.measure(&self.weights.f32, weights, comm)? };
         for (tensor, rate) in self.rates.iter_mut().enumerate() {
             let norms = optim::Norms { weight: weights[tensor].sqrt(), gradient: gradients[tensor].sqrt() };
             *rate = self.rule.rate(self.at.lr, norms);
@@ -187,6 +190,19 @@ impl Updater {
                     let start = shard.state + part.start - shard.mine.start;
                     self.apply(at, params, grads, start..start + part.len());
                 }
+            }
+        }
+        // SAFETY: every element is updated once a step, by one thread of one rank.
+        unsafe { self.weights.round(elements.start, params) };
+    }
+
+    /// Rounds to bf16 what other ranks have updated of a bucket, unless that is done where it lies for all.
+    fn round_received(&self, shard: &Shard, comm: &dyn Communicator) {
+        if !comm.replicas_are_shared() {
+            let Shard { bucket, mine, .. } = shard;
+            for received in [bucket.start..mine.start, mine.end..bucket.end] {
+                // SAFETY: this rank's copy; its layers do not read it before the bucket is done.
+                unsafe { self.weights.round_all(received) };
             }
         }
     }
@@ -285,9 +301,12 @@ impl Work for Updater {
         if self.norms.is_some() {
             return comm.reduce_scatter(grads);
         }
-        comm.reduce_update(grads, of(&self.params, &shard.bucket), &|range, grads, params| {
+        let params = of(&self.weights.f32, &shard.bucket);
+        let waited = comm.reduce_update(grads, params, &|range, grads, params| {
             self.update(shard, shift(range, shard.bucket.start), grads, params);
-        })
+        })?;
+        self.round_received(shard, comm);
+        Ok(waited)
     }
 }
 
@@ -304,6 +323,7 @@ pub fn import_params(net: &mut Net, state: &State) -> Result<()> {
         let tensor = state.tensor(&param.name, &param.spec.shape)?;
         param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
     }
+    net.round_params();
     Ok(())
 }
 

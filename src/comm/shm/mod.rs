@@ -217,6 +217,10 @@ impl Communicator for Shm {
     fn all_gather(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(Operation::AllGather, 0, data)
     }
+    fn replicas_are_shared(&self) -> bool {
+        true
+    }
+
     fn reduce_update(
         &mut self,
         mut terms: SliceMut<'_>,

@@ -205,3 +205,6 @@ impl Window {
         Ok(out)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -27,7 +27,7 @@ fn native(steps: &[Augment], set: &InMemory) -> Result<Augmenter> {
 
 fn applied(augmenter: &Augmenter, image: &Image, epoch: u32, index: u32) -> Vec<f32> {
     let mut out = vec![f32::NAN; augmenter.output().len()];
-    augmenter.apply(image, &mut Workspace::default(), &mut out, (SEED, epoch, index)).unwrap();
+    augmenter.apply(image, &mut Workspace::default(), &mut out, (SEED, epoch, index.into())).unwrap();
     out
 }
 
@@ -130,4 +130,146 @@ fn what_makes_no_sense_is_refused() {
     let refusal = |steps: &[raw::Augment]| native(steps, &set).unwrap_err().to_string();
     assert!(refusal(&[RandomCrop { padding: 4 }]).contains("use at most 3"));
     assert!(refusal(&[HorizontalFlip {}, NORMALIZE, HorizontalFlip {}]).contains("twice"));
+}
+
+/// Images of any size.
+struct Sizes;
+
+impl Dataset for Sizes {
+    fn len(&self) -> usize {
+        3
+    }
+    fn shape(&self) -> Option<Shape> {
+        None
+    }
+    fn classes(&self) -> usize {
+        1
+    }
+    fn label(&self, _: usize) -> u32 {
+        0
+    }
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
+        let shape = [Shape::new(7, 9, 3), Shape::new(4, 5, 3), Shape::new(30, 12, 3)][index];
+        image.reshape(shape).iter_mut().enumerate().for_each(|(at, byte)| *byte = (at * 37 + at / 7 + index) as u8);
+        Ok(if index == 1 { Reading::Damaged(Error::data("x")) } else { Reading::Whole })
+    }
+}
+
+#[test]
+fn statistics_of_images_of_any_size_count_every_pixel_and_leave_out_the_damaged() {
+    let statistics = Statistics::of(&Sizes, 3).unwrap();
+    let mut image = Image::default();
+    let mut pixels = Vec::new();
+    for index in [0, 2] {
+        Sizes.read(index, &mut image).unwrap();
+        pixels.extend(image.bytes().iter().skip(1).step_by(3).map(|&byte| f64::from(byte) / 255.0));
+    }
+    let mean = pixels.iter().sum::<f64>() / pixels.len() as f64;
+    assert!((statistics.mean[1] - mean).abs() < 1e-12);
+}
+
+#[test]
+fn without_a_word_on_sizes_every_image_covers_the_input_and_is_the_same_in_training_and_evaluation() {
+    let input = Shape::new(6, 6, 3);
+    let augmenter = Augmenter::new(&[], &Sizes, input).unwrap();
+    let mut image = Image::default();
+    for index in 0..3 {
+        Sizes.read(index, &mut image).unwrap();
+        let out = applied(&augmenter, &image, 0, index as u32);
+        assert!(out.iter().all(|value| (0.0..=1.0).contains(value)));
+        assert_eq!(out, applied(&augmenter.without_randomness(), &image, 7, 0));
+    }
+}
+
+#[test]
+fn all_draws_depend_on_seed_epoch_and_sample_alone() {
+    let steps = [
+        Augment::RandomResizedCrop { scale: [0.08, 1.0], ratio: [0.75, 1.33], filter: raw::Filter::Bilinear },
+        HorizontalFlip {},
+        Augment::Lighting { std: 0.1 },
+    ];
+    let augmenter = Augmenter::new(&steps, &Sizes, Shape::new(6, 6, 3)).unwrap();
+    let source = Shape::new(300, 200, 3);
+    let draw = augmenter.draw(source, 1, 2, 3);
+    assert_eq!(draw, augmenter.draw(source, 1, 2, 3));
+    for other in [augmenter.draw(source, 2, 2, 3), augmenter.draw(source, 1, 3, 3), augmenter.draw(source, 1, 2, 4)] {
+        assert_ne!(draw, other);
+    }
+}
+
+/// The shift of a channel is the same for all of its pixels; over many draws its covariance is that of ImageNet's colours,
+/// times the variance of the multiples.
+#[test]
+fn lighting_shifts_the_channels_along_the_principal_components() {
+    let steps = [
+        Augment::Lighting { std: 0.1 },
+        Augment::Normalize { statistics: raw::Statistics::Imagenet, mean: None, std: None },
+    ];
+    let shape = Shape::new(4, 4, 3);
+    let set = set(shape, 1);
+    let (lit, plain) = (native(&steps, &set).unwrap(), native(&steps[1..], &set).unwrap());
+    let image = image_of(&set, 0);
+    let dark = applied(&plain, &image, 0, 0);
+    assert_eq!(applied(&lit.without_randomness(), &image, 0, 0), dark);
+    let draws = 20_000;
+    let mut covariance = [[0.0; 3]; 3];
+    for epoch in 0..draws {
+        let light = applied(&lit, &image, epoch, 0);
+        let shift: [f64; 3] = std::array::from_fn(|c| f64::from(light[c] - dark[c]) * [0.229, 0.224, 0.225][c]);
+        for (at, (a, b)) in light.iter().zip(&dark).enumerate() {
+            assert!((f64::from(a - b) * [0.229, 0.224, 0.225][at % 3] - shift[at % 3]).abs() < 1e-5);
+        }
+        for (i, row) in covariance.iter_mut().enumerate() {
+            row.iter_mut().enumerate().for_each(|(j, sum)| *sum += shift[i] * shift[j] / f64::from(draws));
+        }
+    }
+    let published = [
+        (0.2175, [-0.5675, -0.5808, -0.5836]),
+        (0.0188, [0.7192, -0.0045, -0.6948]),
+        (0.0045, [0.4009, -0.8140, 0.4203]),
+    ];
+    for i in 0..3 {
+        for j in 0..3 {
+            let terms =
+                published.iter().map(|(deviation, axis): &(f64, [f64; 3])| deviation.powi(2) * axis[i] * axis[j]);
+            let expected = 0.01 * terms.sum::<f64>();
+            assert!((covariance[i][j] / expected - 1.0).abs() < 0.05, "{i} {j}: {} not {expected}", covariance[i][j]);
+        }
+    }
+}
+
+#[test]
+fn given_statistics_are_used_and_steps_that_contradict_each_other_are_refused() {
+    let shape = Shape::new(1, 1, 3);
+    let set = InMemory::new(shape, 1, vec![255, 0, 51], vec![0]);
+    let given = |mean: &[f64], std: &[f64]| Augment::Normalize {
+        statistics: raw::Statistics::TrainingSet,
+        mean: Some(mean.to_vec()),
+        std: Some(std.to_vec()),
+    };
+    let out = applied(&native(&[given(&[0.5, 0.25, 0.2], &[0.5, 0.5, 2.0])], &set).unwrap(), &image_of(&set, 0), 0, 0);
+    assert_eq!(out, [1.0, -0.5, 0.0]);
+
+    let part = Augment::RandomResizedCrop { scale: [0.1, 1.0], ratio: [1.0, 2.0], filter: raw::Filter::Bilinear };
+    let resize = |shorter| Augment::Resize { shorter, filter: raw::Filter::Bilinear };
+    let input = Shape::new(8, 8, 3);
+    for (steps, expected) in [
+        (vec![part.clone(), resize(9)], "beside another crop or resize"),
+        (vec![part, RandomCrop { padding: 0 }], "beside another crop or resize"),
+        (vec![resize(7)], "use at least 8"),
+        (
+            vec![Augment::RandomResizedCrop { scale: [0.5, 0.1], ratio: [1.0, 1.0], filter: raw::Filter::Bilinear }],
+            "not [least, greatest]",
+        ),
+        (vec![given(&[0.5], &[0.5])], "1 means and 1 standard deviations; model.input has 3 channels"),
+        (vec![NORMALIZE, Augment::Lighting { std: 0.1 }], "comes first"),
+    ] {
+        let error = check(&steps, None, input).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    let small = Some(Shape::new(4, 4, 3));
+    assert!(check(&[], small, input).unwrap_err().to_string().contains("write input = [4, 4, 3], or add a resize"));
+    check(&[resize(8)], small, input).unwrap();
+    check(&[], None, input).unwrap();
+    assert!(check(&[resize(8)], Some(Shape::new(4, 4, 1)), input).unwrap_err().to_string().contains("write input"));
 }

@@ -69,10 +69,27 @@ fn jpeg(encoded: &[u8], image: &mut Image, channels: usize, max_pixels: u64) -> 
         decoder.decode_into(room(&mut image.spare, h * w * stored))
     };
     decoded.map_err(|error| format!("not a whole JPEG: {error}"))?;
+    if !has_end(encoded) {
+        return Err("not a whole JPEG: it has no end-of-image marker".into());
+    }
     if stored != channels {
         convert(image, Shape::new(h, w, channels), stored);
     }
     Ok(orientation)
+}
+
+/// Whether the end-of-image marker stands behind the header, where a thumbnail may have its own. The decoder does not miss it
+/// if no more than the last rows are lost.
+fn has_end(encoded: &[u8]) -> bool {
+    const START_OF_SCAN: u8 = 0xDA;
+    let mut rest = &encoded[2..];
+    while let &[0xFF, marker, high, low, ..] = rest
+        && marker != START_OF_SCAN
+    {
+        let segment = if marker == 0xFF { 1 } else { 2 + usize::from(u16::from_be_bytes([high, low])) };
+        rest = rest.get(segment..).unwrap_or_default();
+    }
+    rest.windows(2).rev().any(|pair| pair == [0xFF, 0xD9])
 }
 
 fn png(encoded: &[u8], image: &mut Image, channels: usize, max_pixels: u64) -> Result<u32, String> {

@@ -8,6 +8,7 @@ mod folder;
 
 use super::encoded::EncodedImages;
 use super::image::Image;
+use super::sampler::Layout;
 use super::{Dataset, Reading, Sets, Target, order};
 use crate::config::raw::{DataShared, ImageFolder, OnBadImage};
 use crate::error::{Error, Result};
@@ -106,6 +107,15 @@ impl Dataset for Images {
                 self.source.name(index)
             ))),
         }
+    }
+    fn read_encoded(&self, index: usize, bytes: &mut Vec<u8>) -> Result<bool> {
+        self.source.read(index, bytes).map(|()| true)
+    }
+    fn class_names(&self) -> Vec<String> {
+        self.source.classes().to_vec()
+    }
+    fn layout(&self) -> Option<Layout> {
+        self.source.layout()
     }
 }
 

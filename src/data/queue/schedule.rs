@@ -1,8 +1,9 @@
 //! Which samples come next, as a function of the place in the run.
 
 use super::Position;
+use crate::data::Batch;
 use crate::data::partition::Batching;
-use crate::data::{Batch, order};
+use crate::data::sampler::Sampler;
 use std::ops::Range;
 
 /// What comes next: fills in the batch's indices and place, or says that there is no more, then and ever after.
@@ -10,13 +11,12 @@ pub trait Schedule: Send {
     fn next(&mut self, batch: &mut Batch) -> bool;
 }
 
-/// Shuffled epochs, from anywhere in one of them.
+/// One epoch after another, from anywhere in one of them.
 pub struct Training {
-    seed: u64,
     batching: Batching,
     epochs: u32,
-    /// The permutation of `epoch`.
-    order: Vec<u32>,
+    /// The order of `epoch`.
+    sampler: Sampler,
     epoch: u32,
     consumed: usize,
     /// The micro-batch of this rank that is next in the step.
@@ -24,18 +24,16 @@ pub struct Training {
 }
 
 impl Training {
-    pub fn new(seed: u64, batching: Batching, epochs: u32, samples: usize, start: Position) -> Training {
+    pub fn new(mut sampler: Sampler, batching: Batching, epochs: u32, start: Position) -> Training {
         let Position { epoch, consumed } = start;
-        let micro = batching.micros().start;
-        let mut order = vec![0; samples];
-        order::shuffle(&mut order, seed, epoch);
-        Training { seed, batching, epochs, order, epoch, consumed, micro }
+        sampler.begin(epoch);
+        Training { batching, epochs, sampler, epoch, consumed, micro: batching.micros().start }
     }
 }
 
 impl Schedule for Training {
     fn next(&mut self, batch: &mut Batch) -> bool {
-        let (samples, micros) = (self.order.len(), self.batching.micros());
+        let (samples, micros) = (self.sampler.len(), self.batching.micros());
         if self.micro == micros.end {
             self.micro = micros.start;
             self.consumed = self.batching.step(samples, self.consumed).end;
@@ -43,7 +41,7 @@ impl Schedule for Training {
         if self.consumed == samples {
             self.epoch += 1;
             self.consumed = 0;
-            order::shuffle(&mut self.order, self.seed, self.epoch);
+            self.sampler.begin(self.epoch);
         }
         if self.epoch >= self.epochs {
             return false;
@@ -55,7 +53,8 @@ impl Schedule for Training {
         batch.micro = self.micro;
         batch.position = positions.start;
         batch.step_count = step.len();
-        batch.indices.extend_from_slice(&self.order[positions]);
+        batch.indices.extend_from_slice(self.sampler.indices(positions.clone()));
+        batch.rounds.extend_from_slice(self.sampler.rounds(positions));
         self.micro += 1;
         true
     }
@@ -81,6 +80,7 @@ impl Schedule for Evaluation {
         batch.step = self.step;
         batch.position = positions.start;
         batch.step_count = positions.len();
+        batch.rounds.resize(positions.len(), 0);
         batch.indices.extend(positions.map(|position| position as u32));
         self.left.start = end;
         self.step += 1;

@@ -1,3 +1,5 @@
 //! The mathematics that several layers share, on the CPU: free functions over slices.
 
+pub mod convert;
 pub mod gemm;
+pub mod gemm16;

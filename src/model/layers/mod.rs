@@ -5,6 +5,8 @@ mod activation;
 mod add;
 mod avg_pool;
 mod batch_norm;
+#[cfg(test)]
+mod bf16_tests;
 mod concat;
 mod conv2d;
 mod dropout;

@@ -5,8 +5,10 @@ use crate::config::raw::{Config, TransportChoice};
 use crate::device::Place;
 use crate::launch::{rendezvous::Control, watch::Health};
 use crate::model::net::Options;
+use crate::model::precision::Precision;
 use crate::model::spec::NetSpec;
 use crate::optim::norm::sum_of_squares;
+use half::bf16;
 use std::time::Duration;
 
 const RULES: &[&str] = &[
@@ -114,12 +116,13 @@ impl World {
         let mut comm = connect(self.transport, control, Health::new(Duration::from_secs(60))).unwrap();
         let (rank, size) = (comm.rank(), comm.size());
         let spec = NetSpec::new(&config.model).unwrap();
-        let params = Arc::new(comm.allocate_replicated(4 * ParamTable::new(&spec).len()).unwrap());
-        let options = Options { batch: 1, place: Place::Host, threads: 1, seed: 3, training: true };
-        let mut net = Net::with_params(spec, &options, params.clone()).unwrap();
+        let (len, precision) = (ParamTable::new(&spec).len(), Precision::Bf16);
+        let weights = Arc::new(Weights::new(len, precision, |bytes| comm.allocate_replicated(bytes)).unwrap());
+        let options = Options { batch: 1, place: Place::Host, threads: 1, seed: 3, precision, training: true };
+        let mut net = Net::with_weights(spec, &options, weights.clone()).unwrap();
         comm.barrier().unwrap();
         let mut updater =
-            Updater::new(&config.optimizer, net.table(), self.bucket_bytes, params.clone(), &mut *comm).unwrap();
+            Updater::new(&config.optimizer, net.table(), self.bucket_bytes, weights.clone(), &mut *comm).unwrap();
         if steps.start > 0 {
             let found = found.filter(|_| rank == 0);
             found.iter().for_each(|found| import_params(&mut net, found).unwrap());
@@ -149,6 +152,10 @@ impl World {
         let tensors = reducer.with(|comm, updater| updater.export(&net, comm)).unwrap();
         assert_eq!(tensors.is_empty(), rank > 0);
         let params = net.params().to_vec();
+        // SAFETY: between steps nobody writes.
+        let rounded = unsafe { weights.bf16.slice(0..weights.bf16.bytes()) }.bf16();
+        let stale = params.iter().zip(rounded).position(|(param, rounded)| bf16::from_f32(*param) != *rounded);
+        assert_eq!((rounded.len(), stale), (len, None), "the copy in bf16");
         // As long as a rank reads the one copy, none may be off to change it.
         reducer.with(|comm, _| comm.barrier()).unwrap();
         (params, tensors)
@@ -171,7 +178,8 @@ fn tree_of(size: usize, step: u64, index: usize, terms: Terms) -> f32 {
 fn plainly(optimizer: &str, size: usize, steps: u64, terms: Terms) -> (Vec<f32>, Vec<(String, Vec<f32>)>) {
     let config = config(optimizer);
     let rule = optim::new(&config.optimizer);
-    let options = Options { batch: 1, place: Place::Host, threads: 1, seed: 3, training: true };
+    let options =
+        Options { batch: 1, place: Place::Host, threads: 1, seed: 3, precision: Precision::F32, training: true };
     let mut net = Net::new(NetSpec::new(&config.model).unwrap(), &options).unwrap();
     let (table, params) = net.table_and_params_mut();
     let mut state = vec![vec![0.0; params.len()]; rule.state().len()];
@@ -238,6 +246,35 @@ fn sharded_updates_are_those_of_the_plain_optimizer() {
                 }
             }
         }
+    }
+}
+
+/// To the last bit of an f64, of which a learning rate would not show the last thirty.
+#[test]
+fn norms_are_those_of_whole_tensors() {
+    let config = config(RULES[0]);
+    let table = ParamTable::new(&NetSpec::new(&config.model).unwrap());
+    let values: Vec<f32> = (0..table.len()).map(|index| terms(0, 0, index)).collect();
+    let rank = |control: Control| {
+        let mut comm = connect(TransportChoice::Shm, control, Health::new(Duration::from_secs(60))).unwrap();
+        let arena = Arena::host(4 * table.len()).unwrap();
+        // SAFETY: nobody else has this arena.
+        unsafe { arena.slice_mut(0..arena.bytes()) }.f32().copy_from_slice(&values);
+        for bucket_bytes in [0, 5000, usize::MAX] {
+            let mut norms = Norms::new(&table, &table.buckets(bucket_bytes), comm.size());
+            let mut squares = vec![0.0; table.params.len()];
+            // SAFETY: as above.
+            unsafe { norms.measure(&arena, &mut squares, &mut *comm) }.unwrap();
+            for (param, squares) in table.params.iter().zip(squares).filter(|(p, _)| p.spec.role == Role::Trainable) {
+                let whole = sum_of_squares(&values[param.range.clone()]);
+                assert_eq!(squares.to_bits(), whole.to_bits(), "{}, {} ranks", param.name, comm.size());
+            }
+        }
+    };
+    for size in 1..=4 {
+        std::thread::scope(|scope| {
+            Control::local(size).unwrap().into_iter().for_each(|control| drop(scope.spawn(|| rank(control))));
+        });
     }
 }
 

@@ -2,6 +2,7 @@
 //! x(n, oh * stride + kh - before, ow * stride + kw - before, c) * weight(kh, kw, c, f)), zeros outside the image.
 //! With `groups = G`, channels and filters are cut into G runs and a filter sees only its run's channels.
 
+mod bf16;
 mod cpu;
 mod depthwise;
 mod padded;
@@ -9,7 +10,9 @@ mod padded;
 mod tests;
 
 use super::super::init::Initializer;
+use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
+use super::super::widened;
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
@@ -197,5 +200,22 @@ impl LayerSpec for Conv2d {
             Place::Host => Ok(Box::new(cpu::Conv2d::new(geometry, self.bias, self.activation, build))),
             Place::Cuda => Err(Error::device("conv2d has no CUDA kernel yet; train on the CPU")),
         }
+    }
+
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
+            Some(layer) => Ok(Box::new(layer)),
+            None => widened::around(self, build),
+        }
+    }
+}
+
+impl Conv2d {
+    /// The operator with bf16 products, for what they are good for: a depthwise convolution is none, and of activations
+    /// they know ReLU.
+    fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Conv2d> {
+        let geometry = self.geometry(build.inputs).ok()?;
+        let fits = build.place == Place::Host && !geometry.is_depthwise() && self.activation.is_relu_or_none();
+        fits.then(|| bf16::Conv2d::new(kernel, geometry, self.bias, self.activation == Activation::Relu, build))
     }
 }

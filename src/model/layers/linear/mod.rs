@@ -1,11 +1,14 @@
 //! `type = "linear"`: y(n, o) = activation(bias(o) + sum over i of x(n, i) * weight(o, i)).
 
+mod bf16;
 mod cpu;
 #[cfg(test)]
 mod tests;
 
 use super::super::init::Initializer;
+use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
+use super::super::widened;
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
@@ -73,5 +76,23 @@ impl LayerSpec for Linear {
             Place::Host => Ok(Box::new(cpu::Linear::new(width, self.units, self.bias, self.activation, build))),
             Place::Cuda => Err(Error::device("linear has no CUDA kernel yet; train on the CPU")),
         }
+    }
+
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
+            Some(layer) => Ok(Box::new(layer)),
+            None => widened::around(self, build),
+        }
+    }
+}
+
+impl Linear {
+    /// The operator with bf16 products; of activations they know ReLU.
+    fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Linear> {
+        let width = self.width(build.inputs).ok()?;
+        let fits = build.place == Place::Host && self.activation.is_relu_or_none();
+        fits.then(|| {
+            bf16::Linear::new(kernel, (width, self.units), self.bias, self.activation == Activation::Relu, build)
+        })
     }
 }
