@@ -4,6 +4,8 @@
 //! keyed by (seed, purpose) and counted by (epoch, index, draw), so a value never depends on the number of ranks, of
 //! threads, on time, or on what was drawn before. That is what makes a resumed run equal to an uninterrupted one.
 
+use crate::model::simd::vectorized;
+
 /// What a random number is for. Two purposes never share a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -57,6 +59,22 @@ impl Rng {
         self.block[self.used - 1]
     }
 
+    /// As many calls of `next_u32` as there are words, several blocks at a time.
+    pub fn fill(&mut self, words: &mut [u32]) {
+        let begun = words.len().min(4 - self.used);
+        let (first, rest) = words.split_at_mut(begun);
+        first.fill_with(|| self.next_u32());
+        let mut wide = rest.chunks_exact_mut(4 * LANES);
+        for words in &mut wide {
+            vectorized(
+                #[inline(always)]
+                || philox_lanes(self.counter, self.key, words),
+            );
+            self.counter[0] = self.counter[0].wrapping_add(LANES as u32);
+        }
+        wide.into_remainder().fill_with(|| self.next_u32());
+    }
+
     /// Uniform in [0, 1), with 24 bits.
     pub fn uniform(&mut self) -> f32 {
         (self.next_u32() >> 8) as f32 * (1.0 / (1 << 24) as f32)
@@ -79,15 +97,45 @@ impl Rng {
     }
 }
 
+const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
+const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+
 /// Ten rounds of Philox on one counter block.
 pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
-        let a = u64::from(counter[0]) * 0xD251_1F53;
-        let b = u64::from(counter[2]) * 0xCD9E_8D57;
+        let a = u64::from(counter[0]) * MULTIPLIERS[0];
+        let b = u64::from(counter[2]) * MULTIPLIERS[1];
         counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
-        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+        key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     counter
+}
+
+/// Blocks that `Rng::fill` computes together: as many as AVX2 has 32-bit lanes, so that a lane's block is a vector's.
+const LANES: usize = 8;
+
+/// `philox` for `LANES` consecutive counters, block after block.
+#[inline(always)]
+fn philox_lanes(counter: [u32; 4], mut key: [u32; 2], words: &mut [u32]) {
+    let mut lanes = counter.map(|word| [word; LANES]);
+    for (lane, word) in lanes[0].iter_mut().enumerate() {
+        *word = word.wrapping_add(lane as u32);
+    }
+    for _ in 0..10 {
+        let [c0, c1, c2, c3] = lanes;
+        for i in 0..LANES {
+            let a = u64::from(c0[i]) * MULTIPLIERS[0];
+            let b = u64::from(c2[i]) * MULTIPLIERS[1];
+            lanes[0][i] = (b >> 32) as u32 ^ c1[i] ^ key[0];
+            lanes[1][i] = b as u32;
+            lanes[2][i] = (a >> 32) as u32 ^ c3[i] ^ key[1];
+            lanes[3][i] = a as u32;
+        }
+        key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+    }
+    for (i, block) in words.chunks_exact_mut(4).enumerate() {
+        block.copy_from_slice(&[lanes[0][i], lanes[1][i], lanes[2][i], lanes[3][i]]);
+    }
 }
 
 #[cfg(test)]
@@ -103,6 +151,20 @@ mod tests {
             philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
+    }
+
+    #[test]
+    fn filling_gives_the_words_of_single_draws() {
+        for (begun, len) in [(0, 0), (0, 3), (1, 31), (3, 32), (2, 64), (0, 100), (3, 333)] {
+            // Close to the counter's end, so that lanes wrap.
+            let mut one = Rng::new(5, Purpose::Test, 3, 1 << 40);
+            one.counter[0] = u32::MAX - 5;
+            (0..begun).for_each(|_| _ = one.next_u32());
+            let (mut other, mut words) = (one.clone(), vec![0; len]);
+            other.fill(&mut words);
+            assert_eq!(words, (0..len).map(|_| one.next_u32()).collect::<Vec<_>>(), "{len} after {begun}");
+            assert_eq!(other.next_u32(), one.next_u32(), "after {len}");
+        }
     }
 
     #[test]

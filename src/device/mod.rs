@@ -11,8 +11,9 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Where memory lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Place {
+    #[default]
     Host,
     /// A GPU's memory; the address is meaningless to the CPU.
     Cuda,

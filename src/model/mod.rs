@@ -88,6 +88,11 @@ pub struct Inferred {
     /// What backward reads: the planner may reuse the memory of what it does not.
     pub backward_reads_input: bool,
     pub backward_reads_output: bool,
+    /// The output is that of a ReLU, whose backward its only reader may do instead (`Build::grad_masked`); backward then
+    /// does not read the output.
+    pub relu_output: bool,
+    /// Backward can do that of a ReLU in front of the only input (`Build::masks_input`).
+    pub can_mask_input: bool,
 }
 
 impl Default for Shape {
@@ -97,7 +102,7 @@ impl Default for Shape {
 }
 
 /// What a layer is told when it is built.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Build<'a> {
     pub inputs: &'a [Shape],
     /// Samples at most in one call.
@@ -108,6 +113,10 @@ pub struct Build<'a> {
     pub seed: u64,
     /// Number of the layer in the net: keys its random numbers.
     pub layer: usize,
+    /// The input comes from a ReLU whose backward is done here: its gradient is 0 wherever it is not above 0.
+    pub masks_input: bool,
+    /// The reader of the output has done the backward of this layer's ReLU.
+    pub grad_masked: bool,
 }
 
 /// One call's circumstances.

@@ -92,6 +92,8 @@ impl Net {
                 threads: options.threads,
                 seed: options.seed,
                 layer: number,
+                masks_input: node.masks_input,
+                grad_masked: node.grad_masked,
             };
             let layer = match options.precision {
                 Precision::F32 => node.spec.build(&build),

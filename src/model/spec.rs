@@ -26,6 +26,9 @@ pub struct Node {
     pub inferred: Inferred,
     /// Whether backward has anything to do here: parameters in this layer or before it.
     pub learns: bool,
+    /// See `Build`.
+    pub masks_input: bool,
+    pub grad_masked: bool,
 }
 
 /// The whole network; nodes stand in the order of forward, and the last one's output is the network's.
@@ -52,7 +55,25 @@ impl NetSpec {
             by_name.insert(entry.name.clone(), net.nodes.len());
         }
         net.refuse_unused()?;
+        net.hand_over_relus();
         Ok(net)
+    }
+
+    /// Where a ReLU's output has one reader, and that can do the ReLU's backward with its own, it does: a pass over the
+    /// gradient is saved, and the output need not be kept for it.
+    fn hand_over_relus(&mut self) {
+        for node in 0..self.nodes.len() {
+            let inputs = |reader: &Node| reader.inputs.iter().filter(|&&input| input == node + 1).count();
+            let readers: Vec<usize> = (0..self.nodes.len()).filter(|&at| inputs(&self.nodes[at]) > 0).collect();
+            if let [reader] = readers[..]
+                && self.nodes[node].inferred.relu_output
+                && self.nodes[reader].inferred.can_mask_input
+            {
+                self.nodes[reader].masks_input = true;
+                self.nodes[node].grad_masked = true;
+                self.nodes[node].inferred.backward_reads_output = false;
+            }
+        }
     }
 
     /// Shape of one sample's activation.
@@ -105,7 +126,16 @@ impl NetSpec {
         })?;
         assert!(inferred.params.len() <= MAX_PARAMS, "{kind} declares {} parameters", inferred.params.len());
         let learns = !inferred.params.is_empty() || inputs.iter().any(|&activation| self.needs_gradient(activation));
-        Ok(Node { name: name.to_owned(), kind, spec: parsed.spec.clone(), inputs, inferred, learns })
+        Ok(Node {
+            name: name.to_owned(),
+            kind,
+            spec: parsed.spec.clone(),
+            inputs,
+            inferred,
+            learns,
+            masks_input: false,
+            grad_masked: false,
+        })
     }
 
     fn refuse_unused(&self) -> Result<()> {

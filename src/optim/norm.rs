@@ -45,12 +45,14 @@ pub struct Joint {
     nodes: Vec<(usize, f64)>,
 }
 
-impl Joint {
-    pub fn new() -> Joint {
+impl Default for Joint {
+    fn default() -> Joint {
         // One of every power of two, and one to be joined.
         Joint { nodes: Vec::with_capacity(usize::BITS as usize + 1) }
     }
+}
 
+impl Joint {
     /// Takes the next node, from the tensor's first to its last.
     pub fn push(&mut self, mut lines: usize, mut sum: f64) {
         // Of two neighbours of one length the left one is a left child: a right child has been joined when it came.
@@ -69,7 +71,7 @@ impl Joint {
 
 /// The sum of squares of a tensor in one part.
 pub fn sum_of_squares(tensor: &[f32]) -> f64 {
-    let mut joint = Joint::new();
+    let mut joint = Joint::default();
     nodes(0, tensor.len().div_ceil(LINE)).zip(squares(tensor, 0)).for_each(|(lines, sum)| joint.push(lines, sum));
     joint.finish()
 }
@@ -131,7 +133,7 @@ mod tests {
             assert!((whole - plain).abs() <= 1e-12 * plain, "{len}: {whole}, plainly {plain}");
             let lines = len.div_ceil(LINE);
             for parts in 1..12 {
-                let mut joint = Joint::new();
+                let mut joint = Joint::default();
                 for part in 0..parts {
                     // Not evenly: the first parts are short.
                     let cut = |part: usize| lines * part * part / (parts * parts);

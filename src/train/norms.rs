@@ -56,7 +56,7 @@ impl Norms {
         // Chunks of an all-gather are whole cache lines.
         let share = words.into_iter().max().unwrap_or(0).next_multiple_of(16);
         parts.iter_mut().for_each(|part| part.words += part.rank * share);
-        Norms { parts, exchange: vec![0.0; size * share], joint: Joint::new() }
+        Norms { parts, exchange: vec![0.0; size * share], joint: Joint::default() }
     }
 
     /// What `rank` holds.

@@ -23,6 +23,8 @@ pub fn sections() -> Vec<Section> {
         section("conv2d", "filters = 5\nkernel = 3\nstride = 2\npadding = 1\nactivation = \"relu\"", &[image]),
         section("conv2d", "filters = 4\nkernel = 2\npadding = \"same\"\ngroups = 2\nbias = false", &[wide]),
         section("conv2d", "filters = 18\nkernel = 1\nactivation = \"tanh\"", &[wide]),
+        section("conv2d", "filters = 16\nkernel = 3\npadding = 1\nalgorithm = \"winograd\"", &[Shape::new(4, 5, 16)]),
+        section("conv2d", "filters = 16\nkernel = 5\nalgorithm = \"winograd\"", &[Shape::new(6, 5, 16)]),
         section("linear", "units = 7", &[Shape::vector(12)]),
         section("linear", "units = 18\nactivation = \"relu\"", &[Shape::vector(5)]),
         section("linear", "units = 1\nactivation = \"sigmoid\"\nbias = false", &[Shape::vector(6)]),

@@ -1,6 +1,7 @@
 //! Every layer and loss through its public seam: finite differences, PyTorch's numbers, and what else must hold of each.
 
 mod bf16;
+mod fusion;
 mod gradients;
 mod harness;
 mod oracles;

@@ -279,7 +279,7 @@ fn in_training_the_next_whole_image_of_the_class_stands_in_with_the_draws_of_the
             let mut source = Image::default();
             source.reshape(SHAPE).iter_mut().enumerate().for_each(|(at, out)| *out = byte(shown as usize, at));
             let mut expected = vec![0.0; SHAPE.len()];
-            let sample = (SEED, place[0] as u32, index);
+            let sample = (SEED, place[0] as u32, u64::from(index));
             augmenter.apply(&source, &mut Workspace::default(), &mut expected, sample).unwrap();
             assert_eq!((image, label), (&expected[..], index % 10), "sample {index} in epoch {}", place[0]);
         }
@@ -350,7 +350,14 @@ fn a_sample_that_takes_long_holds_up_no_other_of_its_batch() {
     let shape = Shape::new(256, 256, 1);
     let set = Arc::new(Waiting { shape, done: AtomicUsize::new(0) });
     let augmenter = Augmenter::new(&[], &*set, shape).unwrap();
-    let loader = Loader { augmenter, seed: SEED, workers: 2, prefetch: 1, skipped: Arc::default() };
+    let loader = Loader {
+        augmenter,
+        seed: SEED,
+        workers: 2,
+        prefetch: 1,
+        sampler: raw::Sampler::Shuffle,
+        skipped: Arc::default(),
+    };
     let mut queue = DataQueue::eval(set, loader, 8, 0, 1).unwrap();
     let batch = queue.next().unwrap().unwrap();
     assert!(batch.images.chunks_exact(shape.len()).enumerate().all(|(index, image)| image[9] == index as f32 / 255.0));

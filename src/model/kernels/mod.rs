@@ -3,3 +3,5 @@
 pub mod convert;
 pub mod gemm;
 pub mod gemm16;
+pub mod math;
+pub mod winograd;

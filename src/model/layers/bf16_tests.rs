@@ -1,6 +1,6 @@
 //! Layers with bf16 products against their f32 form, with each of the kernels that this CPU has.
 
-use crate::device::{Place, Slice, SliceMut};
+use crate::device::{Slice, SliceMut};
 use crate::model::{Backward, Build, Forward, Layer, LayerSpec, Pass, Shape};
 use half::bf16;
 
@@ -12,7 +12,7 @@ const ROUNDING: f32 = 1.0 / 256.0;
 pub fn agree(spec: &dyn LayerSpec, input: Shape, native: impl Fn(&Build<'_>) -> Option<Box<dyn Layer>> + Sync) {
     let operands = Operands::new(spec, input, 5);
     let inputs = [input];
-    let build = |threads| Build { inputs: &inputs, batch: 5, place: Place::Host, threads, seed: 1, layer: 0 };
+    let build = |threads| Build { inputs: &inputs, batch: 5, threads, ..Build::default() };
     for batch in [5, 2] {
         let expected = operands.f32(&mut *spec.build(&build(1)).unwrap(), batch);
         let [alone, together] = [1, 3].map(|threads| {

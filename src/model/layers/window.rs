@@ -129,6 +129,19 @@ impl Axis {
     pub fn position(&self, o: usize, k: usize) -> usize {
         o * self.stride + k - self.before
     }
+
+    /// The windows that see input position `i`.
+    #[inline(always)]
+    pub fn windows(&self, i: usize) -> Range<usize> {
+        let place = i + self.before;
+        (place + 1).saturating_sub(self.size).div_ceil(self.stride)..self.output.min(place / self.stride + 1)
+    }
+
+    /// The tap of window `o` that lies on input position `i`.
+    #[inline(always)]
+    pub fn tap(&self, o: usize, i: usize) -> usize {
+        i + self.before - o * self.stride
+    }
 }
 
 #[cfg(test)]
@@ -154,6 +167,21 @@ mod tests {
         assert_eq!(seen(3, 1, 2, SAME), [[0], [2]]);
         // A window longer than the input.
         assert_eq!(seen(2, 5, 1, SAME), [[0, 1], [0, 1]]);
+    }
+
+    #[test]
+    fn a_position_is_seen_by_the_windows_that_see_it() {
+        for (input, size, stride) in [(5, 2, 2), (7, 3, 2), (9, 3, 1), (8, 2, 3), (4, 9, 2), (6, 4, 5)] {
+            for padding in [VALID, SAME, Padding::Zeros(1)] {
+                let Some(axis) = Axis::new(input, size, stride, padding) else { continue };
+                for i in 0..input {
+                    let sees = |o: &usize| axis.taps(*o).any(|k| axis.position(*o, k) == i);
+                    let expected: Vec<_> = (0..axis.output).filter(sees).collect();
+                    assert_eq!(axis.windows(i).collect::<Vec<_>>(), expected, "{axis:?} at {i}");
+                    assert!(expected.iter().all(|&o| axis.position(o, axis.tap(o, i)) == i), "{axis:?} at {i}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! The tile kernel: one source, compiled for AVX-512, for AVX2 with FMA, and for any CPU; which one is used is decided
-//! when the program runs.
+//! The kernel: a panel of B under a block of rows of A, tile by tile. One source, compiled for AVX-512, for AVX2 with FMA,
+//! and for any CPU; which one is used is decided when the program runs.
 
 use std::fmt;
 
-/// An instruction set's tile kernel and the shape of its tile.
+/// An instruction set's kernel and the shape of its tile.
 pub struct Kernel {
     pub name: &'static str,
     /// Rows of a tile.
@@ -11,8 +11,8 @@ pub struct Kernel {
     /// Columns of a tile, and of a panel of B.
     pub nr: usize,
     /// # Safety
-    /// The CPU has the kernel's instructions, and the tile's addresses are valid.
-    pub(in super::super) tile: unsafe fn(&Tile<'_>),
+    /// The CPU has the kernel's instructions, and the panel's addresses are valid.
+    pub(in super::super) multiply: unsafe fn(&Panel<'_>),
 }
 
 impl Kernel {
@@ -43,28 +43,39 @@ impl fmt::Debug for Kernel {
 
 #[cfg(target_arch = "x86_64")]
 static KERNELS: [Kernel; 3] = [
-    Kernel { name: "avx512", mr: 8, nr: 32, tile: x86::avx512 },
-    Kernel { name: "avx2", mr: 6, nr: 16, tile: x86::avx2 },
+    Kernel { name: "avx512", mr: 8, nr: 32, multiply: x86::avx512 },
+    Kernel { name: "avx2", mr: 6, nr: 16, multiply: x86::avx2 },
     PORTABLE,
 ];
 #[cfg(not(target_arch = "x86_64"))]
 static KERNELS: [Kernel; 1] = [PORTABLE];
 
-const PORTABLE: Kernel = Kernel { name: "portable", mr: 4, nr: 8, tile: portable };
+const PORTABLE: Kernel = Kernel { name: "portable", mr: 4, nr: 8, multiply: portable };
 
-/// One tile of C and what it is the product of: C(i, j) for `rows.len()` <= mr rows and `n` <= nr columns.
-pub(in super::super) struct Tile<'a> {
+/// C(i, j) for all `rows` and `n` <= nr columns: one panel of B under a block of rows.
+pub(in super::super) struct Panel<'a> {
     pub a: *const f32,
     pub rows: &'a [u32],
     pub cols: &'a [u32],
     /// (K, nr)
-    pub b: &'a [f32],
+    pub b: *mut f32,
+    /// Where B lies, if it is not in `b` yet: the first tile puts it there.
+    pub source: Option<Source<'a>>,
     /// (nr): where the sums start; None to start from C.
-    pub start: Option<&'a [f32]>,
+    pub start: Option<*const f32>,
     pub c: *mut f32,
     pub c_rows: &'a [u32],
     pub n: usize,
     pub relu: bool,
+}
+
+/// Row k of a panel that is not packed: the nr values at `data + rows[k]`.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Source<'a> {
+    pub data: *const f32,
+    pub rows: &'a [u32],
+    /// The same place in the panel that comes next, to be fetched meanwhile.
+    pub next: *const f32,
 }
 
 /// A register of f32 lanes. The methods are inlined into functions that are compiled for the instructions they use.
@@ -74,100 +85,191 @@ trait Vector: Copy {
     unsafe fn splat(from: *const f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
+    /// Asks for the cache line at `place`, which need not be valid, into the cache of this level.
+    unsafe fn prefetch<const LEVEL: i32>(place: *const f32);
     /// self * b + c
     unsafe fn multiply_add(self, b: Self, c: Self) -> Self;
     /// max(self, 0), NaN where self is NaN.
     unsafe fn relu(self) -> Self;
 }
 
-/// A tile of exactly `MR` rows whose columns fill the first `NV` vectors of the panel's `NR` columns.
+/// Columns of A from one prefetch to the next: a cache line of a row.
+const LINE: usize = 16;
+
+/// Rows of the next tile when `left` are left: the last two share theirs, since a tile of few rows has too few sums to
+/// hide the latency of its multiply-adds.
+fn tile_rows(left: usize, most: usize) -> usize {
+    if left > most && left < 2 * most { left.div_ceil(2) } else { left.min(most) }
+}
+
+/// The rows from `first` on, exactly `MR`, under the panel, whose columns fill the first `NV` vectors of its `NR`. With
+/// `PACK`, B is read from the source and left in the panel.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "loops over the registers of a tile, all unrolled")]
-unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const NR: usize>(t: &Tile<'_>) {
-    debug_assert!(t.rows.len() == MR && t.c_rows.len() >= MR && t.b.len() >= t.cols.len() * NR && t.n <= NV * V::LANES);
-    // SAFETY: the caller of the kernel vouches for rows, columns and C; B was checked when it was sliced.
+unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const NR: usize, const PACK: bool>(
+    p: &Panel<'_>,
+    first: usize,
+) {
+    debug_assert!(p.rows.len() >= first + MR && p.c_rows.len() >= first + MR && p.n <= NV * V::LANES);
+    // SAFETY: the caller of the kernel vouches for rows, columns, B and C.
     unsafe {
-        let full = t.n == NV * V::LANES;
-        let mut a = [t.a; MR];
-        let mut c = [t.c; MR];
+        let mut a = [p.a; MR];
+        let mut c = [p.c; MR];
         for i in 0..MR {
             // Without columns no row of A need exist, so this place may lie outside; it is not read then.
-            a[i] = t.a.wrapping_add(*t.rows.get_unchecked(i) as usize);
-            c[i] = t.c.add(*t.c_rows.get_unchecked(i) as usize);
+            a[i] = p.a.wrapping_add(*p.rows.get_unchecked(first + i) as usize);
+            c[i] = p.c.add(*p.c_rows.get_unchecked(first + i) as usize);
+            V::prefetch::<1>(c[i]);
         }
-
-        let mut sums = [[V::zero(); NV]; MR];
-        match t.start {
-            Some(start) => {
+        let mut sums = begin::<V, MR, NV>(p, &c);
+        let share = [first, first + MR].map(|row| LINE * row / p.rows.len());
+        let mut b = p.b;
+        for (number, cols) in p.cols.chunks(LINE).enumerate() {
+            let k = number * LINE;
+            prefetch::<V, MR>(p, first, k, cols, share);
+            // In a variable of the loop's own, the sums stay in registers.
+            let mut inner = sums;
+            for (i, &col) in cols.iter().enumerate() {
+                let from = match p.source {
+                    Some(source) if PACK => source.data.add(*source.rows.get_unchecked(k + i) as usize),
+                    _ => b,
+                };
+                let mut row = [V::zero(); NV];
                 for v in 0..NV {
-                    let start = V::load(start.as_ptr().add(v * V::LANES));
-                    for sums in &mut sums {
-                        sums[v] = start;
+                    row[v] = V::load(from.add(v * V::LANES));
+                    if PACK {
+                        row[v].store(b.add(v * V::LANES));
                     }
                 }
-            }
-            None if full => {
                 for i in 0..MR {
+                    let value = V::splat(a[i].add(col as usize));
                     for v in 0..NV {
+                        inner[i][v] = value.multiply_add(row[v], inner[i][v]);
+                    }
+                }
+                b = b.add(NR);
+            }
+            sums = inner;
+        }
+        if p.n == NV * V::LANES {
+            return end(p, &c, sums);
+        }
+        let mut values = [[0.0; 32]; MR];
+        for i in 0..MR {
+            for v in 0..NV {
+                sums[i][v].store(values[i].as_mut_ptr().add(v * V::LANES));
+            }
+        }
+        end_partly(p, &c, values.as_flattened());
+    }
+}
+
+/// What the sums start from.
+#[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "loops over the registers of a tile, all unrolled")]
+unsafe fn begin<V: Vector, const MR: usize, const NV: usize>(p: &Panel<'_>, c: &[*mut f32; MR]) -> [[V; NV]; MR] {
+    // SAFETY: passed on.
+    unsafe {
+        let mut sums = [[V::zero(); NV]; MR];
+        for v in 0..NV {
+            match p.start {
+                Some(start) => {
+                    let start = V::load(start.add(v * V::LANES));
+                    for i in 0..MR {
+                        sums[i][v] = start;
+                    }
+                }
+                None if p.n == NV * V::LANES => {
+                    for i in 0..MR {
                         sums[i][v] = V::load(c[i].add(v * V::LANES));
                     }
                 }
+                // Added at the end.
+                None => {}
             }
-            None => {}
         }
+        sums
+    }
+}
 
-        let mut b = t.b.as_ptr();
-        for &col in t.cols {
-            let mut row = [V::zero(); NV];
-            for v in 0..NV {
-                row[v] = V::load(b.add(v * V::LANES));
-            }
-            for i in 0..MR {
-                let value = V::splat(a[i].add(col as usize));
-                for v in 0..NV {
-                    sums[i][v] = value.multiply_add(row[v], sums[i][v]);
-                }
-            }
-            b = b.add(NR);
-        }
-
-        if full {
-            for i in 0..MR {
-                for v in 0..NV {
-                    let sum = if t.relu { sums[i][v].relu() } else { sums[i][v] };
-                    sum.store(c[i].add(v * V::LANES));
-                }
+/// While `cols`, which begin at column `k`, are worked on: fetches the same columns of the next tile's rows, or of a
+/// panel that is not packed the same rows of the next one, of which each tile takes its `share`.
+#[inline(always)]
+unsafe fn prefetch<V: Vector, const MR: usize>(p: &Panel<'_>, first: usize, k: usize, cols: &[u32], share: [usize; 2]) {
+    // SAFETY: the tables are as long as the caller of the kernel says; a prefetch of any address is harmless.
+    unsafe {
+        if let Some(source) = p.source {
+            for line in share[0].min(cols.len())..share[1].min(cols.len()) {
+                V::prefetch::<2>(source.next.wrapping_add(*source.rows.get_unchecked(k + line) as usize));
             }
         } else {
-            for i in 0..MR {
-                let mut row = [[0.0; 16]; NV];
-                for v in 0..NV {
-                    sums[i][v].store(row[v].as_mut_ptr());
-                }
-                for j in 0..t.n {
-                    let begun = if t.start.is_none() { *c[i].add(j) } else { 0.0 };
-                    let sum = begun + row[j / V::LANES][j % V::LANES];
-                    *c[i].add(j) = if t.relu && sum < 0.0 { 0.0 } else { sum };
-                }
+            // Behind the last tile comes the first again, with the next panel.
+            let next = if first + 2 * MR <= p.rows.len() { first + MR } else { 0 };
+            for i in next..next + MR {
+                let row = *p.rows.get_unchecked(i) as usize;
+                V::prefetch::<2>(p.a.wrapping_add(row + *cols.get_unchecked(0) as usize));
             }
         }
     }
 }
 
-/// `tile` for the number of rows and of vectors at hand.
-macro_rules! choose {
-    ($t:expr, $vector:ty, $nr:literal, $($mr:literal)+) => {
-        match $t.rows.len() {
-            $($mr if $t.n > <$vector>::LANES => tile::<$vector, $mr, 2, $nr>($t),
-              $mr => tile::<$vector, $mr, 1, $nr>($t),)+
-            rows => unreachable!("a tile of {rows} rows"),
+/// Stores a tile that fills its vectors.
+#[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "loops over the registers of a tile, all unrolled")]
+unsafe fn end<V: Vector, const MR: usize, const NV: usize>(p: &Panel<'_>, c: &[*mut f32; MR], sums: [[V; NV]; MR]) {
+    // SAFETY: passed on.
+    unsafe {
+        for i in 0..MR {
+            for v in 0..NV {
+                let sum = if p.relu { sums[i][v].relu() } else { sums[i][v] };
+                sum.store(c[i].add(v * V::LANES));
+            }
         }
-    };
+    }
 }
 
-unsafe fn portable(t: &Tile<'_>) {
+/// Stores a tile of fewer columns, value by value.
+#[inline(never)]
+unsafe fn end_partly(p: &Panel<'_>, c: &[*mut f32], sums: &[f32]) {
+    let width = sums.len() / c.len();
+    for (&c, sums) in c.iter().zip(sums.chunks_exact(width)) {
+        for (j, sum) in sums[..p.n].iter().enumerate() {
+            // SAFETY: passed on.
+            unsafe {
+                let begun = if p.start.is_none() { *c.add(j) } else { 0.0 };
+                let sum = begun + sum;
+                *c.add(j) = if p.relu && sum < 0.0 { 0.0 } else { sum };
+            }
+        }
+    }
+}
+
+/// All tiles of a panel, each by `$tile` for its number of rows and of vectors.
+macro_rules! tiles {
+    ($panel:expr, $tile:ident, $lanes:literal, $most:literal, $($mr:literal)+) => {{
+        let p: &Panel<'_> = $panel;
+        let mut first = 0;
+        while first < p.rows.len() {
+            let rows = tile_rows(p.rows.len() - first, $most);
+            match rows {
+                $($mr if p.n <= $lanes => $tile::<$mr, 1, false>(p, first),
+                  $mr if first == 0 && p.source.is_some() => $tile::<$mr, 2, true>(p, first),
+                  $mr => $tile::<$mr, 2, false>(p, first),)+
+                rows => unreachable!("a tile of {rows} rows"),
+            }
+            first += rows;
+        }
+    }};
+}
+
+unsafe fn portable(p: &Panel<'_>) {
     // SAFETY: passed on.
-    unsafe { choose!(t, [f32; 4], 8, 1 2 3 4) }
+    unsafe { tiles!(p, portable_tile, 4, 4, 1 2 3 4) }
+}
+
+unsafe fn portable_tile<const MR: usize, const NV: usize, const PACK: bool>(p: &Panel<'_>, first: usize) {
+    // SAFETY: passed on.
+    unsafe { tile::<[f32; 4], MR, NV, 8, PACK>(p, first) }
 }
 
 impl Vector for [f32; 4] {
@@ -188,6 +290,8 @@ impl Vector for [f32; 4] {
     unsafe fn store(self, to: *mut f32) {
         unsafe { to.cast::<[f32; 4]>().write_unaligned(self) }
     }
+    #[inline(always)]
+    unsafe fn prefetch<const LEVEL: i32>(_: *const f32) {}
     /// Two roundings: without an FMA instruction, `mul_add` is a slow library call.
     #[inline(always)]
     unsafe fn multiply_add(self, b: Self, c: Self) -> Self {
@@ -201,19 +305,34 @@ impl Vector for [f32; 4] {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Tile, Vector, tile};
+    use super::{Panel, Vector, tile, tile_rows};
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn avx512(t: &Tile<'_>) {
+    pub unsafe fn avx512(p: &Panel<'_>) {
         // SAFETY: passed on.
-        unsafe { choose!(t, __m512, 32, 1 2 3 4 5 6 7 8) }
+        unsafe { tiles!(p, avx512_tile, 16, 8, 1 2 3 4 5 6 7 8) }
     }
 
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2(t: &Tile<'_>) {
+    pub unsafe fn avx2(p: &Panel<'_>) {
         // SAFETY: passed on.
-        unsafe { choose!(t, __m256, 16, 1 2 3 4 5 6) }
+        unsafe { tiles!(p, avx2_tile, 8, 6, 1 2 3 4 5 6) }
+    }
+
+    /// Functions of their own: in one of all tiles, the compiler does not keep the sums in registers.
+    #[target_feature(enable = "avx512f")]
+    #[inline(never)]
+    unsafe fn avx512_tile<const MR: usize, const NV: usize, const PACK: bool>(p: &Panel<'_>, first: usize) {
+        // SAFETY: passed on.
+        unsafe { tile::<__m512, MR, NV, 32, PACK>(p, first) }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    #[inline(never)]
+    unsafe fn avx2_tile<const MR: usize, const NV: usize, const PACK: bool>(p: &Panel<'_>, first: usize) {
+        // SAFETY: passed on.
+        unsafe { tile::<__m256, MR, NV, 16, PACK>(p, first) }
     }
 
     macro_rules! vector {
@@ -235,6 +354,13 @@ mod x86 {
                 #[inline(always)]
                 unsafe fn store(self, to: *mut f32) {
                     unsafe { $store(to, self) }
+                }
+                #[inline(always)]
+                unsafe fn prefetch<const LEVEL: i32>(place: *const f32) {
+                    match LEVEL {
+                        1 => unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) },
+                        _ => unsafe { _mm_prefetch::<_MM_HINT_T1>(place.cast()) },
+                    }
                 }
                 #[inline(always)]
                 unsafe fn multiply_add(self, b: Self, c: Self) -> Self {

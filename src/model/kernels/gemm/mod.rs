@@ -28,8 +28,10 @@ mod kernel;
 mod tests;
 
 pub use kernel::Kernel;
-pub(super) use kernel::Tile;
+pub(super) use kernel::Panel;
+use kernel::Source;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Columns of A, at most, for which a panel of B stays in L1: 384 * 16 * 4 bytes = 24 KiB of 32.
 const KC: usize = 384;
@@ -176,44 +178,158 @@ fn pack_strided<const NR: usize>(
 
 /// C = A B (+ C), with `packed` from `pack` for the same kernel, K = `left.cols.len()` and `n`.
 pub fn multiply(kernel: &Kernel, left: Left<'_>, packed: &[f32], n: usize, out: Out<'_>, store: Store) {
-    let (m, k) = (left.rows.len(), left.cols.len());
-    if m == 0 || n == 0 {
+    let k = left.cols.len();
+    if left.rows.is_empty() || n == 0 {
         return;
     }
-    let largest = |table: &[u32]| table.iter().max().map_or(0, |&offset| offset as usize);
-    assert_eq!(out.rows.len(), m);
+    check(&left, n, &out);
     assert!(packed.len() >= packed_len(kernel, k, n));
-    assert!(k == 0 || largest(left.rows) + largest(left.cols) < left.data.len());
-    assert!(largest(out.rows) + n <= out.data.len());
-
-    let k_blocks = k.div_ceil(KC).max(1);
-    let kc = k.div_ceil(k_blocks);
-    for rows in blocks(m, MC) {
-        for number in 0..k_blocks {
-            let ks = (number * kc).min(k)..((number + 1) * kc).min(k);
+    for rows in blocks(left.rows.len(), MC) {
+        for ks in k_blocks(k) {
             for (panel, columns) in packed.chunks_exact(panel_len(kernel, k)).zip(blocks(n, kernel.nr)) {
-                for i in rows.clone().step_by(kernel.mr) {
-                    let tile = Tile {
-                        a: left.data.as_ptr(),
-                        rows: &left.rows[i..rows.end.min(i + kernel.mr)],
-                        cols: &left.cols[ks.clone()],
-                        b: &panel[(1 + ks.start) * kernel.nr..],
-                        start: (number == 0 && !store.accumulate).then_some(&panel[..kernel.nr]),
-                        // SAFETY: every out.rows[i] + n is within data.
-                        c: unsafe { out.data.as_mut_ptr().add(columns.start) },
-                        c_rows: &out.rows[i..],
-                        n: columns.len(),
-                        relu: store.relu && number + 1 == k_blocks,
-                    };
-                    // SAFETY: the sums of offsets were checked above, and the CPU has the kernel's instructions.
-                    unsafe { (kernel.tile)(&tile) };
-                }
+                let panel = Panel {
+                    // Written by kernels only where there is a source.
+                    b: panel[(1 + ks.start) * kernel.nr..].as_ptr().cast_mut(),
+                    start: (ks.start == 0 && !store.accumulate).then_some(panel.as_ptr()),
+                    rows: &left.rows[rows.clone()],
+                    ..panel_of(&left, &out.rows[rows.clone()], &ks, out.data.as_mut_ptr(), &columns, store)
+                };
+                // SAFETY: `check` has seen the sums of offsets, and the CPU has the kernel's instructions.
+                unsafe { (kernel.multiply)(&panel) };
             }
         }
     }
 }
 
+/// f32 values that `multiply_in_place` needs for each thread.
+pub fn panel_buffer_len(kernel: &Kernel) -> usize {
+    panel_len(kernel, KC)
+}
+
+/// C = A B (+ C), with a B whose rows lie in one piece each (`right.step` 1) and which is read where it lies, once: for a
+/// B so large and an A of so few rows that packing would cost much of the product. The tile of the first rows packs the
+/// panel while it multiplies, for the others, and all of them fetch the next one. Runs on as many threads of the pool as
+/// `buffers` has room for, each with columns of its own.
+pub fn multiply_in_place(
+    kernel: &Kernel,
+    left: Left<'_>,
+    right: Right<'_>,
+    buffers: &mut [f32],
+    out: Out<'_>,
+    store: Store,
+) {
+    let (k, n) = (left.cols.len(), right.n);
+    if left.rows.is_empty() || n == 0 {
+        return;
+    }
+    check(&left, n, &out);
+    assert!(right.step == 1 && right.rows.len() == k && (k == 0 || largest(right.rows) + n <= right.data.len()));
+    let threads = buffers.len() / panel_buffer_len(kernel);
+    let share = n.div_ceil(kernel.nr).div_ceil(threads) * kernel.nr;
+    let c = Address(out.data.as_mut_ptr());
+    buffers.par_chunks_exact_mut(panel_buffer_len(kernel)).enumerate().for_each(|(thread, buffer)| {
+        let columns = (thread * share).min(n)..((thread + 1) * share).min(n);
+        // SAFETY: checked above, and threads write columns of their own.
+        unsafe { multiply_columns(kernel, left, right, buffer, c.clone(), out.rows, columns, store) };
+    });
+}
+
+/// One thread's share of `multiply_in_place`.
+///
+/// # Safety
+/// All sums of offsets lie in the matrices, and nobody else touches these columns of C.
+#[allow(clippy::too_many_arguments)]
+unsafe fn multiply_columns(
+    kernel: &Kernel,
+    left: Left<'_>,
+    right: Right<'_>,
+    buffer: &mut [f32],
+    c: Address,
+    c_rows: &[u32],
+    columns: Range<usize>,
+    store: Store,
+) {
+    let nr = kernel.nr;
+    for ks in k_blocks(left.cols.len()) {
+        let rows = &right.rows[ks.clone()];
+        for at in columns.clone().step_by(nr) {
+            let here = at..columns.end.min(at + nr);
+            let source = (here.len() == nr).then(|| Source {
+                data: right.data[at..].as_ptr(),
+                rows,
+                next: right.data[if at + 2 * nr <= columns.end { at + nr } else { at }..].as_ptr(),
+            });
+            match source {
+                Some(_) => buffer[..nr].fill(0.0),
+                None => {
+                    let right = Right { rows, n: here.end, ..right };
+                    pack_panels(kernel, right, None, at, &mut buffer[..panel_len(kernel, ks.len())]);
+                }
+            }
+            let buffer = buffer.as_mut_ptr();
+            let panel = Panel {
+                // SAFETY: the buffer holds a start row and KC rows.
+                b: unsafe { buffer.add(nr) },
+                source,
+                start: (ks.start == 0 && !store.accumulate).then_some(buffer.cast_const()),
+                ..panel_of(&left, c_rows, &ks, c.0, &here, store)
+            };
+            // SAFETY: vouched for by the caller; the CPU has the kernel's instructions.
+            unsafe { (kernel.multiply)(&panel) };
+        }
+    }
+}
+
+/// An address that threads share; each writes other places behind it.
+#[derive(Clone)]
+struct Address(*mut f32);
+// SAFETY: see above.
+unsafe impl Send for Address {}
+// SAFETY: see above.
+unsafe impl Sync for Address {}
+
+/// Columns `ks` of A times a panel for columns `columns` of C, at `c`; B is still to be named.
+fn panel_of<'a>(
+    left: &Left<'a>,
+    c_rows: &'a [u32],
+    ks: &Range<usize>,
+    c: *mut f32,
+    columns: &Range<usize>,
+    store: Store,
+) -> Panel<'a> {
+    let k = left.cols.len();
+    Panel {
+        a: left.data.as_ptr(),
+        rows: left.rows,
+        cols: &left.cols[ks.clone()],
+        b: std::ptr::null_mut(),
+        source: None,
+        start: None,
+        c: c.wrapping_add(columns.start),
+        c_rows,
+        n: columns.len(),
+        relu: store.relu && ks.end == k,
+    }
+}
+
+fn check(left: &Left<'_>, n: usize, out: &Out<'_>) {
+    assert_eq!(out.rows.len(), left.rows.len());
+    assert!(left.cols.is_empty() || largest(left.rows) + largest(left.cols) < left.data.len());
+    assert!(largest(out.rows) + n <= out.data.len());
+}
+
+fn largest(table: &[u32]) -> usize {
+    table.iter().max().map_or(0, |&offset| offset as usize)
+}
+
+/// The blocks of K: equally long, at most `KC`; one of nothing where K is 0.
+fn k_blocks(k: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = k.div_ceil(KC).max(1);
+    let kc = k.div_ceil(count);
+    (0..count).map(move |number| (number * kc).min(k)..((number + 1) * kc).min(k))
+}
+
 /// 0..len cut into ranges of `size`, the last one shorter.
-fn blocks(len: usize, size: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn blocks(len: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(size).map(move |start| start..len.min(start + size))
 }

@@ -35,8 +35,18 @@ fn check(m: usize, n: usize, k: usize, a_steps: (usize, usize), b_steps: (usize,
             (0..m * n).for_each(|at| c[at / n * (n + 2) + at % n] = before[at]);
         }
         let left = Left { data: &a, rows: &rows, cols: &cols };
+        let before_c = c.clone();
         multiply(kernel, left, &packed, n, Out { data: &mut c, rows: &c_rows }, store);
-
+        if b_steps.1 == 1 && bias.is_none() {
+            for threads in [3, 1] {
+                let mut buffers = vec![f32::NAN; threads * panel_buffer_len(kernel)];
+                let mut found = before_c.clone();
+                let out = Out { data: &mut found, rows: &c_rows };
+                multiply_in_place(kernel, left, right, &mut buffers, out, store);
+                let same = found.iter().zip(&c).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{kernel:?} {m}x{n}x{k} in place on {threads} threads");
+            }
+        }
         for (i, row) in c.chunks_exact(n + 2).enumerate() {
             for (j, &found) in row[..n].iter().enumerate() {
                 let product = |k: usize| {
@@ -123,7 +133,7 @@ fn relu_keeps_a_nan() {
             pack(kernel, Right { data: &vec![1.0; n], rows: &[0], step: 1, n }, None, &mut packed);
             let mut c = vec![0.0; n];
             let left = Left { data: &[f32::NAN], rows: &[0], cols: &[0] };
-            let store = Store { relu: true, ..Store::default() };
+            let store = Store { accumulate: false, relu: true };
             multiply(kernel, left, &packed, n, Out { data: &mut c, rows: &[0] }, store);
             assert!(c.iter().all(|x| x.is_nan()), "{kernel:?}");
         }

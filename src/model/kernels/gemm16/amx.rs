@@ -167,3 +167,32 @@ unsafe fn tiles(block: &Block<'_>, a: *const u32, c: *mut f32) {
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the state of this thread's tiles, configuration or values, is in use: XINUSE.
+    fn in_use() -> bool {
+        #[target_feature(enable = "xsave")]
+        fn state() -> u64 {
+            // SAFETY: a CPU with tiles has the register 1.
+            unsafe { _xgetbv(1) }
+        }
+        // SAFETY: called where `request` has found XSAVE.
+        unsafe { state() & (1 << 17 | 1 << 18) != 0 }
+    }
+
+    #[test]
+    fn tiles_are_in_use_until_they_are_dropped() {
+        if !request() {
+            return eprintln!("skipped: this CPU or system has no AMX");
+        }
+        assert!(!in_use());
+        // SAFETY: the request was granted.
+        let tiles = unsafe { Tiles::configure() };
+        assert!(in_use());
+        drop(tiles);
+        assert!(!in_use());
+    }
+}

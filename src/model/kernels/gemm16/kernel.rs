@@ -25,7 +25,8 @@ pub struct Kernel {
 enum Arithmetic {
     /// Both operands are widened to f32 when they are staged and packed, and multiplied by a tile kernel of `gemm`.
     Widened(&'static gemm::Kernel),
-    /// Both operands stay bf16, neighbours along K in pairs.
+    /// Both operands stay bf16, neighbours along K in pairs; `tiles` says that the tile registers are used.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has such kernels"))]
     Pairs { multiply: unsafe fn(&pairs::Block<'_>), tiles: bool },
 }
 use Arithmetic::{Pairs, Widened};

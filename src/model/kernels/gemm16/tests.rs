@@ -48,13 +48,15 @@ impl Case {
         if self.store.relu { sum.max(0.0) } else { sum }
     }
 
-    /// Every kernel's product equals the sums, rounded once. All other memory, the scratch too, is NaN and is not read.
-    fn check<T: Element + PartialEq>(self) {
+    /// Every kernel's product equals the sums, rounded once. What lies around the matrices is NaN and stays so, and what is
+    /// in the scratch (see `scratch`) does not matter.
+    fn check<T: Element>(self, scratch: &mut [f32]) {
         let Case { m, n, k, .. } = self;
         let (a, b) = (integers(len(m, k, self.a), 1), integers(len(k, n, self.b), 2));
         let bias: Option<Vec<f32>> = self.bias.then(|| (0..n).map(|j| integer(j, 3)).collect());
         let (rows, cols) = (strided(m, self.a.0), strided(k, self.a.1));
         let (b_rows, c_rows) = (strided(k, self.b.0), strided(m, n + 2));
+        let expected: Vec<f64> = (0..m * n).map(|at| self.expected(at / n, at % n, &a, &b)).collect();
         for kernel in Kernel::available() {
             let mut packed = vec![f32::NAN; packed_len(kernel, k, n)];
             let right = Right { data: &b, rows: &b_rows, step: self.b.1, n };
@@ -68,12 +70,11 @@ impl Case {
                 (0..m * n).for_each(|at| c[at / n * (n + 2) + at % n] = T::from_sum(integer(at, 4)));
             }
             let left = Left { data: &a, rows: &rows, cols: &cols };
-            let mut scratch = vec![f32::NAN; scratch_len(kernel)];
-            multiply(kernel, left, &packed, n, Out { data: &mut c, rows: &c_rows }, self.store, &mut scratch);
+            multiply(kernel, left, &packed, n, Out { data: &mut c, rows: &c_rows }, self.store, scratch);
 
             for (i, row) in c.chunks_exact(n + 2).enumerate() {
                 for (j, &found) in row[..n].iter().enumerate() {
-                    let (found, expected) = (found.into(), self.expected(i, j, &a, &b));
+                    let (found, expected) = (found.into(), expected[i * n + j]);
                     let rounded: f32 = T::from_sum(expected as f32).into();
                     assert_eq!(found, rounded, "{kernel:?} {self:?}: C({i}, {j}), of {expected}");
                 }
@@ -83,16 +84,23 @@ impl Case {
     }
 }
 
+/// Scratch for every kernel, of NaN.
+fn scratch() -> Vec<f32> {
+    let len = Kernel::available().iter().map(scratch_len).max();
+    vec![f32::NAN; len.expect("the portable kernel at least")]
+}
+
 #[test]
 fn products_of_all_sizes_equal_their_sums() {
+    let mut scratch = scratch();
     const SIZES: [usize; 8] = [0, 1, 7, 8, 16, 17, 33, 100];
     for (number, m) in SIZES.into_iter().enumerate() {
         for n in SIZES {
             for k in [0, 1, 2, 31, 32, 33, 65] {
                 let store = Store { accumulate: (number + n + k) % 3 == 0, relu: (m + k) % 2 == 0 };
                 let case = Case { store, bias: n % 2 == 0, ..Case::plain(m, n, k) };
-                case.check::<f32>();
-                case.check::<bf16>();
+                case.check::<f32>(&mut scratch);
+                case.check::<bf16>(&mut scratch);
             }
         }
     }
@@ -101,20 +109,22 @@ fn products_of_all_sizes_equal_their_sums() {
 #[test]
 fn blocks_of_rows_of_columns_and_of_sums_join() {
     let (accumulate, relu) = (true, true);
-    Case { store: Store { accumulate: false, relu }, ..Case::plain(135, 33, 1025) }.check::<bf16>();
-    Case { store: Store { accumulate, relu: false }, ..Case::plain(129, 9, 515) }.check::<f32>();
-    Case { store: Store { accumulate, relu }, ..Case::plain(3, 17, 769) }.check::<bf16>();
-    Case::plain(2, 530, 384).check::<bf16>();
-    Case::plain(2, 530, 513).check::<f32>();
+    let scratch = &mut scratch();
+    Case { store: Store { accumulate: false, relu }, ..Case::plain(135, 33, 1025) }.check::<bf16>(scratch);
+    Case { store: Store { accumulate, relu: false }, ..Case::plain(129, 9, 515) }.check::<f32>(scratch);
+    Case { store: Store { accumulate, relu }, ..Case::plain(3, 17, 769) }.check::<bf16>(scratch);
+    Case::plain(2, 530, 384).check::<bf16>(scratch);
+    Case::plain(2, 530, 513).check::<f32>(scratch);
 }
 
 #[test]
 fn every_layout_of_both_sides_gives_the_same_product() {
     let (m, n, k) = (45, 37, 23);
+    let scratch = &mut scratch();
     let layouts = |rows: usize, cols: usize| [(cols, 1), (1, rows), (2 * cols + 3, 2), (1, 1)];
     for a in layouts(m, k) {
         for b in layouts(k, n) {
-            Case { a, b, ..Case::plain(m, n, k) }.check::<f32>();
+            Case { a, b, ..Case::plain(m, n, k) }.check::<f32>(scratch);
         }
     }
 }
@@ -140,7 +150,7 @@ fn the_windows_of_an_image_are_taken_in_runs() {
             pack(kernel, Right { data: &b, rows: &b_rows, step: 1, n }, None, &mut packed);
             let mut c = vec![f32::NAN; m * n];
             let (left, out) = (Left { data: &x, rows, cols }, Out { data: &mut c, rows: &c_rows });
-            let mut scratch = vec![f32::NAN; scratch_len(kernel)];
+            let mut scratch = scratch();
             multiply(kernel, left, &packed, n, out, Store::default(), &mut scratch);
             for (at, &found) in c.iter().enumerate() {
                 let product = |k: usize| x[(rows[at / n] + cols[k]) as usize].to_f32() * b[k * n + at % n].to_f32();
@@ -171,7 +181,7 @@ fn a_row_of_c_has_the_same_bits_wherever_m_is_cut_and_whoever_computes_it() {
                 rows.par_chunks(size).zip(c.par_chunks_mut(size * n)).for_each(|(rows, c)| {
                     let (left, out) =
                         (Left { data: &a, rows, cols: &cols }, Out { data: c, rows: &c_rows[..rows.len()] });
-                    let mut scratch = vec![f32::NAN; scratch_len(kernel)];
+                    let mut scratch = scratch();
                     multiply(kernel, left, &packed, n, out, Store::default(), &mut scratch);
                 });
             });
@@ -194,7 +204,7 @@ fn fractions_are_summed_as_exactly_as_f32_allows() {
         pack(kernel, Right { data: &b, rows: &b_rows, step: 1, n }, None, &mut packed);
         let mut c = vec![0.0f32; m * n];
         let (left, out) = (Left { data: &a, rows: &rows, cols: &cols }, Out { data: &mut c, rows: &c_rows });
-        multiply(kernel, left, &packed, n, out, Store::default(), &mut vec![f32::NAN; scratch_len(kernel)]);
+        multiply(kernel, left, &packed, n, out, Store::default(), &mut scratch());
         for (at, &found) in c.iter().enumerate() {
             let product = |l: usize| a[at / n * k + l].to_f64() * b[l * n + at % n].to_f64();
             let expected: f64 = (0..k).map(product).sum();
@@ -216,7 +226,7 @@ fn nan_and_infinity_reach_their_row_alone() {
         let (rows, cols, c_rows) = (strided(m, k), strided(k, 1), strided(m, n));
         let (left, out) = (Left { data: &a, rows: &rows, cols: &cols }, Out { data: &mut c, rows: &c_rows });
         let store = Store { relu: true, ..Store::default() };
-        multiply(kernel, left, &packed, n, out, store, &mut vec![f32::NAN; scratch_len(kernel)]);
+        multiply(kernel, left, &packed, n, out, store, &mut scratch());
         assert!(c[..n].iter().all(|x| x.to_f32() == 5.0), "{kernel:?}: {c:?}");
         assert!(c[n..2 * n].iter().all(|x| x.is_nan()), "{kernel:?}: {c:?}");
         assert!(c[2 * n..].iter().all(|x| x.to_f32() == f32::INFINITY), "{kernel:?}: {c:?}");

@@ -3,7 +3,7 @@
 //! the copy is in long pieces.
 
 use super::super::convert::widen;
-use super::super::gemm::{self, Left, Tile};
+use super::super::gemm::{self, Left, Panel};
 use super::kernel::{Block, Layout, run_len};
 use half::bf16;
 
@@ -57,31 +57,28 @@ pub fn multiply(kernel: &gemm::Kernel, block: Block<'_>) {
         Layout::Columns => (CONSECUTIVE.first_chunk().expect("MC <= KC"), &COLUMN_STARTS),
     };
     assert!(block.staged.len() >= STAGED_LEN && block.sums.len() >= block.rows * kernel.nr);
-    for i in (0..block.rows).step_by(kernel.mr) {
-        let rows = i..block.rows.min(i + kernel.mr);
-        let sums = &mut block.sums[i * kernel.nr..];
-        let tile = Tile {
-            a: block.staged.as_ptr(),
-            rows: &a_rows[rows.clone()],
-            cols: &a_cols[..block.ks.len()],
-            b: &block.panel[(1 + block.ks.start) * kernel.nr..],
-            start: (block.ks.start == 0).then_some(&ZEROS[..kernel.nr]),
-            c: sums.as_mut_ptr(),
-            c_rows: sum_rows(kernel.nr),
-            n: kernel.nr,
-            relu: false,
-        };
-        // SAFETY: the tables stay within the staged block, the sums have the tile's rows, and the CPU has the kernel's
-        // instructions.
-        unsafe { (kernel.tile)(&tile) };
-    }
+    let panel = Panel {
+        a: block.staged.as_ptr(),
+        rows: &a_rows[..block.rows],
+        cols: &a_cols[..block.ks.len()],
+        // Read only: there is no source to pack it from.
+        b: block.panel[(1 + block.ks.start) * kernel.nr..].as_ptr().cast_mut(),
+        source: None,
+        start: (block.ks.start == 0).then_some(ZEROS.as_ptr()),
+        c: block.sums.as_mut_ptr(),
+        c_rows: &sum_rows(kernel.nr)[..block.rows],
+        n: kernel.nr,
+        relu: false,
+    };
+    // SAFETY: the tables stay within the staged block, the sums have its rows, and the CPU has the kernel's instructions.
+    unsafe { (kernel.multiply)(&panel) };
 }
 
-/// The rows of a tile of sums that is `nr` wide.
+/// The rows of sums that are `nr` wide.
 fn sum_rows(nr: usize) -> &'static [u32] {
-    const OF_8: [u32; 8] = multiples(8);
-    const OF_16: [u32; 8] = multiples(16);
-    const OF_32: [u32; 8] = multiples(32);
+    const OF_8: [u32; MC] = multiples(8);
+    const OF_16: [u32; MC] = multiples(16);
+    const OF_32: [u32; MC] = multiples(32);
     match nr {
         8 => &OF_8,
         16 => &OF_16,

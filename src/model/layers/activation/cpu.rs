@@ -1,27 +1,24 @@
 use super::Activation;
 use crate::error::Result;
+use crate::model::kernels::math;
 use crate::model::simd::vectorized;
 use crate::model::{Backward, Forward, Layer, Pass};
 use rayon::prelude::*;
 
-pub struct Elementwise(pub Activation);
+pub struct Elementwise {
+    pub activation: Activation,
+    /// What backward has to undo.
+    pub undo: Activation,
+}
 
 impl Layer for Elementwise {
     fn forward(&mut self, _: &Pass, mut io: Forward<'_>) -> Result<()> {
-        let x = io.inputs[0].f32().par_chunks(CHUNK);
-        io.output.f32().par_chunks_mut(CHUNK).zip(x).for_each(|(y, x)| {
-            y.copy_from_slice(x);
-            self.0.apply(y);
-        });
+        self.activation.map(io.inputs[0].f32(), io.output.f32());
         Ok(())
     }
 
     fn backward(&mut self, _: &Pass, mut io: Backward<'_>) -> Result<()> {
-        let (y, dy) = (io.output.f32().par_chunks(CHUNK), io.grad_output.f32().par_chunks_mut(CHUNK));
-        (io.grad_inputs[0].f32().par_chunks_mut(CHUNK), y, dy).into_par_iter().for_each(|(dx, y, dy)| {
-            self.0.backward(y, dy);
-            dx.copy_from_slice(dy);
-        });
+        self.undo.backward_into(io.output.f32(), io.grad_output.f32(), io.grad_inputs[0].f32());
         Ok(())
     }
 }
@@ -31,6 +28,21 @@ impl Layer for Elementwise {
 const CHUNK: usize = 4096;
 
 impl Activation {
+    /// `y = f(x)`
+    fn map(self, x: &[f32], y: &mut [f32]) {
+        y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
+            vectorized(
+                #[inline(always)]
+                || match self {
+                    Activation::None => y.copy_from_slice(x),
+                    Activation::Relu => each(x, y, relu),
+                    Activation::Sigmoid => each(x, y, math::sigmoid),
+                    Activation::Tanh => each(x, y, math::tanh),
+                },
+            );
+        });
+    }
+
     /// `y = f(y)` in place.
     pub fn apply(self, y: &mut [f32]) {
         if self != Activation::None {
@@ -55,14 +67,31 @@ impl Activation {
         }
     }
 
+    /// `dx = f'(x) dy`, with f'(x) from the output `y = f(x)`; `y` is empty without an activation.
+    pub fn backward_into(self, y: &[f32], dy: &[f32], dx: &mut [f32]) {
+        dx.par_chunks_mut(CHUNK).zip(dy.par_chunks(CHUNK)).enumerate().for_each(|(number, (dx, dy))| {
+            let start = (number * CHUNK).min(y.len());
+            let y = &y[start..y.len().min(start + dx.len())];
+            vectorized(
+                #[inline(always)]
+                || match self {
+                    Activation::None => dx.copy_from_slice(dy),
+                    Activation::Relu => each_pair(y, dy, dx, relu_slope),
+                    Activation::Sigmoid => each_pair(y, dy, dx, sigmoid_slope),
+                    Activation::Tanh => each_pair(y, dy, dx, tanh_slope),
+                },
+            );
+        });
+    }
+
+    /// `y = f(y)`; inlined into the vectorised loops of layers that fuse it.
     #[inline(always)]
-    fn apply_chunk(self, y: &mut [f32]) {
+    pub fn apply_chunk(self, y: &mut [f32]) {
         match self {
             Activation::None => {}
-            // Not `max`, which turns NaN into 0: a broken value must be seen.
-            Activation::Relu => each(y, |y| if y < 0.0 { 0.0 } else { y }),
-            Activation::Sigmoid => each(y, |y| 1.0 / (1.0 + (-y).exp())),
-            Activation::Tanh => each(y, f32::tanh),
+            Activation::Relu => each_in_place(y, relu),
+            Activation::Sigmoid => each_in_place(y, math::sigmoid),
+            Activation::Tanh => each_in_place(y, math::tanh),
         }
     }
 
@@ -70,23 +99,58 @@ impl Activation {
     fn backward_chunk(self, y: &[f32], dy: &mut [f32]) {
         match self {
             Activation::None => {}
-            Activation::Relu => each_pair(y, dy, |y, dy| if y > 0.0 { dy } else { 0.0 }),
-            Activation::Sigmoid => each_pair(y, dy, |y, dy| dy * y * (1.0 - y)),
-            Activation::Tanh => each_pair(y, dy, |y, dy| dy * (1.0 - y * y)),
+            Activation::Relu => scale(y, dy, relu_slope),
+            Activation::Sigmoid => scale(y, dy, sigmoid_slope),
+            Activation::Tanh => scale(y, dy, tanh_slope),
         }
     }
 }
 
+/// Not `max`, which turns NaN into 0: a broken value must be seen.
 #[inline(always)]
-fn each(y: &mut [f32], f: impl Fn(f32) -> f32) {
+fn relu(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
+}
+
+#[inline(always)]
+fn relu_slope(y: f32, dy: f32) -> f32 {
+    if y > 0.0 { dy } else { 0.0 }
+}
+
+#[inline(always)]
+fn sigmoid_slope(y: f32, dy: f32) -> f32 {
+    dy * y * (1.0 - y)
+}
+
+#[inline(always)]
+fn tanh_slope(y: f32, dy: f32) -> f32 {
+    dy * (1.0 - y * y)
+}
+
+#[inline(always)]
+fn each(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = f(*x);
+    }
+}
+
+#[inline(always)]
+fn each_in_place(y: &mut [f32], f: impl Fn(f32) -> f32) {
     for y in y {
         *y = f(*y);
     }
 }
 
 #[inline(always)]
-fn each_pair(y: &[f32], dy: &mut [f32], f: impl Fn(f32, f32) -> f32) {
+fn scale(y: &[f32], dy: &mut [f32], f: impl Fn(f32, f32) -> f32) {
     for (dy, y) in dy.iter_mut().zip(y) {
         *dy = f(*y, *dy);
+    }
+}
+
+#[inline(always)]
+fn each_pair(y: &[f32], dy: &[f32], dx: &mut [f32], f: impl Fn(f32, f32) -> f32) {
+    for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) {
+        *dx = f(*y, *dy);
     }
 }

@@ -27,6 +27,11 @@ impl Activation {
     pub fn is_relu_or_none(self) -> bool {
         matches!(self, Activation::None | Activation::Relu)
     }
+
+    /// What backward has to undo of it: nothing where the reader of the output has.
+    pub(crate) fn to_undo(self, build: &Build<'_>) -> Activation {
+        if build.grad_masked { Activation::None } else { self }
+    }
 }
 
 macro_rules! activation_layer {
@@ -42,11 +47,13 @@ macro_rules! activation_layer {
                     output,
                     forward_flops: output.len() as u64,
                     backward_reads_output: true,
+                    relu_output: Activation::$name == Activation::Relu,
                     ..Inferred::default()
                 })
             }
-            fn build(&self, _: &Build<'_>) -> Result<Box<dyn Layer>> {
-                Ok(Box::new(cpu::Elementwise(Activation::$name)))
+            fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+                let activation = Activation::$name;
+                Ok(Box::new(cpu::Elementwise { activation, undo: activation.to_undo(build) }))
             }
         }
     };

@@ -30,10 +30,11 @@ impl LayerSpec for Add {
             output,
             forward_flops: (output.len() * (inputs.len() - 1)) as u64,
             backward_reads_output: self.activation != Activation::None,
+            relu_output: self.activation == Activation::Relu,
             ..Inferred::default()
         })
     }
-    fn build(&self, _: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(Box::new(cpu::Add { activation: self.activation }))
+    fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cpu::Add { activation: self.activation, undo: self.activation.to_undo(build) }))
     }
 }

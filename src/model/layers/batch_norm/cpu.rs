@@ -9,13 +9,15 @@
 use super::Activation;
 use crate::error::Result;
 use crate::model::simd::vectorized;
-use crate::model::{Backward, Forward, Layer, Pass, Shape};
+use crate::model::{Backward, Build, Forward, Layer, Pass};
 use rayon::prelude::*;
 
 pub struct BatchNorm {
     channels: usize,
     epsilon: f32,
     activation: Activation,
+    /// What backward has to undo of it.
+    undo: Activation,
     /// Channels of a wide row.
     wide: usize,
     /// Values of a chunk of rows.
@@ -40,14 +42,15 @@ pub const fn saved_bytes(channels: usize) -> usize {
 const FACTORS: usize = 4;
 
 impl BatchNorm {
-    pub fn new(input: Shape, batch: usize, epsilon: f32, activation: Activation) -> Self {
+    pub fn new(epsilon: f32, activation: Activation, build: &Build<'_>) -> Self {
+        let (input, undo) = (build.inputs[0], activation.to_undo(build));
         let channels = input.c;
         let wide = channels * (128 / channels).max(1);
         // About 64 KiB, and few enough rows for sums in f32.
         let chunk = wide * (16 * 1024 / wide).clamp(16, 256);
-        let chunks = (batch * input.len()).div_ceil(chunk);
+        let chunks = (build.batch * input.len()).div_ceil(chunk);
         let scratch = (FACTORS + 2 * chunks) * wide * size_of::<f32>();
-        BatchNorm { channels, epsilon, activation, wide, chunk, scratch }
+        BatchNorm { channels, epsilon, activation, undo, wide, chunk, scratch }
     }
 }
 
@@ -89,7 +92,7 @@ impl Layer for BatchNorm {
 
     fn backward(&mut self, pass: &Pass, mut io: Backward<'_>) -> Result<()> {
         let (c, wide) = (self.channels, self.wide);
-        self.activation.backward(io.output.f32(), io.grad_output.f32());
+        self.undo.backward(io.output.f32(), io.grad_output.f32());
         let (x, dy) = (io.inputs[0].f32(), io.grad_output.f32());
         let statistics = Statistics::read(io.saved.f32(), c);
         let (factors, partial) = io.scratch.f32().split_at_mut(FACTORS * wide);

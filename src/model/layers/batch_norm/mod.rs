@@ -55,13 +55,14 @@ impl LayerSpec for BatchNorm {
                 param("running_var", 1.0, running),
             ],
             forward_flops: 8 * output.len() as u64,
-            saved_bytes: 0,
             saved_bytes_fixed: cpu::saved_bytes(output.c),
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
+            relu_output: self.activation == Activation::Relu,
+            ..Inferred::default()
         })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(Box::new(cpu::BatchNorm::new(build.inputs[0], build.batch, self.epsilon, self.activation)))
+        Ok(Box::new(cpu::BatchNorm::new(self.epsilon, self.activation, build)))
     }
 }

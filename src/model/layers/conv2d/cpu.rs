@@ -41,6 +41,8 @@ pub struct Conv2d {
     geometry: Geometry,
     bias: bool,
     activation: Activation,
+    /// What backward has to undo of it.
+    undo: Activation,
     threads: usize,
     batch: usize,
     /// Images of a block, and of a part.
@@ -94,6 +96,7 @@ impl Conv2d {
             kernel: Kernel::best(),
             bias,
             activation,
+            undo: activation.to_undo(build),
             threads: build.threads.max(1),
             batch: build.batch,
             block,
@@ -301,8 +304,8 @@ impl Shared<'_> {
                 let inputs = block.start * input.len()..block.end * input.len();
                 let outputs = block.start * output.len()..block.end * output.len();
                 let (x, dy) = (&job.x[inputs.clone()], &mut job.dy[outputs.clone()]);
-                if layer.activation != Activation::None {
-                    layer.activation.backward(&job.y[outputs], dy);
+                if layer.undo != Activation::None {
+                    layer.undo.backward(&job.y[outputs], dy);
                 }
                 if layer.bias {
                     dy.chunks_exact(output.c).for_each(|row| bias.iter_mut().zip(row).for_each(|(sum, dy)| *sum += dy));

@@ -8,6 +8,7 @@ mod depthwise;
 mod padded;
 #[cfg(test)]
 mod tests;
+mod winograd;
 
 use super::super::init::Initializer;
 use super::super::kernels::gemm16::Kernel;
@@ -48,6 +49,21 @@ pub struct Conv2d {
     /// The first value of every bias.
     #[serde(default)]
     bias_init: f32,
+    #[serde(default)]
+    algorithm: Algorithm,
+}
+
+/// How the products are computed. The choice is by shapes, never by timing, so all ranks make the same one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Algorithm {
+    /// Winograd's transforms where they save time: 3x3 and 5x5 kernels of stride 1, with many channels.
+    #[default]
+    Auto,
+    /// Sums of products, as the definition has them: the least rounding.
+    Direct,
+    /// Winograd's transforms, with rounding errors about ten times those of direct sums.
+    Winograd,
 }
 
 fn one() -> usize {
@@ -133,6 +149,10 @@ impl Geometry {
 }
 
 impl Conv2d {
+    fn direct(&self, geometry: Geometry, build: &Build<'_>) -> Box<dyn Layer> {
+        Box::new(cpu::Conv2d::new(geometry, self.bias, self.activation, build))
+    }
+
     fn geometry(&self, inputs: &[Shape]) -> Result<Geometry, String> {
         let input = single(inputs)?;
         let Conv2d { filters, groups, .. } = *self;
@@ -166,6 +186,12 @@ impl Conv2d {
         addressable("output", &output.lengths())?;
         addressable("padded input", &Padded::of_input(&geometry).lengths())?;
         addressable("padded output gradient", &Padded::of_grad(&geometry).lengths())?;
+        match winograd::obstacle(&geometry) {
+            Some(obstacle) if self.algorithm == Algorithm::Winograd => {
+                return Err(format!("algorithm = \"winograd\" {obstacle}; leave the choice to \"auto\""));
+            }
+            _ => {}
+        }
         Ok(geometry)
     }
 }
@@ -190,6 +216,7 @@ impl LayerSpec for Conv2d {
             forward_flops: (2 * geometry.taps() as u64).saturating_mul(output.len() as u64),
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
+            relu_output: self.activation == Activation::Relu,
             ..Inferred::default()
         })
     }
@@ -197,7 +224,11 @@ impl LayerSpec for Conv2d {
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let geometry = self.geometry(build.inputs).map_err(Error::usage)?;
         match build.place {
-            Place::Host => Ok(Box::new(cpu::Conv2d::new(geometry, self.bias, self.activation, build))),
+            Place::Host => Ok(match self.algorithm {
+                Algorithm::Auto if !winograd::pays(&geometry, build.batch) => self.direct(geometry, build),
+                Algorithm::Direct => self.direct(geometry, build),
+                _ => Box::new(winograd::Conv2d::new(geometry, self.bias, self.activation, build)),
+            }),
             Place::Cuda => Err(Error::device("conv2d has no CUDA kernel yet; train on the CPU")),
         }
     }

@@ -37,6 +37,12 @@ pub(super) const CASES: &[Case] = &[
     case((7, 5, 6), "filters = 4\nkernel = 3\nstride = 2\npadding = 1\ngroups = 2\nactivation = \"relu\""),
     case((8, 8, 43), "filters = 43\nkernel = 3\npadding = 1\ngroups = 43\nactivation = \"relu\""),
     case((9, 6, 5), "filters = 10\nkernel = 3\nstride = 2\npadding = \"same\"\ngroups = 5"),
+    // Winograd's transforms: tiles of 7 and of 8 values, filters of 3x3 and 5x5, all kinds of borders.
+    case((13, 13, 16), "filters = 32\nkernel = 3\npadding = 1\nactivation = \"sigmoid\"\nalgorithm = \"winograd\""),
+    case((8, 14, 32), "filters = 16\nkernel = 3\nactivation = \"relu\"\nalgorithm = \"winograd\""),
+    case((9, 7, 16), "filters = 16\nkernel = 5\npadding = \"same\"\nbias = false\nalgorithm = \"winograd\""),
+    case((8, 4, 16), "filters = 48\nkernel = 5\npadding = [2, 4]\nalgorithm = \"winograd\""),
+    case((1, 2, 16), "filters = 16\nkernel = 3\npadding = 1\nalgorithm = \"winograd\""),
 ];
 
 /// Everything that a forward and a backward call write.
@@ -79,7 +85,7 @@ impl Case {
     fn run(&self, values: &Values, batch: usize, built: usize, threads: usize) -> Results {
         let spec = self.spec();
         let output = spec.infer(&[self.input]).unwrap().output;
-        let build = Build { inputs: &[self.input], batch: built, place: Place::Host, threads, seed: 1, layer: 0 };
+        let build = Build { inputs: &[self.input], batch: built, threads, ..Build::default() };
         let mut layer = spec.build(&build).unwrap();
         let pass = Pass { batch, training: true, first_sample: 0, share: 1.0 };
         let poison = |len: usize| vec![f32::NAN; len];
@@ -176,10 +182,11 @@ impl Case {
 fn assert_close(what: &str, case: &Case, found: &[f32], expected: &[f64]) {
     assert_eq!(found.len(), expected.len());
     let scale = expected.iter().fold(1.0, |scale: f64, x| scale.max(x.abs()));
+    let tolerance = if case.keys.contains("winograd") { 2e-5 } else { 2e-6 };
     for (at, (&found, &expected)) in found.iter().zip(expected).enumerate() {
         let error = (f64::from(found) - expected).abs();
         assert!(
-            error <= 2e-6 * scale,
+            error <= tolerance * scale,
             "{what}[{at}] is {found}, expected {expected}, for {} over {}",
             case.keys.replace('\n', ", "),
             case.input
@@ -243,7 +250,7 @@ fn without_a_use_for_dx_the_other_gradients_are_the_same() {
     let values = case.values(5);
     let whole = case.run(&values, 5, 5, 1);
     let spec = case.spec();
-    let build = Build { inputs: &[case.input], batch: 5, place: Place::Host, threads: 1, seed: 1, layer: 0 };
+    let build = Build { inputs: &[case.input], batch: 5, threads: 1, ..Build::default() };
     let mut layer = spec.build(&build).unwrap();
     let (mut dy, mut scratch) = (values.dy.clone(), vec![f32::NAN; layer.scratch_bytes() / 4]);
     let (mut dweight, mut dbias) = (vec![f32::NAN; values.weight.len()], vec![f32::NAN; values.bias.len()]);
@@ -267,7 +274,7 @@ fn the_tables_of_a_block_stay_within_32_bits() {
     // A block of 6250 such images would fit the cache by its input, but its output has 6.25e9 values.
     let case = case((1, 1, 1), "filters = 1000000\nkernel = 1");
     let (inputs, batch) = (&[case.input], 100_000);
-    let layer = case.spec().build(&Build { inputs, batch, place: Place::Host, threads: 1, seed: 1, layer: 0 });
+    let layer = case.spec().build(&Build { inputs, batch, threads: 1, ..Build::default() });
     assert!(layer.unwrap().scratch_bytes() > 0);
 }
 
@@ -277,6 +284,10 @@ fn what_does_not_fit_is_named() {
     assert_eq!(
         error((7, 7, 64), "filters = 8\nkernel = 3\ngroups = 3"),
         "groups = 3 must divide the 64 channels of its input (7x7x64) and its 8 filters"
+    );
+    assert_eq!(
+        error((9, 9, 16), "filters = 32\nkernel = 3\nstride = 2\nalgorithm = \"winograd\""),
+        "algorithm = \"winograd\" needs a stride of 1; leave the choice to \"auto\""
     );
     assert!(error((2, 2, 3), "filters = 8\nkernel = 3").contains("3x3 kernel does not fit into its input, 2x2x3"));
     assert!(error((8, 8, 3), "filters = 8\nkernel = 3\npadding = 3").contains("padding 3 is not smaller"));
@@ -288,4 +299,22 @@ fn what_does_not_fit_is_named() {
     assert!(padded.contains("its padded input would be 79999x79999x1, more than 2^32"), "{padded}");
     let padded = error((30000, 30000, 1), "filters = 4\nkernel = 5001\npadding = \"same\"");
     assert!(padded.contains("its padded output gradient would be 37500x37500x4, more than 2^32"), "{padded}");
+}
+
+#[test]
+fn the_algorithm_is_chosen_by_shapes() {
+    let pays = |input: (usize, usize, usize), keys, batch| {
+        let case = case(input, keys);
+        winograd::pays(&case.spec().geometry(&[case.input]).unwrap(), batch)
+    };
+    // AlexNet's five.
+    assert!(!pays((227, 227, 3), "filters = 96\nkernel = 11\nstride = 4", 32));
+    assert!(pays((27, 27, 96), "filters = 256\nkernel = 5\npadding = 2", 32));
+    assert!(pays((13, 13, 256), "filters = 384\nkernel = 3\npadding = 1", 32));
+    assert!(pays((13, 13, 384), "filters = 384\nkernel = 3\npadding = 1", 32));
+    assert!(pays((13, 13, 384), "filters = 256\nkernel = 3\npadding = 1", 32));
+    // Too few images to transform the filter for.
+    assert!(!pays((13, 13, 384), "filters = 384\nkernel = 3\npadding = 1", 1));
+    assert!(!pays((13, 13, 384), "filters = 384\nkernel = 3\npadding = 1\nstride = 2", 32));
+    assert!(!pays((13, 13, 384), "filters = 384\nkernel = 3\npadding = 1\ngroups = 2", 32));
 }

@@ -1,4 +1,5 @@
 use crate::error::Result;
+use crate::model::simd::vectorized;
 use crate::model::{Backward, Forward, Layer, Pass, Shape};
 use crate::rng::{Purpose, Rng};
 use rayon::prelude::*;
@@ -47,12 +48,30 @@ impl Layer for Dropout {
     }
 }
 
-/// from (H*W*C), to (H*W*C). One draw of 32 bits decides two values, so a Philox block decides eight.
+/// from (H*W*C), to (H*W*C). One draw of 32 bits decides two values, the low half the first, so a Philox block decides
+/// eight.
 fn mask_sample(mut rng: Rng, threshold: u32, scale: f32, from: &[f32], to: &mut [f32]) {
-    for (to, from) in to.chunks_mut(2).zip(from.chunks(2)) {
-        let bits = rng.next_u32();
-        for ((to, from), draw) in to.iter_mut().zip(from).zip([bits & 0xFFFF, bits >> 16]) {
-            *to = if draw < threshold { 0.0 } else { from * scale };
-        }
+    const DRAWS: usize = 256;
+    let mut draws = [0; DRAWS];
+    for (to, from) in to.chunks_mut(2 * DRAWS).zip(from.chunks(2 * DRAWS)) {
+        let draws = &mut draws[..to.len().div_ceil(2)];
+        rng.fill(draws);
+        vectorized(
+            #[inline(always)]
+            || mask_values(draws, threshold, scale, from, to),
+        );
+    }
+}
+
+#[inline(always)]
+fn mask_values(draws: &[u32], threshold: u32, scale: f32, from: &[f32], to: &mut [f32]) {
+    let keep = |draw: u32, value: f32| if draw < threshold { 0.0 } else { value * scale };
+    let (mut to, mut from) = (to.chunks_exact_mut(2), from.chunks_exact(2));
+    for ((to, from), draw) in (&mut to).zip(&mut from).zip(draws) {
+        to[0] = keep(draw & 0xFFFF, from[0]);
+        to[1] = keep(draw >> 16, from[1]);
+    }
+    if let ([to], [from], Some(draw)) = (to.into_remainder(), from.remainder(), draws.last()) {
+        *to = keep(draw & 0xFFFF, *from);
     }
 }

@@ -6,9 +6,11 @@
 //! backward, data     dx (batch, inputs)  = dy (batch, units)  W (units, inputs)
 //! ```
 //!
-//! The weight is the largest of the matrices: where it stands on the left it is read in place, once, and the output
-//! comes out transposed, which is cheap to undo. In backward-data it stands on the right and is packed block by block,
-//! each as large as stays in L2 until it is used. Every sum has the same order for any number of threads.
+//! The weight is the largest of the matrices: with few samples its way through memory takes as long as the products, so
+//! each product moves it once. Forward and backward-data read it where it lies (on the left, and on the right by
+//! `multiply_in_place`); backward-weight writes it once, tile by tile. Forward's output comes out transposed, which is cheap
+//! to undo. The floor of each is the greater of 2 * batch * inputs * units FLOP and 4 * inputs * units bytes. Every sum
+//! has the same order for any number of threads.
 
 use super::super::super::kernels::gemm::{self, Kernel, Left, Out, Right, Store, strided};
 use super::super::super::{Backward, Build, Forward, Layer, Pass};
@@ -18,16 +20,14 @@ use rayon::prelude::*;
 
 /// Units of a task of forward and of backward-weight.
 const TASK_UNITS: usize = 48;
-/// Inputs and units of a block of the weight in backward-data: 384 * 192 * 4 bytes = 288 KiB of L2.
-const BLOCK_INPUTS: usize = 384;
-const BLOCK_UNITS: usize = 192;
-
 pub struct Linear {
     kernel: &'static Kernel,
     inputs: usize,
     units: usize,
     bias: bool,
     activation: Activation,
+    /// What backward has to undo of it.
+    undo: Activation,
     threads: usize,
     batch: usize,
     /// Tables of offsets: consecutive ones, and those of rows of (.., inputs), (.., units) and (.., batch).
@@ -46,6 +46,7 @@ impl Linear {
             units,
             bias,
             activation,
+            undo: activation.to_undo(build),
             threads: build.threads.max(1),
             batch,
             consecutive: strided(inputs.max(units).max(batch), 1),
@@ -62,8 +63,8 @@ impl Linear {
     fn packed_samples_len(&self) -> usize {
         gemm::packed_len(self.kernel, self.batch, self.inputs)
     }
-    fn packed_block_len(&self) -> usize {
-        gemm::packed_len(self.kernel, BLOCK_UNITS.min(self.units), BLOCK_INPUTS.min(self.inputs))
+    fn panel_buffers_len(&self) -> usize {
+        self.threads * gemm::panel_buffer_len(self.kernel)
     }
     /// y^T or dy^T: (units, batch), rows `self.batch` long even if the batch is short.
     fn transposed_len(&self) -> usize {
@@ -74,7 +75,7 @@ impl Linear {
 impl Layer for Linear {
     fn scratch_bytes(&self) -> usize {
         let forward = self.packed_inputs_len();
-        let backward = self.packed_samples_len().max(self.packed_block_len());
+        let backward = self.packed_samples_len().max(self.panel_buffers_len());
         4 * (self.transposed_len() + forward.max(backward))
     }
 
@@ -103,21 +104,11 @@ impl Layer for Linear {
 
     fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()> {
         let (x, weight, dy) = (io.inputs[0].f32(), io.params[0].f32(), io.grad_output.into_f32());
-        if self.activation != Activation::None {
-            self.activation.backward(io.output.f32(), dy);
-        }
+        self.undo.backward(io.output.f32(), dy);
+        let [grad_weight, grad_bias @ ..] = io.grad_params else { unreachable!("infer declares a weight") };
+        let grad_bias = grad_bias.first_mut().map(|grad| grad.f32());
         let scratch = io.scratch.into_f32();
-        match io.grad_params {
-            [grad_weight, grad_bias @ ..] => {
-                self.backward_weight(pass.batch, x, dy, grad_weight.f32(), scratch);
-                for grad_bias in grad_bias {
-                    let grad_bias = grad_bias.f32();
-                    grad_bias.fill(0.0);
-                    dy.chunks_exact(self.units).for_each(|row| add(grad_bias, row));
-                }
-            }
-            [] => unreachable!("infer declares a weight"),
-        }
+        self.backward_weight(pass.batch, x, dy, grad_weight.f32(), grad_bias, scratch);
         if io.grad_inputs[0].bytes() > 0 {
             self.backward_data(pass.batch, dy, weight, io.grad_inputs[0].f32(), scratch);
         }
@@ -126,42 +117,40 @@ impl Layer for Linear {
 }
 
 impl Linear {
-    /// dW (units, inputs) = dy^T x
-    fn backward_weight(&self, batch: usize, x: &[f32], dy: &[f32], grad: &mut [f32], scratch: &mut [f32]) {
+    /// dW (units, inputs) = dy^T x, dbias (units) = the sums of dy^T's rows
+    fn backward_weight(
+        &self,
+        batch: usize,
+        x: &[f32],
+        dy: &[f32],
+        grad_weight: &mut [f32],
+        grad_bias: Option<&mut [f32]>,
+        scratch: &mut [f32],
+    ) {
         let (packed, transposed) = scratch.split_at_mut(self.packed_samples_len());
         let transposed = &mut transposed[..self.transposed_len()];
         transpose(dy, self.units, transposed, self.batch);
+        if let Some(grad_bias) = grad_bias {
+            let sum = |row: &[f32]| row[..batch].iter().sum();
+            grad_bias.iter_mut().zip(transposed.chunks_exact(self.batch)).for_each(|(grad, row)| *grad = sum(row));
+        }
         let right = Right { data: x, rows: &self.by_inputs[..batch], step: 1, n: self.inputs };
         gemm::pack_parallel(self.kernel, right, None, packed);
-        grad.par_chunks_mut(TASK_UNITS * self.inputs).zip(self.by_batch.par_chunks(TASK_UNITS)).for_each(
-            |(grad, rows)| {
-                let left = Left { data: transposed, rows, cols: &self.consecutive[..batch] };
-                let out = Out { data: grad, rows: &self.by_inputs[..rows.len()] };
-                gemm::multiply(self.kernel, left, packed, self.inputs, out, Store::default());
-            },
-        );
+        let tasks = grad_weight.par_chunks_mut(TASK_UNITS * self.inputs).zip(self.by_batch.par_chunks(TASK_UNITS));
+        tasks.for_each(|(grad, rows)| {
+            let left = Left { data: transposed, rows, cols: &self.consecutive[..batch] };
+            let out = Out { data: grad, rows: &self.by_inputs[..rows.len()] };
+            gemm::multiply(self.kernel, left, packed, self.inputs, out, Store::default());
+        });
     }
 
-    /// dx (batch, inputs) = dy W, block by block of W.
-    fn backward_data(&self, batch: usize, dy: &[f32], weight: &[f32], grad: &mut [f32], packed: &mut [f32]) {
-        let share = batch.div_ceil(self.threads);
-        for input in (0..self.inputs).step_by(BLOCK_INPUTS) {
-            let n = BLOCK_INPUTS.min(self.inputs - input);
-            for unit in (0..self.units).step_by(BLOCK_UNITS) {
-                let k = BLOCK_UNITS.min(self.units - unit);
-                let block = &weight[unit * self.inputs + input..];
-                let right = Right { data: block, rows: &self.by_inputs[..k], step: 1, n };
-                gemm::pack_parallel(self.kernel, right, None, packed);
-                let store = Store { accumulate: unit > 0, relu: false };
-                grad.par_chunks_mut(share * self.inputs).zip(self.by_units[..batch].par_chunks(share)).for_each(
-                    |(grad, rows)| {
-                        let left = Left { data: &dy[unit..], rows, cols: &self.consecutive[..k] };
-                        let out = Out { data: &mut grad[input..], rows: &self.by_inputs[..rows.len()] };
-                        gemm::multiply(self.kernel, left, packed, n, out, store);
-                    },
-                );
-            }
-        }
+    /// dx (batch, inputs) = dy W
+    fn backward_data(&self, batch: usize, dy: &[f32], weight: &[f32], grad: &mut [f32], buffers: &mut [f32]) {
+        let right = Right { data: weight, rows: &self.by_inputs[..self.units], step: 1, n: self.inputs };
+        let left = Left { data: dy, rows: &self.by_units[..batch], cols: &self.consecutive[..self.units] };
+        let out = Out { data: grad, rows: &self.by_inputs[..batch] };
+        let buffers = &mut buffers[..self.panel_buffers_len()];
+        gemm::multiply_in_place(self.kernel, left, right, buffers, out, Store::default());
     }
 }
 

@@ -66,6 +66,7 @@ impl LayerSpec for Linear {
             forward_flops: 2 * width as u64 * self.units as u64,
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
+            relu_output: self.activation == Activation::Relu,
             ..Inferred::default()
         })
     }

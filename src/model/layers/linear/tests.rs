@@ -35,7 +35,7 @@ fn run(values: &Values, batch: usize, built: usize, threads: usize, activation: 
     let (inputs, units) = (values.x.len() / batch, values.bias.len());
     let spec = Linear { units, bias: true, activation, init: Initializer::default(), bias_init: 0.0 };
     let shape = [Shape::vector(inputs)];
-    let build = Build { inputs: &shape, batch: built, place: Place::Host, threads, seed: 1, layer: 0 };
+    let build = Build { inputs: &shape, batch: built, threads, ..Build::default() };
     let mut layer = spec.build(&build).unwrap();
     let pass = Pass { batch, training: true, first_sample: 0, share: 1.0 };
     let poison = |len: usize| vec![f32::NAN; len];

@@ -43,10 +43,11 @@ impl LayerSpec for Lrn {
             output,
             forward_flops: (output.len() * (2 * self.depth_radius + 8)) as u64,
             backward_reads_input: true,
+            can_mask_input: true,
             ..Inferred::default()
         })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(Box::new(cpu::Cpu { keys: *self, channels: build.inputs[0].c }))
+        Ok(Box::new(cpu::Cpu { keys: *self, channels: build.inputs[0].c, masks_input: build.masks_input }))
     }
 }

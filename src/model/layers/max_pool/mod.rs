@@ -36,12 +36,14 @@ impl LayerSpec for MaxPool {
             output,
             forward_flops: output.len() as u64 * (self.size * self.size) as u64,
             saved_bytes: output.len(),
+            // The byte of a 16x16 window has no value to spare for "none of them".
+            can_mask_input: self.size < 16,
             ..Inferred::default()
         })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let input = build.inputs[0];
         let window = self.window(input).expect("inferred before");
-        Ok(Box::new(cpu::MaxPool { window, channels: input.c }))
+        Ok(Box::new(cpu::MaxPool { window, channels: input.c, masks_input: build.masks_input }))
     }
 }
