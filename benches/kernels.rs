@@ -93,6 +93,7 @@ impl Bench {
             inputs: &[self.x.read()],
             output: self.y.write(),
             params: &[self.params[0].read(), self.params[1].read()],
+            params_bf16: &[],
             saved: SliceMut::empty(),
             scratch: self.scratch.write(),
         };
@@ -108,6 +109,7 @@ impl Bench {
             grad_output: self.dy.write(),
             grad_inputs: &mut [if data { self.dx.write() } else { SliceMut::empty() }],
             params: &[self.params[0].read(), self.params[1].read()],
+            params_bf16: &[],
             grad_params: &mut [weight.write(), bias.write()],
             saved: Slice::empty(),
             scratch: self.scratch.write(),

@@ -1,50 +1,85 @@
 //! Files that are there whole or not at all: written without a name, flushed to the disk, named, and the folder flushed.
 //! A process killed in the middle leaves the old file as it was and, where the file system can keep nameless files, nothing
-//! else; where it cannot, a temporary file that the next write into the folder clears away. A folder has one writer, the
-//! run's rank 0.
+//! else; where it cannot, a temporary file that the next write of the same file clears away. A file has one writer at a
+//! time; where the ranks of several machines make the same file, they write the same into it.
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
 use rustix::io::Errno;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::path::Path;
-
-const TEMPORARY: &str = ".next.lockstep-tmp";
+use std::path::{Path, PathBuf};
 
 /// Makes or replaces `path`, creating its folder.
 pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let temporary = folder.join(TEMPORARY);
-    clear(&temporary)?;
-    let replaced = write(folder, &temporary, path, contents);
-    if replaced.is_err() {
-        clear(&temporary)?;
-    }
-    replaced?;
-    File::open(folder)?.sync_all()
+    let mut file = NewFile::create(folder_of(path), &path.file_name().unwrap_or_default().to_string_lossy())?;
+    file.write_all(contents)?;
+    file.name(path)?;
+    File::open(folder_of(path))?.sync_all()
 }
 
-/// A new file gets its name when it is whole. One that replaces another needs a second name to be renamed from, since a
-/// link cannot take another's place.
-fn write(folder: &Path, temporary: &Path, path: &Path, contents: &[u8]) -> io::Result<()> {
-    let nameless = open(folder, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(0o666));
-    let (mut file, named) = match nameless {
-        Ok(file) => (File::from(file), false),
-        Err(_) => (File::create(temporary)?, true),
-    };
-    file.write_all(contents)?;
-    file.sync_all()?;
-    if !named {
-        let name =
-            |to: &Path| linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, to, AtFlags::SYMLINK_FOLLOW);
-        match name(path) {
-            Err(Errno::EXIST) => name(temporary)?,
-            named => return Ok(named?),
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A file that is being written and has no name yet. Dropped without one, it is gone.
+pub struct NewFile {
+    file: File,
+    /// Where it is until it has its name, if it could not be made without one; else its way to replace another file.
+    temporary: PathBuf,
+    named: bool,
+}
+
+impl NewFile {
+    /// In a folder, which is created. `mark` tells it apart from others that are being written there.
+    pub fn create(folder: &Path, mark: &str) -> io::Result<NewFile> {
+        fs::create_dir_all(folder)?;
+        let temporary = folder.join(format!(".{mark}.lockstep-tmp"));
+        clear(&temporary)?;
+        let nameless = open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o666));
+        Ok(match nameless {
+            Ok(file) => NewFile { file: File::from(file), temporary, named: false },
+            Err(_) => NewFile { file: File::create(&temporary)?, temporary, named: true },
+        })
+    }
+
+    /// Flushes it to the disk and gives it its name, which may be another file's until now. The folder is not flushed.
+    ///
+    /// A new file gets its name at once. One that replaces another needs a second name to be renamed from, since a link
+    /// cannot take another's place.
+    pub fn name(mut self, path: &Path) -> io::Result<()> {
+        self.file.sync_all()?;
+        if !self.named {
+            let nameless = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let name = |to: &Path| linkat(CWD, &nameless, CWD, to, AtFlags::SYMLINK_FOLLOW);
+            match name(path) {
+                Err(Errno::EXIST) => name(&self.temporary)?,
+                named => return Ok(named?),
+            }
+            self.named = true;
+        }
+        fs::rename(&self.temporary, path)?;
+        self.named = false;
+        Ok(())
+    }
+}
+
+impl Write for NewFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if self.named {
+            // The next write of the same file tries again.
+            let _ = clear(&self.temporary);
         }
     }
-    fs::rename(temporary, path)
 }
 
 fn clear(temporary: &Path) -> io::Result<()> {
@@ -85,9 +120,21 @@ mod tests {
     }
 
     #[test]
+    fn a_file_without_its_name_is_not_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut files = [1, 2].map(|mark| NewFile::create(folder.path(), &mark.to_string()).unwrap());
+        files.iter_mut().zip([b"one", b"two"]).for_each(|(file, text)| file.write_all(text).unwrap());
+        let [first, second] = files;
+        drop(first);
+        second.name(&folder.path().join("b")).unwrap();
+        assert_eq!(names(folder.path()), ["b"]);
+        assert_eq!(fs::read(folder.path().join("b")).unwrap(), b"two");
+    }
+
+    #[test]
     fn the_leftover_of_a_killed_write_is_cleared_by_the_next() {
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join(TEMPORARY), "half").unwrap();
+        fs::write(folder.path().join(".a.lockstep-tmp"), "half").unwrap();
         replace(&folder.path().join("a"), b"whole").unwrap();
         assert_eq!(names(folder.path()), ["a"]);
     }

@@ -1,5 +1,7 @@
 //! The command line: what can be asked of `trainer`, and who answers.
 
+mod bench_step;
+mod data;
 mod info;
 mod plan;
 
@@ -58,7 +60,11 @@ Examples:
 pub enum Command {
     Plan(PlanArgs),
     Eval(EvalArgs),
-    BenchComm(BenchArgs),
+    BenchStep(BenchStepArgs),
+    BenchComm(BenchCommArgs),
+    /// Make and change data sets: pack, generate
+    #[command(subcommand)]
+    Data(data::DataCommand),
     /// Show this machine and this build: CPU, memory, transports
     Info,
     /// Print the JSON schema of the configuration, for editors
@@ -95,9 +101,28 @@ pub struct PlanArgs {
 pub struct EvalArgs {
     #[command(flatten)]
     pub experiment: Experiment,
-    /// The checkpoint, a file that a run has saved
+    /// A checkpoint, or a safetensors file of PyTorch weights
     #[arg(long, value_name = "PATH")]
     pub checkpoint: PathBuf,
+    /// Write the outputs for the test set, a safetensors file
+    #[arg(long, value_name = "FILE")]
+    pub logits: Option<PathBuf>,
+}
+
+/// Time the training step by layer and phase
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  trainer -n 2 bench-step --config configs/quickstart.toml
+  trainer bench-step --config configs/alexnet.toml --set data.format=synthetic --steps 5 --json")]
+pub struct BenchStepArgs {
+    #[command(flatten)]
+    pub experiment: Experiment,
+    #[command(flatten)]
+    pub steps: train::bench::Steps,
+    /// One JSON object: samples_per_second, step_ms, layers, phases
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Measure all-reduce over sizes, in the manner of nccl-tests
@@ -106,7 +131,7 @@ pub struct EvalArgs {
 Examples:
   trainer -n 2 bench-comm --transport shm
   trainer -n 4 bench-comm --transport tcp --max-bytes 1048576 --json")]
-pub struct BenchArgs {
+pub struct BenchCommArgs {
     /// auto, shm or tcp
     #[arg(long, value_enum, default_value_t = TransportChoice::Auto, hide_possible_values = true)]
     pub transport: TransportChoice,
@@ -137,9 +162,14 @@ pub fn run(cli: Cli) -> Result<u8> {
         }
         Command::Eval(args) => {
             let config = args.experiment.load()?;
-            cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, cli.verbosity()))
+            cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, args.logits.as_deref(), cli.verbosity()))
         }
-        Command::BenchComm(args) => cli.on_every_rank(|| bench(args, cli.verbosity())),
+        Command::BenchStep(args) => {
+            let config = args.experiment.load()?;
+            cli.on_every_rank(|| bench_step(&config, args, cli.verbosity()))
+        }
+        Command::BenchComm(args) => cli.on_every_rank(|| bench_comm(args, cli.verbosity())),
+        Command::Data(command) => print(&data::run(command)?),
         Command::Info => print(&info::describe()),
         Command::Schema => print(&format!("{:#}\n", config::schema())),
     }
@@ -172,7 +202,20 @@ impl Cli {
     }
 }
 
-fn bench(args: &BenchArgs, verbosity: i8) -> Result<()> {
+fn bench_step(config: &Config, args: &BenchStepArgs, verbosity: i8) -> Result<()> {
+    train::join(&config.parallel, verbosity, |rank, comm| {
+        train::bench::run(config, args.steps, rank, comm, |measured| {
+            let name = &config.run.name;
+            let text = match args.json {
+                true => format!("{}\n", bench_step::json(name, measured)),
+                false => bench_step::text(name, measured),
+            };
+            print(&text).map(drop)
+        })
+    })
+}
+
+fn bench_comm(args: &BenchCommArgs, verbosity: i8) -> Result<()> {
     let parallel = Parallel { transport: args.transport, ..Parallel::default() };
     train::join(&parallel, verbosity, |_, comm| comm::bench::run(comm, &args.options))
 }
@@ -184,6 +227,14 @@ fn print(text: &str) -> Result<u8> {
             Err(Error::internal(format!("writing to stdout: {error}")))
         }
         _ => Ok(0),
+    }
+}
+
+fn bytes(count: usize) -> String {
+    match count {
+        ..1024 => format!("{count} B"),
+        1024..1_048_576 => format!("{:.1} KiB", count as f64 / 1024.0),
+        _ => format!("{:.1} MiB", count as f64 / f64::from(1 << 20)),
     }
 }
 

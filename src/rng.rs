@@ -22,6 +22,8 @@ pub enum Purpose {
     Split = 6,
     /// Test inputs and benchmarks.
     Test = 7,
+    /// The order of a class's samples where classes are balanced: epoch = class, index = cycle through them.
+    Balance = 8,
 }
 
 /// One stream of draws. Copying it copies its position.

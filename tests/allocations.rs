@@ -41,6 +41,7 @@ steps = 1
 format = "shapes"
 train = 250
 test = 8
+sampler = "balanced"
 augment = ["random_crop", "horizontal_flip", "normalize"]
 [batch]
 global = 32
@@ -85,25 +86,28 @@ every_steps = 1000000
 
 #[test]
 fn a_step_allocates_nothing() {
-    for transport in ["shm", "tcp"] {
+    for (transport, precision) in [("shm", "f32"), ("tcp", "f32"), ("shm", "bf16")] {
         let (few, many) = (100, 500);
-        let [before, after] = [few, many].map(|steps| allocations(transport, steps));
+        let [before, after] = [few, many].map(|steps| allocations(transport, precision, steps));
         for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
             // One an epoch would be 50 more. A few are left to what a thread does when it first blocks or is late.
             let more = after.saturating_sub(before);
-            assert!(more < 10, "{transport}, rank {rank}: {few} steps {before} allocations, {many} steps {after}");
+            assert!(
+                more < 10,
+                "{transport}, {precision}, rank {rank}: {few} steps {before} allocations, {many} steps {after}"
+            );
         }
     }
 }
 
 /// Allocations of each of two ranks in a run of so many steps.
-fn allocations(transport: &str, steps: u64) -> [usize; 2] {
+fn allocations(transport: &str, precision: &str, steps: u64) -> [usize; 2] {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
     let status = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "program", "--nocapture"])
         .env("ALLOCATIONS_FOLDER", folder.path())
-        .env("ALLOCATIONS_SETS", format!("run.steps={steps} parallel.transport={transport}"))
+        .env("ALLOCATIONS_SETS", format!("run.steps={steps} parallel.transport={transport} run.precision={precision}"))
         .status()
         .unwrap();
     assert!(status.success());

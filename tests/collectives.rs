@@ -8,7 +8,7 @@ use lockstep::device::{Arena, Slice, SliceMut};
 use lockstep::error::{Error, Kind};
 use lockstep::launch::rendezvous::Control;
 use lockstep::launch::watch::Health;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -90,6 +90,42 @@ fn serial_tree(values: &[f32]) -> f32 {
     }
 }
 
+/// `reduce_update` where the terms are in an arena and the values in replicated memory, and where both are on the heap: every
+/// value becomes itself doubled plus the sum over ranks, each once, and all ranks have all.
+fn check_reduce_update(comm: &mut dyn Communicator, (arena, replica): (&Arena, &Arena), in_arena: bool, len: usize) {
+    let (rank, size) = (comm.rank(), comm.size());
+    let salt = len + size;
+    let (mut heap, mut heap_values) = (vec![0.0; len], vec![0.0; len]);
+    // SAFETY: between operations this rank's arena is its own, and so is its chunk of the replicated memory.
+    let (mut terms, mut values) = match in_arena {
+        true => unsafe { (arena.slice_mut(0..4 * len), replica.slice_mut(0..4 * len)) },
+        false => (SliceMut::from(&mut heap[..]), SliceMut::from(&mut heap_values[..])),
+    };
+    terms.f32().iter_mut().enumerate().for_each(|(index, x)| *x = integer(rank, index, salt));
+    for index in chunk(len, size, rank) {
+        values.f32()[index] = integer(0, index, salt + 1);
+    }
+    let updated = AtomicUsize::new(0);
+    comm.reduce_update(terms, values.reborrow(), &|range, sums, values| {
+        assert!(range.len() == sums.len() && range.len() == values.len());
+        updated.fetch_add(range.len(), SeqCst);
+        values.iter_mut().zip(sums).for_each(|(value, sum)| *value = 2.0 * *value + *sum);
+    })
+    .unwrap();
+    assert_eq!(updated.load(SeqCst), chunk(len, size, rank).len());
+    for (index, found) in values.f32().iter().enumerate() {
+        let sum: f32 = (0..size).map(|rank| integer(rank, index, salt)).sum();
+        let expected = 2.0 * integer(0, index, salt + 1) + sum;
+        assert!(
+            *found == expected,
+            "{}, rank {rank} of {size}, value {index} of {len}: {found}, expected {expected}",
+            comm.transport()
+        );
+    }
+    // Nobody changes the one copy while someone still reads it.
+    comm.barrier().unwrap();
+}
+
 /// Fills, runs one operation and compares every value that it defines, and that nothing beside the data was touched.
 fn check(
     comm: &mut dyn Communicator,
@@ -157,6 +193,7 @@ fn every_operation_is_exact_for_1_to_8_ranks_and_all_lengths() {
             world(transport, size, move |mut comm| {
                 let longest = lengths(size).into_iter().max().unwrap();
                 let arena = comm.allocate(4 * (longest + 8)).unwrap();
+                let replica = comm.allocate_replicated(4 * longest).unwrap();
                 let operations = [
                     Operation::AllReduce,
                     Operation::ReduceScatter,
@@ -171,6 +208,52 @@ fn every_operation_is_exact_for_1_to_8_ranks_and_all_lengths() {
                         }
                     }
                     comm.barrier().unwrap();
+                    for in_arena in [true, false] {
+                        check_reduce_update(&mut *comm, (&arena, &replica), in_arena, len);
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// A whole team of threads works on a rank's share: every piece once, whoever takes it.
+#[test]
+fn a_team_shares_an_update() {
+    world(TransportChoice::Shm, 2, |mut comm| {
+        const LEN: usize = 1_000_003;
+        let arena = comm.allocate(4 * LEN).unwrap();
+        let replica = comm.allocate_replicated(4 * LEN).unwrap();
+        let team = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        team.install(|| check_reduce_update(&mut *comm, (&arena, &replica), true, LEN));
+    });
+}
+
+/// What one rank writes into replicated memory and broadcasts, and what each writes into its chunk and gathers, all read.
+#[test]
+fn replicated_memory_is_the_same_on_all_ranks() {
+    for transport in TRANSPORTS {
+        for (size, len) in [(1, 100), (2, 100), (3, 70_001)] {
+            world(transport, size, move |mut comm| {
+                let replica = comm.allocate_replicated(4 * len).unwrap();
+                let rank = comm.rank();
+                // SAFETY: rank 0 writes before the broadcast, everyone its own chunk after the barrier.
+                let values = || unsafe { replica.slice_mut(0..4 * len) };
+                assert!(values().f32().iter().all(|value| *value == 0.0));
+                comm.barrier().unwrap();
+                if rank == 0 {
+                    values().f32().iter_mut().enumerate().for_each(|(index, x)| *x = integer(0, index, 1));
+                }
+                comm.broadcast(values(), 0).unwrap();
+                assert!(values().f32().iter().enumerate().all(|(index, x)| *x == integer(0, index, 1)));
+                comm.barrier().unwrap();
+                for index in chunk(len, size, rank) {
+                    values().f32()[index] = integer(rank, index, 2);
+                }
+                comm.all_gather(values()).unwrap();
+                for owner in 0..size {
+                    let right = |index: usize| values().f32()[index] == integer(owner, index, 2);
+                    assert!(chunk(len, size, owner).all(right), "{transport:?}, chunk {owner} on rank {rank}");
                 }
             });
         }
@@ -238,6 +321,7 @@ fn a_barrier_waits_for_every_rank() {
 fn memory_of_an_arena_is_zeroed_and_aligned_and_outlives_its_communicator() {
     for transport in TRANSPORTS {
         world(transport, 2, |mut comm| {
+            assert_eq!(comm.allocate_replicated(100).unwrap().bytes(), 100);
             let arenas = [comm.allocate(0).unwrap(), comm.allocate(100).unwrap(), comm.allocate(10_000).unwrap()];
             drop(comm);
             for (arena, bytes) in arenas.iter().zip([0, 100, 10_000]) {

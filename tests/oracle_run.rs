@@ -12,6 +12,7 @@ use lockstep::model::layers;
 use lockstep::model::loss::Loss;
 use lockstep::model::net::{Net, Options};
 use lockstep::model::params::{Param, Role};
+use lockstep::model::precision::Precision;
 use lockstep::model::spec::NetSpec;
 use lockstep::optim::{self, At, Optimizer};
 use safetensors::SafeTensors;
@@ -78,7 +79,8 @@ struct Run {
 impl Run {
     fn new(about: &Json, batch: usize) -> Run {
         let config = optimizer(&about["optimizer"]);
-        let options = Options { batch, place: Place::Host, threads: 2, seed: 0, training: true };
+        let options =
+            Options { batch, place: Place::Host, threads: 2, seed: 0, precision: Precision::F32, training: true };
         let net = Net::new(net_spec(about), &options).unwrap();
         Run {
             pass: Pass { batch, training: true, first_sample: 0, share: 1.0 },

@@ -122,6 +122,65 @@ fn without_micro_batches_two_runs_and_both_transports_still_agree() {
     assert_eq!(run(&folder, "tcp", 3, &settings("parallel.transport=tcp")), shm);
 }
 
+/// The same samples, dropout and initial weights: what differs is the rounding of activations.
+#[test]
+fn bf16_learns_like_f32() {
+    let folder = tempfile::tempdir().unwrap();
+    let [wide, narrow] = ["f32", "bf16"].map(|precision| {
+        let precision_key = format!("run.precision={precision}");
+        let easier = ["run.epochs=20", "batch.micro=16", "data.augment=[\"normalize\"]", &precision_key];
+        run(&folder, precision, 2, &easier);
+        train_losses(&folder.path().join(precision))
+    });
+    assert_eq!((wide.len(), narrow.len()), (100, 100));
+    for steps in [0..20, 40..60, 80..100] {
+        let mean = |losses: &[f64]| losses[steps.clone()].iter().sum::<f64>() / steps.len() as f64;
+        let (wide, narrow) = (mean(&wide), mean(&narrow));
+        assert!((narrow / wide - 1.0).abs() < 0.02, "steps {steps:?}: {narrow} in bf16, {wide} in f32");
+    }
+    assert!(wide[99] < 0.75 * wide[0], "it learns: {wide:?}");
+}
+
+#[test]
+fn bf16_gives_the_same_bits_on_all_ranks_transports_and_through_interruptions() {
+    let folder = tempfile::tempdir().unwrap();
+    let bf16 = "run.precision=bf16";
+    let one = run(&folder, "1", 1, &[bf16]);
+    assert_ne!(run(&folder, "f32", 1, &[]), one);
+    for (name, ranks, settings) in [
+        ("2", 2, &[bf16][..]),
+        ("4", 4, &[bf16]),
+        ("tcp2", 2, &[bf16, "parallel.transport=tcp"]),
+        ("whole", 2, &[bf16, "parallel.bucket_mib=64", "parallel.overlap=false"]),
+    ] {
+        assert_eq!(run(&folder, name, ranks, settings), one, "{name}");
+    }
+    let pieces = folder.path().join("pieces");
+    for (ranks, steps) in [(2, 4), (4, 11), (1, 15)] {
+        trainer(&pieces, ranks, &[bf16, &format!("run.steps={steps}")]).assert().success();
+    }
+    assert_eq!(digest(&pieces), one);
+}
+
+#[test]
+fn a_checkpoint_goes_on_in_either_precision() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    for (precision, steps) in [("f32", 3), ("bf16", 6), ("f32", 9)] {
+        let settings = [format!("run.precision={precision}"), format!("run.steps={steps}")];
+        trainer(&out, 2, &settings.each_ref().map(|setting| &setting[..])).assert().success();
+    }
+    assert_eq!(train_losses(&out).len(), 9);
+}
+
+/// Of every step that the run has made, in order.
+fn train_losses(out: &Path) -> Vec<f64> {
+    let metrics = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let records = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let train = records.filter(|record| record["kind"] == "train");
+    train.map(|record| record["loss"].as_f64().unwrap()).collect()
+}
+
 /// Ended after any number of steps and continued on any number of ranks, a run uses the samples of the uninterrupted
 /// one: a single sample used twice or left out would change the weights.
 #[test]

@@ -13,7 +13,6 @@ import gzip
 import json
 import math
 import os
-import socket
 import statistics
 import time
 import tomllib
@@ -22,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from torch_net import build, pin, sgd, start_ranks
 
 
 def main():
@@ -37,19 +37,11 @@ def main():
     parser.add_argument("--nchw", action="store_true", help="PyTorch's own layout instead of channels_last")
     args = parser.parse_args()
 
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
-    # One core a rank, as on our side; set before the ranks import anything that starts threads.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    mp.spawn(train, args=(args,), nprocs=args.ranks)
+    start_ranks(train, args.ranks, args)
 
 
-def train(rank, args):
-    torch.set_num_threads(1)
-    if len(os.sched_getaffinity(0)) >= args.ranks:
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+def train(rank, args, barrier):
+    pin(rank, args.ranks)
     dist.init_process_group("gloo", rank=rank, world_size=args.ranks)
 
     config = tomllib.loads(args.config.read_text())
@@ -66,7 +58,7 @@ def train(rank, args):
     step_ms = []
     for step, (images, labels) in enumerate(batches):
         if step == args.warmup:
-            dist.barrier()
+            barrier.wait()
             start = time.perf_counter()
         began = time.perf_counter()
         optimizer.zero_grad()
@@ -74,7 +66,7 @@ def train(rank, args):
         loss.backward()
         optimizer.step()
         step_ms.append(1e3 * (time.perf_counter() - began))
-    dist.barrier()
+    barrier.wait()
     seconds = time.perf_counter() - start
 
     if rank == 0:
@@ -91,69 +83,9 @@ def train(rank, args):
         }
         assert math.isfinite(result["loss"]), "the peer's loss is not finite: the comparison would be void"
         print(json.dumps(result), flush=True)
-    dist.barrier()
+    barrier.wait()
     # Gloo's threads can abort while the interpreter takes itself apart; the work is done.
     os._exit(0)
-
-
-def build(model):
-    """The chain of [[model.layers]] as nn.Sequential, parameters named as in our checkpoints where a layer has a name."""
-    height, width, channels = model["input"]
-    shape = torch.zeros(1, channels, height, width)
-    net = nn.Sequential()
-    for number, entry in enumerate(model["layers"]):
-        kind = entry["type"]
-        assert "from" not in entry, "only a chain of layers is understood here"
-        if kind == "conv2d":
-            layer = conv2d(entry, shape.shape[1])
-        elif kind == "batch_norm":
-            layer = nn.BatchNorm2d(shape.shape[1], eps=entry.get("epsilon", 1e-5), momentum=entry.get("momentum", 0.1))
-        elif kind == "max_pool":
-            layer = nn.MaxPool2d(entry["size"], entry.get("stride", entry["size"]))
-        elif kind == "global_avg_pool":
-            layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        elif kind == "linear":
-            layer = nn.Linear(shape.shape[1], entry["units"], bias=entry.get("bias", True))
-        elif kind == "dropout":
-            layer = nn.Dropout(entry["rate"])
-        else:
-            layer = {"relu": nn.ReLU(inplace=True), "flatten": nn.Flatten()}[kind]
-        net.add_module(entry.get("name", f"{kind}_{number}"), layer)
-        if "activation" in entry:
-            assert entry["activation"] == "relu", entry
-            net.add_module(f"relu_{number}", nn.ReLU(inplace=True))
-        shape = layer.eval()(shape)
-    return net.train()
-
-
-def conv2d(entry, channels):
-    kernel, padding = entry["kernel"], entry.get("padding", "valid")
-    assert padding != "same" or entry.get("stride", 1) == 1, "PyTorch has no strided \"same\""
-    if padding in ("same", "valid"):
-        padding = kernel // 2 if padding == "same" else 0
-    layer = nn.Conv2d(
-        channels,
-        entry["filters"],
-        kernel,
-        entry.get("stride", 1),
-        padding,
-        groups=entry.get("groups", 1),
-        bias=entry.get("bias", True),
-    )
-    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    return layer
-
-
-def sgd(net, section):
-    assert section["type"] == "sgd", "only sgd is understood here"
-    return torch.optim.SGD(
-        net.parameters(),
-        lr=section["lr"],
-        momentum=section.get("momentum", 0.0),
-        nesterov=section.get("nesterov", False),
-        weight_decay=section.get("weight_decay", 0.0),
-        fused=True,
-    )
 
 
 def prepare(section, folder, rank, ranks, local, steps, layout):

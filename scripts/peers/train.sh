@@ -34,38 +34,19 @@ END
 )"
 done
 
-"$PYTHON" - "$scratch" "$pairs" "$config" <<'END'
-import datetime, json, os, statistics, subprocess, sys
+PYTHONPATH=scripts/peers "$PYTHON" - "$scratch" "$pairs" "$config" <<'END'
+import json, statistics, sys
+import rows
 
 folder, pairs, config = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 ours = [json.load(open(f"{folder}/{pair}/summary.json")) for pair in range(1, pairs + 1)]
 peer = [json.load(open(f"{folder}/{pair}.peer.json")) for pair in range(1, pairs + 1)]
 assert {run["parameters"] for run in ours} == {run["parameters"] for run in peer}, "the two sides train different nets"
 
-
-def rates(runs):
-    return [run["samples_per_second"] for run in runs]
-
-
-def cell(values):
-    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
-
-
-ratios = [a / b for a, b in zip(rates(ours), rates(peer))]
-ratio = statistics.median(rates(ours)) / statistics.median(rates(peer))
-cpu = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown CPU")
-commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-cells = [
-    datetime.date.today().isoformat(),
-    commit,
-    f"{cpu}, {os.cpu_count()} cores",
-    config,
-    cell(rates(ours)),
-    f"{cell(rates(peer))} {peer[0]['peer']}",
-    f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-    f"{100 * statistics.median(run['exposed_communication'] for run in ours):.1f} %",
-]
-print("\n| date | commit | hardware | config | trainer, samples/s | peer, samples/s | ratio | exposed communication |")
-print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-print("| " + " | ".join(cells) + " |")
+rates = [[run["samples_per_second"] for run in runs] for runs in (ours, peer)]
+exposed = 100 * statistics.median(run["exposed_communication"] for run in ours)
+rows.show(
+    ["date", "commit", "hardware", "config", "trainer, samples/s", "peer, samples/s", "ratio", "exposed communication"],
+    [*rows.provenance(), config, rows.cell(rates[0]), f"{rows.cell(rates[1])} {peer[0]['peer']}", rows.ratio(*rates), f"{exposed:.1f} %"],
+)
 END

@@ -1,5 +1,6 @@
 //! `trainer info`: what this machine offers and what this build can use.
 
+use crate::model::kernels::gemm16::Kernel;
 use comfy_table::{Table, presets};
 use std::fs;
 
@@ -14,6 +15,7 @@ pub fn describe() -> String {
         ("target", format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)),
         ("CPU", field(&cpu_info, "model name").unwrap_or("unknown").to_owned()),
         ("CPU features", features(&cpu_info)),
+        ("bf16", bf16_products()),
         ("cores", format!("{cores} that this process may use")),
         ("memory", format!("{}, {} available", gib(&memory, "MemTotal"), gib(&memory, "MemAvailable"))),
         ("transports", "shm (ranks of one node), tcp (any); mpi and nccl are not built in".to_owned()),
@@ -22,6 +24,15 @@ pub fn describe() -> String {
         table.add_row([what, &found]);
     }
     format!("{}\n", table.trim_fmt())
+}
+
+/// What multiplies matrices where `[run] precision = "bf16"`.
+fn bf16_products() -> String {
+    let kernel = Kernel::best();
+    match kernel.is_native() {
+        true => format!("products by {}", kernel.name),
+        false => "products in f32: this CPU has no instructions for bf16".to_owned(),
+    }
 }
 
 /// Those that the kernels ask for.

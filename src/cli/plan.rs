@@ -1,10 +1,13 @@
 //! `trainer plan`: what a run on N ranks would compute, hold and send, without running it.
 
+use super::bytes;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
 use crate::config::raw::Config;
 use crate::error::Result;
 use crate::model::params::{ParamTable, Role};
+use crate::model::precision::Precision;
 use crate::model::spec::{NetSpec, Node};
+use crate::optim;
 use crate::train::setup::{Parts, checked_plan};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
@@ -15,17 +18,32 @@ pub fn describe(config: &Config, ranks: usize) -> Result<String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let plan = checked_plan(config, &net, &parts, Ranks { size: ranks, local_size: ranks, cores })?;
     let params = ParamTable::new(&net);
+    let memory = Memory { precision: config.run.precision, batch: plan.micro_batch };
 
     let mut text = format!("# Configuration, defaults filled in\n\n{}", config.resolved());
-    let _ = write!(text, "\n# Layers\n\n{}\n\n{}", layers(&net, &plan), totals(&net, &params, &plan));
+    let _ = write!(text, "\n# Layers\n\n{}\n\n{}", layers(&net, &memory), totals(&net, &params, &plan, &memory));
     let _ = write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan));
-    let _ = write!(text, "\n# A step and rank\n\n{}", traffic(&params, &plan));
+    let _ = write!(text, "\n# A step and rank\n\n{}", traffic(config, &params, &plan));
     let _ = write!(text, "\n# The run\n\n{}", run(&plan, parts.samples()));
     Ok(text)
 }
 
-fn layers(net: &NetSpec, plan: &Plan) -> Table {
-    let activations = format!("activations of {}", plan.micro_batch);
+/// What decides how large activations are: the type of their values, and the samples of a pass.
+struct Memory {
+    precision: Precision,
+    batch: usize,
+}
+
+impl Memory {
+    fn activation_bytes(&self, node: &Node) -> usize {
+        let inferred = &node.inferred;
+        (inferred.output.len() * self.precision.bytes() + inferred.saved_bytes) * self.batch
+            + inferred.saved_bytes_fixed
+    }
+}
+
+fn layers(net: &NetSpec, memory: &Memory) -> Table {
+    let activations = format!("activations of {}", memory.batch);
     let mut table = table(&["layer", "type", "output", "parameters", "MFLOP a sample", &activations]);
     for node in &net.nodes {
         table.add_row([
@@ -34,16 +52,16 @@ fn layers(net: &NetSpec, plan: &Plan) -> Table {
             node.inferred.output.to_string(),
             trainable(node).to_string(),
             format!("{:.3}", flops(net, node) as f64 / 1e6),
-            bytes(activation_bytes(node, plan.micro_batch)),
+            bytes(memory.activation_bytes(node)),
         ]);
     }
     right_align(&mut table, 3..6);
     table
 }
 
-fn totals(net: &NetSpec, params: &ParamTable, plan: &Plan) -> String {
+fn totals(net: &NetSpec, params: &ParamTable, plan: &Plan, memory: &Memory) -> String {
     let flops: u64 = net.nodes.iter().map(|node| flops(net, node)).sum();
-    let activations = net.nodes.iter().map(|node| activation_bytes(node, plan.micro_batch)).sum();
+    let activations = net.nodes.iter().map(|node| memory.activation_bytes(node)).sum();
     format!(
         "parameters   {} ({} trainable, {})\n\
          compute      {:.3} MFLOP a sample forward and backward, {:.3} GFLOP a step and rank\n\
@@ -69,17 +87,25 @@ fn buckets(params: &ParamTable, plan: &Plan) -> Table {
     table
 }
 
-/// What an all-reduce of S bytes over N ranks moves: shm reads 1/N of all ranks' gradients and writes that sum to all,
-/// 2 S; the ring of tcp sends (N-1)/N S twice.
-fn traffic(params: &ParamTable, plan: &Plan) -> String {
-    let (gradients, ranks) = (params.len_with_tail() * size_of::<f32>(), plan.ranks);
-    let (shm, tcp) = match ranks {
-        1 => (0, 0),
-        _ => (2 * gradients, 2 * gradients * (ranks - 1) / ranks),
-    };
+/// What reducing and updating P bytes of parameters over N ranks holds and moves, with S values of state a parameter: each
+/// rank has the state of 1/N of the parameters, in shared memory reads the gradients of all ranks for these, and reads and
+/// writes these parameters and their state, (N + 2 + 2 S) P / N; over tcp it sends (N - 1) / N P of gradients and as much of
+/// parameters.
+fn traffic(config: &Config, params: &ParamTable, plan: &Plan) -> String {
+    let (gradients, ranks) = (params.len() * size_of::<f32>(), plan.ranks);
+    let states = optim::new(&config.optimizer).state();
+    let names = if states.is_empty() { "none".to_owned() } else { states.join(", ") };
+    let state = states.len() * gradients;
+    let shm = gradients + 2 * (gradients + state) / ranks;
+    let tcp = 2 * gradients * (ranks - 1) / ranks;
     format!(
-        "gradients    {}\nshm          {} read and written in memory\ntcp          {} sent, and as much received\n",
+        "gradients    {}\n\
+         state        {} of {}, the optimizer's ({names})\n\
+         shm          {} read and written in memory to reduce and update; one copy of the parameters a host\n\
+         tcp          {} sent, and as much received; the parameters on every rank\n",
         bytes(gradients),
+        bytes(state / ranks),
+        bytes(state),
         bytes(shm),
         bytes(tcp)
     )
@@ -123,23 +149,10 @@ fn flops(net: &NetSpec, node: &Node) -> u64 {
     node.inferred.forward_flops * (1 + by_params + by_inputs)
 }
 
-fn activation_bytes(node: &Node, batch: usize) -> usize {
-    let inferred = &node.inferred;
-    (inferred.output.len() * size_of::<f32>() + inferred.saved_bytes) * batch + inferred.saved_bytes_fixed
-}
-
 fn cadence(cadence: Cadence) -> String {
     let periods: Vec<u64> = [cadence.every_steps, cadence.every_epochs_steps].into_iter().flatten().collect();
     let every: Vec<String> = periods.iter().map(|steps| format!("every {steps} steps")).collect();
     format!("{}, and at the end", every.join(" and "))
-}
-
-fn bytes(count: usize) -> String {
-    match count {
-        ..1024 => format!("{count} B"),
-        1024..1_048_576 => format!("{:.1} KiB", count as f64 / 1024.0),
-        _ => format!("{:.1} MiB", count as f64 / f64::from(1 << 20)),
-    }
 }
 
 fn table(header: &[&str]) -> Table {

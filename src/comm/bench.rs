@@ -1,20 +1,30 @@
-//! `bench-comm`: all-reduces over a range of sizes, in the manner of nccl-tests.
+//! `bench-comm`: collectives over a range of sizes, in the manner of nccl-tests.
 //!
 //! Every iteration has fresh, index-dependent data, filled and checked outside of the timing; the time of an iteration is
-//! that of the slowest rank. algbw = bytes / p50; busbw = algbw * 2 (N - 1) / N, the rate at which each link of a ring
-//! would have to run. Through shared memory a plain loop over the same mappings runs beside each size, as the ceiling.
+//! that of the slowest rank. algbw = bytes / p50. busbw is, for an all-reduce, algbw * 2 (N - 1) / N, the rate at which each
+//! link of a ring would have to run; for a reduction with an update, algbw * (N + 4) / N, what a rank's memory moves: the N
+//! gradients of its share, and parameter and momentum in and out. Through shared memory a plain loop over the same mappings
+//! runs beside each size, as the ceiling.
 
-use super::Communicator;
+mod update;
+
+use super::sum::{values_mut, vectorised};
+use super::{Communicator, chunk};
 use crate::device::{Arena, SliceMut};
 use crate::error::{Context, Error, Kind, Result};
 use crate::report::print;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
+use std::ops::Range;
 use std::time::Instant;
+use update::Update;
 
 /// Options of `bench-comm`.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
+    /// all_reduce, or reduce_update: a step of SGD with momentum from gradients to new parameters
+    #[arg(long, value_enum, default_value_t = Operation::AllReduce, hide_possible_values = true)]
+    pub operation: Operation,
     /// Smallest message, bytes
     #[arg(long, default_value_t = 8)]
     pub min_bytes: usize,
@@ -32,6 +42,24 @@ pub struct Options {
     pub json: bool,
 }
 
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+#[value(rename_all = "snake_case")]
+pub enum Operation {
+    AllReduce,
+    ReduceUpdate,
+}
+
+impl Operation {
+    /// busbw / algbw.
+    fn traffic(self, ranks: usize) -> f64 {
+        let size = ranks as f64;
+        match self {
+            Operation::AllReduce => 2.0 * (size - 1.0) / size,
+            Operation::ReduceUpdate => (size + 4.0) / size,
+        }
+    }
+}
+
 /// What one size gave.
 #[derive(Debug, Serialize)]
 struct Row {
@@ -40,7 +68,7 @@ struct Row {
     p99_us: f64,
     algbw_gb_s: f64,
     busbw_gb_s: f64,
-    /// Values that were not the exact sum, over all iterations and ranks.
+    /// Values that were not the exact result, over all iterations and ranks.
     wrong: u64,
     /// algbw of the plain loop.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -49,7 +77,7 @@ struct Row {
 
 /// Measures and, on rank 0, prints. Collective.
 pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
-    let Options { min_bytes, max_bytes, factor, .. } = *options;
+    let Options { operation, min_bytes, max_bytes, factor, .. } = *options;
     if min_bytes < 4 || max_bytes < min_bytes || factor < 2 {
         return Err(Error::usage(format!(
             "--min-bytes {min_bytes} --max-bytes {max_bytes} --factor {factor}: expected 4 <= min <= max and factor >= 2"
@@ -59,10 +87,15 @@ pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
         pin(comm.rank())?;
     }
     let arena = comm.allocate(max_bytes)?;
-    let mut bench = Bench { comm, arena, iteration: 0 };
+    let update = match operation {
+        Operation::AllReduce => None,
+        Operation::ReduceUpdate => Some(Update::new(&mut *comm, max_bytes / size_of::<f32>())?),
+    };
+    let mut bench = Bench { comm, operation, arena, update, iteration: 0 };
     let first = bench.comm.rank() == 0;
     if first && !options.json {
-        print(format_args!("# all_reduce over {}, {} ranks", bench.comm.transport(), bench.comm.size()));
+        let name = operation.to_possible_value().expect("none is hidden");
+        print(format_args!("# {} over {}, {} ranks", name.get_name(), bench.comm.transport(), bench.comm.size()));
         print(format_args!(
             "{:>12} {:>11} {:>11} {:>9} {:>9} {:>7} {:>8} {:>6}",
             "bytes", "p50 us", "p99 us", "algbw", "busbw", "#wrong", "ceiling", "ratio"
@@ -81,7 +114,7 @@ pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
     }
     match wrong {
         0 => Ok(()),
-        wrong => Err(Error::internal(format!("{wrong} values of all-reduces were not the exact sum"))),
+        wrong => Err(Error::internal(format!("{wrong} values were not the exact result"))),
     }
 }
 
@@ -98,7 +131,9 @@ impl std::fmt::Display for Row {
 
 struct Bench {
     comm: Box<dyn Communicator>,
+    operation: Operation,
     arena: Arena,
+    update: Option<Update>,
     iteration: usize,
 }
 
@@ -111,9 +146,9 @@ impl Bench {
         let mut wrong = 0;
         for number in 0..iterations + iterations / 10 {
             let warm = number >= iterations / 10;
-            let (seconds, _) = self.time(len, |comm, data| comm.all_reduce(data).map(|_| true))?;
+            let (seconds, _) = self.time(len, Bench::collective)?;
             wrong += self.count_wrong(len);
-            let (plain, has_plain) = self.time(len, |comm, data| comm.plain_all_reduce(data))?;
+            let (plain, has_plain) = self.time(len, Bench::plain)?;
             if has_plain {
                 // Also to have the same work before either measurement, which matters where ranks share cores.
                 wrong += self.count_wrong(len);
@@ -125,7 +160,6 @@ impl Bench {
                 ceilings.push(plain);
             }
         }
-        let size = self.comm.size() as f64;
         let [p50, p99] = self.quantiles(&times)?;
         let algbw = |seconds: f64| bytes as f64 / seconds / 1e9;
         let ceiling_gb_s = if ceilings.is_empty() { None } else { Some(algbw(self.quantiles(&ceilings)?[0])) };
@@ -134,37 +168,63 @@ impl Bench {
             p50_us: p50 * 1e6,
             p99_us: p99 * 1e6,
             algbw_gb_s: algbw(p50),
-            busbw_gb_s: algbw(p50) * 2.0 * (size - 1.0) / size,
+            busbw_gb_s: algbw(p50) * self.operation.traffic(self.comm.size()),
             wrong: self.of_all_ranks(&[wrong as f32])?.iter().map(|count| *count as u64).sum(),
             ceiling_gb_s,
         })
     }
 
-    /// Seconds of one operation on fresh data, begun by all ranks together.
-    fn time(
-        &mut self,
-        len: usize,
-        operation: impl FnOnce(&mut dyn Communicator, SliceMut<'_>) -> Result<bool>,
-    ) -> Result<(f64, bool)> {
+    /// Seconds of one operation on fresh data, begun by all ranks together, and whether there was anything to do.
+    fn time(&mut self, len: usize, operation: fn(&mut Bench, usize) -> Result<bool>) -> Result<(f64, bool)> {
+        // Until all have checked what the last operation left.
+        self.comm.barrier()?;
         self.iteration += 1;
         let rank = self.comm.rank();
-        // SAFETY: nobody touches the arena between operations.
-        let mut data = unsafe { self.arena.slice_mut(0..len * size_of::<f32>()) };
-        for (index, x) in data.f32().iter_mut().enumerate() {
+        for (index, x) in self.data(len).f32().iter_mut().enumerate() {
             *x = value(rank, index, self.iteration) as f32;
+        }
+        if let Some(update) = &mut self.update {
+            update.fill(chunk(len, self.comm.size(), rank), self.iteration);
         }
         self.comm.barrier()?;
         let start = Instant::now();
-        let done = operation(&mut *self.comm, data)?;
+        let done = operation(self, len)?;
         Ok((start.elapsed().as_secs_f64(), done))
+    }
+
+    fn collective(&mut self, len: usize) -> Result<bool> {
+        let data = self.data(len);
+        match &mut self.update {
+            None => self.comm.all_reduce(data)?,
+            Some(update) => update.run(&mut *self.comm, data)?,
+        };
+        Ok(true)
+    }
+
+    /// The same work without any of our care, as one would write it first.
+    fn plain(&mut self, len: usize) -> Result<bool> {
+        let data = self.data(len);
+        let update = &mut self.update;
+        self.comm.expose(data, &mut |addresses, mine| match update {
+            // SAFETY: chunk r of every rank is rank r's alone.
+            None => unsafe { plain_all_reduce(addresses, mine) },
+            // SAFETY: as above.
+            Some(update) => unsafe { update.plain(addresses, mine) },
+        })
+    }
+
+    fn data(&self, len: usize) -> SliceMut<'static> {
+        // SAFETY: one operation after the other uses the arena, which outlives them.
+        unsafe { self.arena.slice_mut(0..len * size_of::<f32>()) }
     }
 
     fn count_wrong(&self, len: usize) -> usize {
         let size = self.comm.size();
-        // SAFETY: nobody touches the arena between operations.
-        let data = unsafe { self.arena.slice(0..len * size_of::<f32>()) };
-        let expected = |index| (0..size).map(|rank| value(rank, index, self.iteration)).sum::<u32>() as f32;
-        data.f32().iter().enumerate().filter(|(index, x)| **x != expected(*index)).count()
+        let sum = |index| (0..size).map(|rank| value(rank, index, self.iteration)).sum::<u32>() as f32;
+        match &self.update {
+            None => self.data(len).f32().iter().enumerate().filter(|(index, x)| **x != sum(*index)).count(),
+            Some(update) => update.count_wrong(len, self.iteration, sum),
+        }
     }
 
     /// Median and 99th percentile over iterations of the slowest rank's time.
@@ -183,6 +243,26 @@ impl Bench {
         all[self.comm.rank() * mine.len()..][..mine.len()].copy_from_slice(mine);
         self.comm.all_reduce(SliceMut::from(&mut all[..]))?;
         Ok(all)
+    }
+}
+
+/// # Safety
+/// The values at `range` of the buffers are valid and aligned, the buffers disjoint, and nobody else touches them.
+unsafe fn plain_all_reduce(addresses: &[usize], range: Range<usize>) {
+    if let [a, b] = *addresses {
+        // SAFETY: the caller's promise.
+        let (a, b) = unsafe { (values_mut(a, range.clone()), values_mut(b, range)) };
+        for (a, b) in a.iter_mut().zip(b) {
+            let sum = *a + *b;
+            (*a, *b) = (sum, sum);
+        }
+        return;
+    }
+    for index in range {
+        // SAFETY: the caller's promise.
+        let value = |address: &usize| unsafe { (*address as *mut f32).add(index) };
+        let sum = addresses.iter().map(|address| unsafe { *value(address) }).sum();
+        addresses.iter().for_each(|address| unsafe { *value(address) = sum });
     }
 }
 

@@ -1,146 +1,143 @@
-//! Gradients are reduced while backward goes on. They lie in one arena in the order in which backward finishes them; a
-//! bucket is a contiguous range of it, all-reduced in place as soon as its last tensor is written.
+//! Gradients are reduced, and what follows from their sums is done, while backward goes on. They lie in one arena in the
+//! order in which backward finishes them; a bucket is a contiguous range of it, worked off as soon as its last tensor is
+//! written.
 //!
 //! ```text
-//! training thread        backward ... start(0) ... start(1) ... start(2)  wait(0) update  wait(1) update ...
-//! lockstep-comm thread               [ all-reduce 0 ][ all-reduce 1 ][ all-reduce 2 ]
+//! training thread        backward ... start(0) ... start(1) ... start(2)  wait(0) wait(1) wait(2): [ bucket 2 ]
+//! lockstep-comm thread               [ bucket 0 ]  [ bucket 1 ]
 //! ```
 //!
-//! Buckets are reduced one after the other, in the order in which they were started, which must be the same on all ranks.
-//! Without the communication thread they are reduced when they are waited for, so that the time counts as communication.
+//! Buckets are worked off one after the other, in the order in which they were started, which must be the same on all ranks;
+//! on which thread makes no difference to the others. A thread that waits for a bucket works off what is still queued itself:
+//! once backward is over, that is the rank's whole team of threads rather than the communication thread alone. Without a
+//! communication thread all is done when it is waited for, so that the time counts as communication.
 
 use super::Communicator;
-use crate::device::SliceMut;
 use crate::error::{Context, Error, Kind, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Runs the all-reduces of buckets, on a thread of its own or, without overlap, on the caller's.
-pub struct Reducer {
-    comm: Arc<Mutex<Box<dyn Communicator>>>,
+/// What is to be done with buckets.
+pub trait Work: Send + 'static {
+    /// The collectives of one bucket and what else belongs to it. Gives the time spent waiting for other ranks.
+    fn run(&mut self, bucket: usize, comm: &mut dyn Communicator) -> Result<Duration>;
+}
+
+/// Works off buckets, on a thread of its own or on that of the caller.
+pub struct Reducer<W: Work> {
+    desk: Arc<Desk<W>>,
     thread: Option<CommThread>,
-    /// Without a thread: buckets that were started and not yet reduced.
-    queue: VecDeque<Request>,
-    /// By bucket: what became of it and how long its all-reduce waited for other ranks, from its end until `wait`.
+}
+
+/// What the two threads share.
+struct Desk<W> {
+    hands: Mutex<Hands<W>>,
+    /// Buckets that were started and not yet taken up. Whoever takes one holds `hands`.
+    inbox: Sender<usize>,
+    queue: Receiver<usize>,
+}
+
+/// Who holds these works.
+struct Hands<W> {
+    comm: Box<dyn Communicator>,
+    work: W,
+    /// By bucket: what became of it, from its end until `wait`.
     outcomes: Vec<Option<Result<Duration>>>,
-    started: usize,
-    finished: usize,
 }
 
 struct CommThread {
-    requests: Sender<Request>,
-    results: Receiver<(usize, Result<Duration>)>,
+    /// Rings once for every bucket.
+    bell: Sender<()>,
     handle: JoinHandle<()>,
 }
 
-struct Request {
-    bucket: usize,
-    data: SliceMut<'static>,
-}
-
-impl Reducer {
+impl<W: Work> Reducer<W> {
     /// For at most `buckets` buckets under way. With `overlap` a communication thread is started.
-    pub fn new(comm: Box<dyn Communicator>, buckets: usize, overlap: bool) -> Result<Reducer> {
-        let comm = Arc::new(Mutex::new(comm));
-        let thread = if overlap { Some(CommThread::start(comm.clone(), buckets)?) } else { None };
-        let queue = VecDeque::with_capacity(buckets);
-        Ok(Reducer { comm, thread, queue, outcomes: vec![None; buckets], started: 0, finished: 0 })
+    pub fn new(comm: Box<dyn Communicator>, work: W, buckets: usize, overlap: bool) -> Result<Reducer<W>> {
+        let (inbox, queue) = bounded(buckets);
+        let hands = Mutex::new(Hands { comm, work, outcomes: vec![None; buckets] });
+        let desk = Arc::new(Desk { hands, inbox, queue });
+        let thread = if overlap { Some(CommThread::start(desk.clone(), buckets)?) } else { None };
+        Ok(Reducer { desk, thread })
     }
 
-    /// Starts the all-reduce of a bucket that backward has written. Returns at once; allocates nothing.
+    /// Queues a bucket that backward has written. Returns at once; allocates nothing.
     ///
     /// # Safety
-    /// `data` stays valid, and nobody else touches it, until `wait(bucket)` has returned or the reducer is dropped.
-    pub unsafe fn start(&mut self, bucket: usize, data: SliceMut<'_>) -> Result<()> {
-        // SAFETY: the caller keeps the memory as long as the request lives.
-        let data = unsafe { SliceMut::from_raw(data.place(), data.address(), data.bytes()) };
-        let request = Request { bucket, data };
-        self.started += 1;
-        match &self.thread {
-            Some(thread) => thread.requests.send(request).or_kind(Kind::Internal, "the communication thread has ended"),
-            None => {
-                self.queue.push_back(request);
-                Ok(())
-            }
+    /// Until `wait(bucket)` has returned, or the reducer is dropped, nobody else touches the memory that `Work::run` uses
+    /// for this bucket.
+    pub unsafe fn start(&mut self, bucket: usize) -> Result<()> {
+        self.desk.inbox.try_send(bucket).or_kind(Kind::Internal, "more buckets under way than there are")?;
+        if let Some(CommThread { bell, .. }) = &self.thread {
+            // Full: then the thread is going to look into the queue anyway.
+            let _ = bell.try_send(());
         }
+        Ok(())
     }
 
-    /// Returns when the bucket holds the sum over ranks. Gives the part of this wait that went into waiting for other ranks
-    /// to come, rather than into moving and adding bytes.
+    /// Returns when the bucket is done, doing what is in the queue before it. Gives the part of this wait that went into
+    /// waiting for other ranks to come, rather than into work.
     pub fn wait(&mut self, bucket: usize) -> Result<Duration> {
         let start = Instant::now();
-        while self.outcomes[bucket].is_none() {
-            self.collect()?;
+        let mut hands = self.desk.hands();
+        loop {
+            if let Some(outcome) = hands.outcomes[bucket].take() {
+                return outcome.map(|for_peers| for_peers.min(start.elapsed()));
+            }
+            if !self.desk.work_off_next(&mut hands) {
+                return Err(Error::internal("waiting for a bucket that was not started"));
+            }
         }
-        let outcome = self.outcomes[bucket].take().expect("the loop ended");
-        outcome.map(|for_peers| for_peers.min(start.elapsed()))
     }
 
-    /// The communicator for other collectives, once all buckets that were started are done.
-    pub fn with<T>(&mut self, use_it: impl FnOnce(&mut dyn Communicator) -> Result<T>) -> Result<T> {
-        while self.finished < self.started {
-            self.collect()?;
-        }
-        use_it(&mut **lock(&self.comm))
+    /// The communicator for other collectives, and the work, once all buckets that were started are done.
+    pub fn with<T>(&self, use_them: impl FnOnce(&mut dyn Communicator, &mut W) -> T) -> T {
+        let mut hands = self.desk.hands();
+        while self.desk.work_off_next(&mut hands) {}
+        let Hands { comm, work, .. } = &mut *hands;
+        use_them(&mut **comm, work)
+    }
+}
+
+impl<W: Work> Desk<W> {
+    /// A panic inside a collective has already ended its thread; the others still may ask.
+    fn hands(&self) -> MutexGuard<'_, Hands<W>> {
+        self.hands.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the next result of the communication thread; without one, reduces the next bucket.
-    fn collect(&mut self) -> Result<()> {
-        if self.finished == self.started {
-            return Err(Error::internal("waiting for a bucket that was not started"));
-        }
-        let (bucket, result) = match &self.thread {
-            Some(thread) => {
-                thread.results.recv().or_kind(Kind::Internal, "the communication thread has ended before its work")?
-            }
-            None => {
-                let Request { bucket, data } = self.queue.pop_front().expect("started and not finished");
-                (bucket, lock(&self.comm).all_reduce(data))
-            }
-        };
-        self.outcomes[bucket] = Some(result);
-        self.finished += 1;
-        Ok(())
+    /// False if nothing is queued.
+    fn work_off_next(&self, hands: &mut Hands<W>) -> bool {
+        let Ok(bucket) = self.queue.try_recv() else { return false };
+        hands.outcomes[bucket] = Some(hands.work.run(bucket, &mut *hands.comm));
+        true
     }
 }
 
 impl CommThread {
-    fn start(comm: Arc<Mutex<Box<dyn Communicator>>>, buckets: usize) -> Result<CommThread> {
-        let (requests, work) = bounded::<Request>(buckets);
-        let (done, results) = bounded(buckets);
+    fn start<W: Work>(desk: Arc<Desk<W>>, buckets: usize) -> Result<CommThread> {
+        let (bell, rings) = bounded::<()>(buckets);
         let run = move || {
-            for Request { bucket, data } in work {
-                let result = lock(&comm).all_reduce(data);
-                if done.send((bucket, result)).is_err() {
-                    return;
-                }
+            for () in rings {
+                // What the training thread has done meanwhile is no longer there.
+                desk.work_off_next(&mut desk.hands());
             }
         };
         let handle = std::thread::Builder::new().name("lockstep-comm".into()).spawn(run);
-        Ok(CommThread {
-            requests,
-            results,
-            handle: handle.or_kind(Kind::Internal, "starting the communication thread")?,
-        })
+        Ok(CommThread { bell, handle: handle.or_kind(Kind::Internal, "starting the communication thread")? })
     }
 }
 
-impl Drop for Reducer {
-    /// Ends the communication thread: the bucket under way is reduced, or fails with its peers.
+impl<W: Work> Drop for Reducer<W> {
+    /// Ends the communication thread: the bucket under way is done, or fails with its peers; the others are dropped.
     fn drop(&mut self) {
-        if let Some(CommThread { requests, results, handle }) = self.thread.take() {
-            drop((requests, results));
+        while self.desk.queue.try_recv().is_ok() {}
+        if let Some(CommThread { bell, handle }) = self.thread.take() {
+            drop(bell);
             let _ = handle.join();
         }
     }
-}
-
-/// A panic inside a collective has already ended its thread; the others still may ask.
-fn lock(comm: &Mutex<Box<dyn Communicator>>) -> std::sync::MutexGuard<'_, Box<dyn Communicator>> {
-    comm.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -148,7 +145,28 @@ mod tests {
     use super::*;
     use crate::comm::connect;
     use crate::config::raw::TransportChoice;
+    use crate::device::{Place, SliceMut};
     use crate::launch::{rendezvous::Control, watch::Health};
+
+    /// All-reduces bucket b, the values at address b.
+    struct AllReduce {
+        addresses: Vec<usize>,
+        values: usize,
+    }
+
+    impl AllReduce {
+        fn of(buckets: &mut [Vec<f32>]) -> AllReduce {
+            let values = buckets[0].len();
+            AllReduce { addresses: buckets.iter_mut().map(|bucket| bucket.as_mut_ptr() as usize).collect(), values }
+        }
+    }
+
+    impl Work for AllReduce {
+        fn run(&mut self, bucket: usize, comm: &mut dyn Communicator) -> Result<Duration> {
+            // SAFETY: the tests keep the values, and leave a bucket alone until it is done.
+            comm.all_reduce(unsafe { SliceMut::from_raw(Place::Host, self.addresses[bucket], 4 * self.values) })
+        }
+    }
 
     /// Three buckets a step, waited for out of order, with other collectives in between.
     #[test]
@@ -157,16 +175,18 @@ mod tests {
             let rank = move |control: Control| {
                 let rank = control.rank();
                 let health = Health::new(Duration::from_secs(60));
-                let comm = connect(TransportChoice::Shm, control, health).unwrap();
-                let mut reducer = Reducer::new(comm, 3, overlap).unwrap();
-                let arena = reducer.with(|comm| comm.allocate(4 * 30_000)).unwrap();
+                let mut comm = connect(TransportChoice::Shm, control, health).unwrap();
+                let arena = comm.allocate(4 * 30_000).unwrap();
+                let addresses = (0..3).map(|bucket| arena.address() + bucket * 40_000).collect();
+                let work = AllReduce { addresses, values: 10_000 };
+                let mut reducer = Reducer::new(comm, work, 3, overlap).unwrap();
                 for step in 0..20 {
                     for bucket in [2, 0, 1] {
                         let bytes = bucket * 40_000..(bucket + 1) * 40_000;
                         // SAFETY: nobody touches a bucket between its start and its wait.
                         let mut data = unsafe { arena.slice_mut(bytes.clone()) };
                         data.f32().fill((rank * 10 + bucket + step) as f32);
-                        unsafe { reducer.start(bucket, data) }.unwrap();
+                        unsafe { reducer.start(bucket) }.unwrap();
                     }
                     for bucket in 0..3 {
                         reducer.wait(bucket).unwrap();
@@ -175,7 +195,7 @@ mod tests {
                         let expected = (10 + 2 * (bucket + step)) as f32;
                         assert!(data.f32().iter().all(|sum| *sum == expected), "step {step}, bucket {bucket}");
                     }
-                    reducer.with(|comm| comm.barrier()).unwrap();
+                    reducer.with(|comm, _| comm.barrier()).unwrap();
                 }
                 assert!(reducer.wait(0).unwrap_err().to_string().contains("not started"));
             };
@@ -210,12 +230,12 @@ mod tests {
 
             let health = Health::new(TIMEOUT);
             let comm = connect(transport, first, health.clone()).unwrap();
-            let mut reducer = Reducer::new(comm, 3, overlap).unwrap();
             let mut data = vec![vec![1.0f32; VALUES]; 3];
+            let mut reducer = Reducer::new(comm, AllReduce::of(&mut data), 3, overlap).unwrap();
             let start = Instant::now();
-            for (bucket, data) in data.iter_mut().enumerate() {
+            for bucket in 0..3 {
                 // SAFETY: the data outlives the reducer.
-                unsafe { reducer.start(bucket, SliceMut::from(&mut data[..])) }.unwrap();
+                unsafe { reducer.start(bucket) }.unwrap();
             }
             let error = reducer.wait(0).unwrap_err();
             assert_eq!(error.kind(), Kind::PeerLost, "{error}");
@@ -224,7 +244,7 @@ mod tests {
             for bucket in [1, 2] {
                 assert_eq!(reducer.wait(bucket).unwrap_err().to_string(), error.to_string());
             }
-            assert_eq!(reducer.with(|comm| comm.barrier()).unwrap_err().to_string(), error.to_string());
+            assert_eq!(reducer.with(|comm, _| comm.barrier()).unwrap_err().to_string(), error.to_string());
             drop(reducer);
             assert!(start.elapsed() < TIMEOUT * 2, "{transport:?}, overlap {overlap}: {:?}", start.elapsed());
             let error = late.join().unwrap();
@@ -243,14 +263,14 @@ mod tests {
             let _ = go_on.recv();
             comm.all_reduce(SliceMut::from(&mut [2.0f32; 10][..])).unwrap();
         });
-        let mut reducer = Reducer::new(connect(first), 1, false).unwrap();
-        let mut data = [1.0f32; 10];
+        let mut data = [vec![1.0f32; 10]];
+        let mut reducer = Reducer::new(connect(first), AllReduce::of(&mut data), 1, false).unwrap();
         // SAFETY: the data outlives the reducer's use of it.
-        unsafe { reducer.start(0, SliceMut::from(&mut data[..])) }.unwrap();
+        unsafe { reducer.start(0) }.unwrap();
         // A `start` that reduced would wait for the peer, which waits for this.
         drop(started);
         reducer.wait(0).unwrap();
-        assert_eq!(data, [3.0; 10]);
+        assert_eq!(data[0], [3.0; 10]);
         peer.join().unwrap();
     }
 
@@ -259,10 +279,10 @@ mod tests {
         let [first, second] = Control::local(2).unwrap().try_into().unwrap();
         let connect = |control| connect(TransportChoice::Shm, control, Health::new(Duration::from_secs(60))).unwrap();
         let peer = std::thread::spawn(move || drop(connect(second)));
-        let mut reducer = Reducer::new(connect(first), 1, true).unwrap();
-        let mut data = vec![1.0f32; 5000];
+        let mut data = [vec![1.0f32; 5000]];
+        let mut reducer = Reducer::new(connect(first), AllReduce::of(&mut data), 1, true).unwrap();
         // SAFETY: the data outlives the reducer's use of it.
-        unsafe { reducer.start(0, SliceMut::from(&mut data[..])) }.unwrap();
+        unsafe { reducer.start(0) }.unwrap();
         assert_eq!(reducer.wait(0).unwrap_err().kind(), Kind::PeerLost);
         peer.join().unwrap();
     }

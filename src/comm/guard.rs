@@ -4,10 +4,11 @@
 //! still write into this rank's arenas. So the first error, of whatever operation or from the watch, is the answer to
 //! every later operation, and it ends this rank's other waits.
 
-use super::Communicator;
+use super::{Communicator, Update};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
 use crate::launch::watch::Health;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +42,9 @@ impl Communicator for Guarded {
     fn allocate(&mut self, bytes: usize) -> Result<Arena> {
         self.run(|comm| comm.allocate(bytes))
     }
+    fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
+        self.run(|comm| comm.allocate_replicated(bytes))
+    }
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(|comm| comm.all_reduce(data))
     }
@@ -50,13 +54,16 @@ impl Communicator for Guarded {
     fn all_gather(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(|comm| comm.all_gather(data))
     }
+    fn reduce_update(&mut self, terms: SliceMut<'_>, values: SliceMut<'_>, update: &Update<'_>) -> Result<Duration> {
+        self.run(|comm| comm.reduce_update(terms, values, update))
+    }
     fn broadcast(&mut self, data: SliceMut<'_>, root: usize) -> Result<Duration> {
         self.run(|comm| comm.broadcast(data, root))
     }
     fn barrier(&mut self) -> Result<Duration> {
         self.run(|comm| comm.barrier())
     }
-    fn plain_all_reduce(&mut self, data: SliceMut<'_>) -> Result<bool> {
-        self.run(|comm| comm.plain_all_reduce(data))
+    fn expose(&mut self, data: SliceMut<'_>, work: &mut dyn FnMut(&[usize], Range<usize>)) -> Result<bool> {
+        self.run(|comm| comm.expose(data, work))
     }
 }

@@ -53,6 +53,16 @@ pub trait Communicator: Send {
     /// memory works everywhere too, through staging.
     fn allocate(&mut self, bytes: usize) -> Result<Arena>;
 
+    /// Zeroed memory for what is the same on all ranks, such as weights. Ranks of one host get one copy, mapped by all: of
+    /// that, a rank writes nothing but its chunk inside `reduce_update` and `all_gather`, and what it broadcasts.
+    /// Collective; of the operations, only these three may be given such memory.
+    fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena>;
+
+    /// Whether that is one copy for all ranks: what each writes of it in `reduce_update`, all have when it returns.
+    fn replicas_are_shared(&self) -> bool {
+        false
+    }
+
     /// Every rank ends with the sum over ranks.
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration>;
 
@@ -62,17 +72,43 @@ pub trait Communicator: Send {
     /// Rank r gives `chunk(len, size, r)`; every rank ends with all of them.
     fn all_gather(&mut self, data: SliceMut<'_>) -> Result<Duration>;
 
+    /// `reduce_scatter` of `terms`, `update`, `all_gather` of `values`, in one pass where the transport can: rank r makes
+    /// new values of chunk r from the sums of chunk r, and every rank ends with all new values. `terms` are unspecified
+    /// afterwards. `values` are of the same length and, on all ranks, from `allocate_replicated` or on none.
+    fn reduce_update(&mut self, terms: SliceMut<'_>, values: SliceMut<'_>, update: &Update<'_>) -> Result<Duration> {
+        reduce_then_update(self, terms, values, update)
+    }
+
     /// Every rank ends with what `root` has.
     fn broadcast(&mut self, data: SliceMut<'_>, root: usize) -> Result<Duration>;
 
     /// Returns when all ranks have called it.
     fn barrier(&mut self) -> Result<Duration>;
 
-    /// The work of `all_reduce` as a plain loop, where this transport can reach all data: the ceiling with which
-    /// `bench-comm` compares. False if it cannot.
-    fn plain_all_reduce(&mut self, _data: SliceMut<'_>) -> Result<bool> {
+    /// Where this transport can reach the data of all ranks, calls `work` on each with the addresses of all and its chunk,
+    /// between two synchronisation points: for the plain loops with which `bench-comm` compares. False if it cannot.
+    fn expose(&mut self, _data: SliceMut<'_>, _work: &mut dyn FnMut(&[usize], Range<usize>)) -> Result<bool> {
         Ok(false)
     }
+}
+
+/// `update(range, sums, values)`: changes `values`, which are those at `range` of the operation's data, by means of `sums`,
+/// the sums over ranks there; these may be overwritten. Called for every part of a rank's chunk once, in no order, perhaps by
+/// several threads at a time. Parts begin at multiples of a cache line.
+pub type Update<'a> = dyn Fn(Range<usize>, &mut [f32], &mut [f32]) + Sync + 'a;
+
+/// What `reduce_update` means.
+fn reduce_then_update<C: Communicator + ?Sized>(
+    comm: &mut C,
+    mut terms: SliceMut<'_>,
+    mut values: SliceMut<'_>,
+    update: &Update<'_>,
+) -> Result<Duration> {
+    assert_eq!(terms.bytes(), values.bytes(), "a value for every sum");
+    let mine = chunk(values.f32().len(), comm.size(), comm.rank());
+    let waited = comm.reduce_scatter(terms.reborrow())?;
+    update(mine.clone(), &mut terms.f32()[mine.clone()], &mut values.f32()[mine]);
+    Ok(waited + comm.all_gather(values)?)
 }
 
 /// How messages speak of an operation.

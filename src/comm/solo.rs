@@ -20,6 +20,9 @@ impl Communicator for Solo {
     fn allocate(&mut self, bytes: usize) -> Result<Arena> {
         Arena::host(bytes)
     }
+    fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
+        Arena::host(bytes)
+    }
     fn all_reduce(&mut self, _: SliceMut<'_>) -> Result<Duration> {
         Ok(Duration::ZERO)
     }

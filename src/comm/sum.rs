@@ -36,25 +36,36 @@ pub unsafe fn tree_in_place(addresses: &[usize], range: Range<usize>, into: Rang
     }
 }
 
-/// The same work without any of this module's care, as one would write it first: what `bench-comm` compares with.
+/// Values that `tree_to` gives away at once: 16 KiB, still in the first-level cache when `update` reads them, and long enough
+/// that the call does not count.
+const PIECE: usize = 4 * BLOCK;
+
+/// Values that a thread takes on at least where a team shares the work: a few times what handing over costs.
+const TASK: usize = 16 * PIECE;
+
+/// The tree over k of the values in `range` of the buffer at `addresses[k]`, piece by piece to `update(range, sums)`. Inside
+/// a team (a rayon pool) all of its threads take part.
 ///
 /// # Safety
-/// As for `tree_in_place`.
-pub unsafe fn plain(addresses: &[usize], range: Range<usize>) {
-    if let [a, b] = *addresses {
-        // SAFETY: the caller's promise.
-        let (a, b) = unsafe { (values_mut(a, range.clone()), values_mut(b, range)) };
-        for (a, b) in a.iter_mut().zip(b) {
-            let sum = *a + *b;
-            (*a, *b) = (sum, sum);
-        }
+/// The values are valid and aligned, and nobody writes `range` of them meanwhile.
+pub unsafe fn tree_to(addresses: &[usize], range: Range<usize>, update: &(dyn Fn(Range<usize>, &mut [f32]) + Sync)) {
+    if range.len() > TASK && rayon::current_thread_index().is_some() {
+        let middle = range.start + (range.len() / 2).next_multiple_of(PIECE);
+        rayon::join(
+            // SAFETY: the caller's promise.
+            || unsafe { tree_to(addresses, range.start..middle, update) },
+            // SAFETY: the caller's promise.
+            || unsafe { tree_to(addresses, middle..range.end, update) },
+        );
         return;
     }
-    for index in range {
+    let mut sums = [0.0; PIECE];
+    for start in range.clone().step_by(PIECE) {
+        let piece = start..(start + PIECE).min(range.end);
+        let sums = &mut sums[..piece.len()];
         // SAFETY: the caller's promise.
-        let value = |address: &usize| unsafe { (*address as *mut f32).add(index) };
-        let sum = addresses.iter().map(|address| unsafe { *value(address) }).sum();
-        addresses.iter().for_each(|address| unsafe { *value(address) = sum });
+        tree(addresses.len(), |k| unsafe { values(addresses[k], piece.clone()) }, sums);
+        update(piece, sums);
     }
 }
 
@@ -100,7 +111,7 @@ fn pair_into_both(a: &mut [f32], b: &mut [f32]) {
 
 /// Runs a loop compiled for the widest vectors that this CPU has. Additions are element by element, so the width does
 /// not change a bit of the result.
-fn vectorised<T>(slices: T, kernel: impl FnOnce(T)) {
+pub fn vectorised<T>(slices: T, kernel: impl FnOnce(T)) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f")]
@@ -121,6 +132,15 @@ fn vectorised<T>(slices: T, kernel: impl FnOnce(T)) {
         }
     }
     kernel(slices)
+}
+
+/// Values `range` of the buffer at `address`.
+///
+/// # Safety
+/// They are valid and aligned, and nobody writes them during `'a`.
+unsafe fn values<'a>(address: usize, range: Range<usize>) -> &'a [f32] {
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts((address as *const f32).add(range.start), range.len()) }
 }
 
 /// Values `range` of the buffer at `address`.

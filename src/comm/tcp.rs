@@ -55,6 +55,9 @@ impl Communicator for Tcp {
     fn allocate(&mut self, bytes: usize) -> Result<Arena> {
         Arena::host(bytes)
     }
+    fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
+        Arena::host(bytes)
+    }
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(Operation::AllReduce, data)
     }

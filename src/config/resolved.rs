@@ -50,11 +50,12 @@ impl Config {
 }
 
 /// The dotted keys in which two resolved configurations differ so that one cannot go on from the other's checkpoint
-/// unnoticed. Left out is what may change between two parts of one run: its end, its parallelism, its housekeeping,
-/// and where the data lies.
+/// unnoticed. Left out is what may change between two parts of one run: its end, its parallelism, its precision (a
+/// checkpoint is f32 in either), its housekeeping, and where the data lies.
 pub fn difference(a: &Table, b: &Table) -> Vec<String> {
-    const FREE: [&str; 12] = [
+    const FREE: [&str; 16] = [
         "run.name",
+        "run.precision",
         "run.epochs",
         "run.steps",
         "run.target_accuracy",
@@ -62,6 +63,9 @@ pub fn difference(a: &Table, b: &Table) -> Vec<String> {
         "data.path",
         "data.workers",
         "data.prefetch",
+        "data.on_bad_image",
+        "data.max_pixels",
+        "data.max_image_bytes",
         "parallel.",
         "checkpoint.",
         "eval.",

@@ -1,7 +1,8 @@
 //! Where a value comes from: a line of the file, or a `--set` of the command line. Errors are shown there.
 
-use super::check::{Path, Problem};
+use super::check::{Path, Problem, check};
 use super::load::layer_name;
+use super::schema::schema;
 use crate::error::{Context, Error, Kind, Result};
 use std::fmt::Write;
 use std::io::Read;
@@ -46,12 +47,41 @@ impl Source {
             let excerpt = source.excerpt(error.span().unwrap_or(0..0));
             Error::usage(excerpt.show(&format!("not valid TOML: {}", error.message()), &[]))
         })?;
+        let file = table.clone();
         for argument in sets {
             let path = set(&mut table, argument)
                 .map_err(|(columns, message)| Error::usage(Excerpt::of_set(argument, columns).show(&message, &[])))?;
             source.sets.push(Set { path, argument: argument.clone() });
         }
+        source.leave_aside(&file, &mut table);
         Ok((source, table))
+    }
+
+    /// Where a `--set` changes the tag of a section, as `data.format=synthetic` does, what the file says for the section's
+    /// other kinds is of no use and no mistake: it goes. What the chosen kind takes as well stays, and what a `--set` gives.
+    fn leave_aside(&self, file: &Table, table: &mut Table) {
+        for set in &self.sets {
+            let [section, tag] = &set.path.0[..] else { continue };
+            let before = file.get(section).and_then(|keys| keys.get(tag));
+            let Some(Value::Table(keys)) = table.get_mut(section) else { continue };
+            let Some(chosen) = keys.get(tag).filter(|tag| Some(*tag) != before).and_then(Value::as_str) else {
+                continue;
+            };
+            let kinds = schema()["properties"][section]["oneOf"].as_array().map_or(&[][..], Vec::as_slice);
+            let Some(own) = kinds.iter().find(|kind| kind["properties"][tag]["const"] == chosen) else { continue };
+            let takes = |key: &str, value: &Value| {
+                let mut problems = Vec::new();
+                check(&own["properties"][key], value, &Path::default(), &mut problems);
+                problems.is_empty()
+            };
+            keys.retain(|key, value| {
+                let knowing = kinds.iter().filter(|kind| !kind["properties"][key].is_null()).count();
+                let of_some_kinds = knowing > 0 && knowing < kinds.len();
+                let known = !own["properties"][key].is_null();
+                let was_set = self.sets.iter().any(|set| set.path.0.starts_with(&[section.clone(), key.to_owned()]));
+                !of_some_kinds || was_set || (known && takes(key, value))
+            });
+        }
     }
 
     /// All problems, each with the line from which it comes.

@@ -1,6 +1,6 @@
 use super::difference;
 use super::load::read;
-use super::raw::{Augment, Config, Format, Loss, ScheduleShape, TransportChoice};
+use super::raw::{Augment, Config, Format, Loss, Rule, ScheduleShape, TransportChoice};
 use super::source::Source;
 use crate::error::{Kind, Result};
 use proptest::prelude::*;
@@ -76,7 +76,7 @@ fn every_kind_of_mistake_is_named() {
         ("epochs = 2", "epochs = 0", &["run.epochs is 0"]),
         ("epochs = 2", "", &["the run has no end"]),
         ("epochs = 2", "epochs = 2\ntarget_accuracy = 1.5", &["> 0", "<= 1"]),
-        ("\"shapes\"", "\"shape\"", &["data.format", "shapes, idx, cifar", "did you mean `shapes`"]),
+        ("\"shapes\"", "\"shape\"", &["data.format", "shapes, idx, cifar, images, synthetic", "did you mean `shapes`"]),
         ("\"shapes\"", "\"idx\"", &["data.path is missing"]),
         ("\"shapes\"", "\"shapes\"\npath = \"x\"", &["unknown key data.path", "format = \"shapes\""]),
         ("\"shapes\"", "\"shapes\"\nvalidation = 1.0", &["expected a number >= 0 and < 1"]),
@@ -162,6 +162,33 @@ fn set_changes_any_key() {
     assert_eq!(config.model.layers[0].kind, "sigmoid");
     assert_eq!(config.parallel.transport, TransportChoice::Tcp);
     assert!(matches!(config.data.format, Format::Idx { path } if path.as_os_str() == "else/where"));
+}
+
+#[test]
+fn a_set_that_changes_the_kind_of_a_section_leaves_aside_what_the_file_says_for_another() {
+    let file = MINIMAL
+        .replace("\"shapes\"", "\"images\"\npath = \"x\"\ntest = 0.5\nworkers = 3")
+        .replace("lr = 0.1", "lr = 0.1\nmomentum = 0.9");
+    let config = parse(&file, &["data.format=synthetic", "optimizer.type=adam"]).unwrap();
+    assert!(matches!(config.data.format, Format::Synthetic { classes: None, .. }));
+    assert_eq!(config.data.shared.workers, 3);
+    let config = parse(&file, &["data.format=cifar", "optimizer.type=lars"]).unwrap();
+    assert!(matches!(config.data.format, Format::Cifar { path } if path.as_os_str() == "x"), "a key that both know");
+    assert!(matches!(config.optimizer.rule, Rule::Lars { momentum: 0.9, .. }));
+    // What is set, known to nobody, or wrong is not overlooked.
+    let refusals = [
+        (file.as_str(), vec!["data.path=y", "data.format=synthetic"], "unknown key data.path"),
+        (&file.replace("test = 0.5", "test = 1.5"), vec!["data.format=images"], "data.test is 1.5"),
+        (&file.replace("workers = 3", "workers = 0"), vec!["data.format=synthetic"], "data.workers is 0"),
+        (&file.replace("workers", "wrokers"), vec!["data.format=synthetic"], "unknown key data.wrokers"),
+        (&file, vec!["data.workers=2"], ""),
+    ];
+    for (file, sets, expected) in refusals {
+        match parse(file, &sets) {
+            Err(error) => assert!(!expected.is_empty() && error.to_string().contains(expected), "{error}"),
+            Ok(_) => assert!(expected.is_empty(), "{sets:?} was accepted"),
+        }
+    }
 }
 
 #[test]

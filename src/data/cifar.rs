@@ -75,6 +75,7 @@ fn check_size(file: &DataFile, bytes: usize) -> Result<()> {
 mod tests {
     use super::*;
     use crate::data::files::tests::{gzip, message, xz};
+    use crate::data::image::Image;
     use proptest::prelude::*;
     use std::fs;
     use tempfile::TempDir;
@@ -108,9 +109,9 @@ mod tests {
         let labels: Vec<u32> = (0..sets.train.len()).map(|index| sets.train.label(index)).collect();
         assert_eq!((labels, sets.test.label(0), sets.test.len()), (vec![1, 2, 3, 4, 5], 9, 1));
 
-        let mut image = vec![0; SHAPE.len()];
+        let mut image = Image::default();
         sets.train.read(3, &mut image).unwrap();
-        for (at, &byte) in image.iter().enumerate() {
+        for (at, &byte) in image.bytes().iter().enumerate() {
             let (pixel, channel) = (at / 3, at % 3);
             assert_eq!(byte, value(4, channel * PLANE + pixel), "pixel {pixel}, channel {channel}");
         }

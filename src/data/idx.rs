@@ -81,6 +81,7 @@ fn read_data(file: &mut DataFile, dims: &[u32], what: &str) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
     use crate::data::files::tests::{gzip, message};
+    use crate::data::image::Image;
     use proptest::prelude::*;
     use std::fs;
     use tempfile::TempDir;
@@ -111,11 +112,11 @@ mod tests {
     fn check_good(folder: &TempDir) {
         let sets = open(folder.path()).unwrap();
         for set in [sets.train, sets.test] {
-            assert_eq!((set.len(), set.shape(), set.classes()), (3, Shape::new(2, 5, 1), 10));
+            assert_eq!((set.len(), set.shape(), set.classes()), (3, Some(Shape::new(2, 5, 1)), 10));
             assert_eq!([0, 1, 2].map(|index| set.label(index)), [7, 0, 9]);
-            let mut image = [0; 10];
+            let mut image = Image::default();
             set.read(2, &mut image).unwrap();
-            assert_eq!(image, [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]);
+            assert_eq!(image.bytes(), [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]);
         }
     }
 

@@ -1,6 +1,7 @@
 //! A set whose images fit in memory: what the small file formats are read into.
 
-use super::Dataset;
+use super::image::Image;
+use super::{Dataset, Reading};
 use crate::error::Result;
 use crate::model::Shape;
 
@@ -24,8 +25,8 @@ impl Dataset for InMemory {
     fn len(&self) -> usize {
         self.labels.len()
     }
-    fn shape(&self) -> Shape {
-        self.shape
+    fn shape(&self) -> Option<Shape> {
+        Some(self.shape)
     }
     fn classes(&self) -> usize {
         self.classes
@@ -33,9 +34,9 @@ impl Dataset for InMemory {
     fn label(&self, index: usize) -> u32 {
         self.labels[index].into()
     }
-    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
         let bytes = self.shape.len();
-        image.copy_from_slice(&self.images[index * bytes..][..bytes]);
-        Ok(())
+        image.reshape(self.shape).copy_from_slice(&self.images[index * bytes..][..bytes]);
+        Ok(Reading::Whole)
     }
 }

@@ -1,6 +1,8 @@
 //! The order of an epoch and the validation split: which sample stands where, as a function of the seed.
 
-use super::Dataset;
+use super::image::Image;
+use super::sampler::Layout;
+use super::{Dataset, Reading};
 use crate::error::{Error, Result};
 use crate::model::Shape;
 use crate::rng::{Purpose, Rng};
@@ -15,7 +17,7 @@ pub fn shuffle(order: &mut [u32], seed: u64, epoch: u32) {
     permute(order, &mut Rng::new(seed, Purpose::Shuffle, epoch, 0));
 }
 
-fn permute(order: &mut [u32], rng: &mut Rng) {
+pub(super) fn permute<T>(order: &mut [T], rng: &mut Rng) {
     for last in (1..order.len()).rev() {
         order.swap(last, rng.below(last as u32 + 1) as usize);
     }
@@ -27,34 +29,58 @@ pub struct Subset {
     indices: Vec<u32>,
 }
 
-/// Holds out `share` of every class, to the nearest sample, drawn by seed. Returns (training, validation), each in the
-/// order of the original set.
+/// Holds out `share` of every class for validation. Fails where either part is left without a sample.
 pub fn split_validation(dataset: &Arc<dyn Dataset>, share: f64, seed: u64) -> Result<(Subset, Subset)> {
-    assert!((0.0..1.0).contains(&share), "validation share {share}");
-    let mut by_class = vec![Vec::new(); dataset.classes()];
-    for index in 0..dataset.len() {
-        by_class[dataset.label(index) as usize].push(index as u32);
-    }
-    let (mut train, mut validation) = (Vec::new(), Vec::new());
-    for (class, mut members) in by_class.into_iter().enumerate() {
-        permute(&mut members, &mut Rng::new(seed, Purpose::Split, 0, class as u64));
-        let held_out = (members.len() as f64 * share).round() as usize;
-        validation.extend_from_slice(&members[..held_out]);
-        train.extend_from_slice(&members[held_out..]);
-    }
-    for (part, indices) in [("training", &train), ("validation", &validation)] {
-        if indices.is_empty() {
+    let (train, validation) = split(dataset, share, seed, 0);
+    for (part, subset) in [("training", &train), ("validation", &validation)] {
+        if subset.is_empty() {
             return Err(Error::data(format!(
                 "`[data] validation = {share}` of {} samples leaves none for {part}",
                 dataset.len()
             )));
         }
     }
+    Ok((train, validation))
+}
+
+/// Takes `share` of every class apart, to one sample, and of all classes together to the nearest; drawn by (seed, stream).
+/// Returns (the rest, the share), each in the order of the original set.
+pub fn split(dataset: &Arc<dyn Dataset>, share: f64, seed: u64, stream: u32) -> (Subset, Subset) {
+    assert!((0.0..1.0).contains(&share), "share {share}");
+    let mut by_class = vec![Vec::new(); dataset.classes()];
+    for index in 0..dataset.len() {
+        by_class[dataset.label(index) as usize].push(index as u32);
+    }
+    let sizes: Vec<usize> = by_class.iter().map(Vec::len).collect();
+    let counts = apportion(&sizes, share, &mut Rng::new(seed, Purpose::Split, stream, u64::MAX));
+    let (mut rest, mut apart) = (Vec::new(), Vec::new());
+    for (class, (mut members, count)) in by_class.into_iter().zip(counts).enumerate() {
+        permute(&mut members, &mut Rng::new(seed, Purpose::Split, stream, class as u64));
+        apart.extend_from_slice(&members[..count]);
+        rest.extend_from_slice(&members[count..]);
+    }
     let subset = |mut indices: Vec<u32>| {
         indices.sort_unstable();
         Subset { of: dataset.clone(), indices }
     };
-    Ok((subset(train), subset(validation)))
+    (subset(rest), subset(apart))
+}
+
+/// How many of each size fall to `share`: its whole part, and one more of those with the largest fractions until the sum is
+/// right (Hamilton's method; equal fractions are drawn). So a thousand classes of four give 0.1 * 4000, where rounding each
+/// would give nothing. One is always left over: a class without a training sample cannot be learned.
+fn apportion(sizes: &[usize], share: f64, rng: &mut Rng) -> Vec<usize> {
+    let quota = |size: usize| size as f64 * share;
+    let most = |size: usize| size.saturating_sub(1);
+    let mut counts: Vec<usize> = sizes.iter().map(|&size| most(size).min(quota(size) as usize)).collect();
+    let wanted = quota(sizes.iter().sum()).round() as usize;
+    let missing = wanted.saturating_sub(counts.iter().sum());
+
+    let mut more: Vec<usize> = (0..sizes.len()).filter(|&class| counts[class] < most(sizes[class])).collect();
+    permute(&mut more, rng);
+    more.sort_by(|&a, &b| quota(sizes[b]).fract().total_cmp(&quota(sizes[a]).fract()));
+    more.into_iter().take(missing).for_each(|class| counts[class] += 1);
+    counts
 }
 
 impl Subset {
@@ -68,7 +94,7 @@ impl Dataset for Subset {
     fn len(&self) -> usize {
         self.indices.len()
     }
-    fn shape(&self) -> Shape {
+    fn shape(&self) -> Option<Shape> {
         self.of.shape()
     }
     fn classes(&self) -> usize {
@@ -77,8 +103,21 @@ impl Dataset for Subset {
     fn label(&self, index: usize) -> u32 {
         self.of.label(self.original(index))
     }
-    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
         self.of.read(self.original(index), image)
+    }
+    fn read_encoded(&self, index: usize, bytes: &mut Vec<u8>) -> Result<bool> {
+        self.of.read_encoded(self.original(index), bytes)
+    }
+    fn class_names(&self) -> Vec<String> {
+        self.of.class_names()
+    }
+    /// The files of the original set, with what is left of them.
+    fn layout(&self) -> Option<Layout> {
+        let Layout { files, window } = self.of.layout()?;
+        let place = |original: u32| self.indices.partition_point(|&index| index < original) as u32;
+        let files = files.into_iter().map(|file| place(file.start)..place(file.end)).collect();
+        Some(Layout { files, window })
     }
 }
 
@@ -128,15 +167,29 @@ mod tests {
         let mut seen = Vec::new();
         for part in [&train, &validation] {
             for index in 0..part.len() {
-                let mut byte = [0];
-                part.read(index, &mut byte).unwrap();
-                assert_eq!(part.label(index), set.label(byte[0].into()));
-                seen.push(byte[0]);
+                let mut image = Image::default();
+                part.read(index, &mut image).unwrap();
+                let byte = image.bytes()[0];
+                assert_eq!(part.label(index), set.label(byte.into()));
+                seen.push(byte);
             }
         }
         seen.sort();
         assert!(seen.into_iter().eq(0..200));
         assert_ne!(validation.indices, split_validation(&set, 0.1, 4).unwrap().1.indices);
         assert!(split_validation(&set, 0.001, 3).is_err());
+    }
+
+    #[test]
+    fn tiny_classes_share_what_falls_to_all_and_keep_a_sample() {
+        let counts = |sizes: &[usize], share| apportion(sizes, share, &mut Rng::new(3, Purpose::Test, 0, 0));
+        let of_four = counts(&[4; 1000], 0.1);
+        assert_eq!(of_four.iter().sum::<usize>(), 400);
+        assert!(of_four.iter().all(|&count| count <= 1));
+        assert_ne!(of_four, [vec![1; 400], vec![0; 600]].concat(), "which ones is drawn");
+        assert_eq!(counts(&[1, 0, 2, 1], 0.9), [0, 0, 1, 0]);
+        assert_eq!(counts(&[100, 9, 1], 0.25), [25, 2, 0]);
+        assert_eq!(counts(&[3, 5, 30], 0.3), [1, 1, 9], "0.9, 1.5 and 9.0 of 11.4");
+        assert_eq!(counts(&[100, 100], 0.29), [29, 29], "28.999... in binary");
     }
 }

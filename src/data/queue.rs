@@ -1,35 +1,72 @@
 //! The bounded queue of batches prepared ahead of the step.
 //!
-//! A fixed set of batch buffers goes round: free, being filled by a worker, ready, in the step's hands, free again. That
-//! is the bound and the backpressure: with no free buffer, workers sleep. A worker first takes a buffer, then, under the
-//! schedule's lock, the next batch of the schedule and its ticket, so tickets are given out in order and every ticket
-//! given out has a buffer: the batch that the step waits for is always being made, and nothing can deadlock. The filled
-//! batch goes into the slot `ticket % slots`. Tickets in flight are consecutive and no more than there are buffers, so
-//! slots never clash, and the step takes them in order whichever worker was first. What a batch holds is a function of
-//! its place in the schedule alone; the number of workers and their timing change nothing.
+//! A fixed set of batch buffers goes round: free, being filled, ready, in the step's hands, free again. That is the bound and
+//! the backpressure: with no free buffer, workers sleep. Batches are opened one after another, each with a ticket, and the
+//! workers share out the samples of the open one a few at a time, so a sample that takes long holds up nobody but its own
+//! batch: the others take the rest of that batch, then open the next. A batch lies in the slot `ticket % slots`; tickets in
+//! flight are consecutive and no more than there are buffers, so slots never clash, and the step takes them in order. Every
+//! ticket has a buffer and every sample of it a worker before the next is opened: the batch that the step waits for is always
+//! being made, and nothing can deadlock. What a batch holds is a function of its place in the schedule alone, and each sample
+//! is written at its own place; the number of workers and their timing change nothing.
 //!
 //! After the first few batches nothing is allocated: buffers keep their capacity, slots are fixed, locks are futexes.
 
-use super::augment::Augmenter;
+mod schedule;
+
+use super::augment::{Augmenter, Workspace};
+use super::image::Image;
 use super::partition::{Batching, share};
-use super::{Batch, Dataset, order};
+use super::sampler::Sampler;
+use super::{Batch, Dataset, Reading};
+use crate::config::raw;
 use crate::error::{Context, Error, Kind, Result};
+use schedule::{Evaluation, Schedule, Training};
+use std::collections::HashSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+/// Values that a worker takes on at a time: one photograph, or many small images, which are not worth a lock each.
+const VALUES_AT_A_TIME: usize = 1 << 16;
 
 /// How batches are made.
 #[derive(Clone)]
 pub struct Loader {
     pub augmenter: Augmenter,
+    pub sampler: raw::Sampler,
     pub seed: u64,
     /// Threads of this queue.
     pub workers: usize,
     /// Batches prepared ahead.
     pub prefetch: usize,
+    /// Shared by all queues of a rank.
+    pub skipped: Arc<Skipped>,
+}
+
+/// Images that were passed over because they are damaged.
+#[derive(Debug, Default)]
+pub struct Skipped {
+    times: AtomicU64,
+    /// What has been warned of.
+    named: Mutex<HashSet<String>>,
+}
+
+impl Skipped {
+    /// How often one was wanted.
+    pub fn times(&self) -> u64 {
+        self.times.load(Relaxed)
+    }
+
+    /// Counts it, and warns the first time.
+    fn note(&self, reason: &Error) {
+        self.times.fetch_add(1, Relaxed);
+        if self.named.lock().unwrap().insert(reason.to_string()) {
+            tracing::warn!("skipped {reason}");
+        }
+    }
 }
 
 /// A place in the run: what a checkpoint holds of the data.
@@ -54,31 +91,70 @@ struct Shared {
     dataset: Arc<dyn Dataset>,
     augmenter: Augmenter,
     seed: u64,
-    schedule: Mutex<Tickets>,
-    buffers: Mutex<Buffers>,
-    /// Signalled when a buffer becomes free, and at the close.
-    freed: Condvar,
+    skipped: Arc<Skipped>,
+    on_damage: OnDamage,
+    /// Samples that a worker takes on at a time.
+    chunk: usize,
+    state: Mutex<State>,
+    /// Signalled when there is work for a worker, and at the close.
+    work: Condvar,
     /// Signalled when the ticket that the step waits for is done, and at the end.
     filled: Condvar,
     closed: AtomicBool,
 }
 
-struct Buffers {
-    free: Vec<Batch>,
-    /// Done but not yet taken, at `ticket % slots.len()`.
-    slots: Vec<Option<(Batch, Result<()>)>>,
-    /// Tickets in all, once the schedule has ended.
-    end: Option<u64>,
+/// What takes the place of a damaged image.
+#[derive(Clone, Copy)]
+enum OnDamage {
+    /// Training: the next whole image of the same class, in the set's order. It is a function of the files alone, the number
+    /// of steps and of samples in them stays the same, and no rank needs to tell another.
+    StandIn,
+    /// Evaluation: nothing; the batch is shorter.
+    LeaveOut,
 }
 
-struct Tickets {
+struct State {
     schedule: Box<dyn Schedule>,
+    free: Vec<Batch>,
+    /// In flight, at `ticket % slots.len()`.
+    slots: Vec<Option<Filling>>,
+    /// Tickets given out. The last one's batch is open as long as it has samples that nobody has taken.
     given: u64,
+    /// Whether `given` will not grow any more.
+    ended: bool,
 }
 
-/// What comes next: fills in the batch's indices and place, or says that there is no more, then and ever after.
-trait Schedule: Send {
-    fn next(&mut self, batch: &mut Batch) -> bool;
+/// A batch on its way.
+struct Filling {
+    batch: Batch,
+    /// Samples that workers have taken on, from the first.
+    taken: usize,
+    /// Samples that are not done.
+    left: usize,
+    /// Places of damaged images that are left out, in no order.
+    out: Vec<usize>,
+    /// The error of the first sample that has one.
+    failed: Option<(usize, Error)>,
+}
+
+/// Some samples of a batch, for one worker. No other has the same.
+struct Chunk {
+    ticket: u64,
+    epoch: u32,
+    step: usize,
+    /// Places in the batch.
+    places: Range<usize>,
+    /// The batch's vectors, which stay where they are until all of its samples are done.
+    indices: *const u32,
+    rounds: *const u32,
+    images: *mut f32,
+}
+
+/// A worker's own.
+#[derive(Default)]
+struct Desk {
+    image: Image,
+    workspace: Workspace,
 }
 
 impl DataQueue {
@@ -100,17 +176,9 @@ impl DataQueue {
                  not the set that the checkpoint was made with"
             )));
         }
-        let mut training = Training {
-            seed: loader.seed,
-            batching,
-            epochs,
-            order: vec![0; samples],
-            epoch,
-            consumed,
-            micro: batching.micros().start,
-        };
-        order::shuffle(&mut training.order, loader.seed, epoch);
-        DataQueue::start(dataset, loader, Box::new(training), batching.largest())
+        let sampler = Sampler::new(&*dataset, loader.sampler, loader.seed)?;
+        let training = Training::new(sampler, batching, epochs, start);
+        DataQueue::start(dataset, loader, Box::new(training), batching.largest(), OnDamage::StandIn)
     }
 
     /// This rank's contiguous share of the set, once, in order, in batches of `batch`; the last may be smaller. `rank` of
@@ -123,9 +191,9 @@ impl DataQueue {
         size: usize,
     ) -> Result<DataQueue> {
         assert!(batch > 0, "evaluation in batches of 0");
-        let evaluation = Evaluation { left: share(dataset.len(), rank, size), batch, step: 0 };
+        let evaluation = Evaluation::new(share(dataset.len(), rank, size), batch);
         let loader = Loader { augmenter: loader.augmenter.without_randomness(), ..loader };
-        DataQueue::start(dataset, loader, Box::new(evaluation), batch)
+        DataQueue::start(dataset, loader, Box::new(evaluation), batch, OnDamage::LeaveOut)
     }
 
     fn start(
@@ -133,23 +201,28 @@ impl DataQueue {
         loader: Loader,
         schedule: Box<dyn Schedule>,
         largest: usize,
+        on_damage: OnDamage,
     ) -> Result<DataQueue> {
         let workers = loader.workers.max(1);
         let ahead = loader.prefetch.max(workers);
-        let values = dataset.shape().len();
+        let values = loader.augmenter.output().len();
         let free = (0..ahead).map(|_| buffer(largest, values)).collect::<Result<_>>()?;
         let current = buffer(largest, values)?;
         let shared = Arc::new(Shared {
             dataset,
             augmenter: loader.augmenter,
             seed: loader.seed,
-            schedule: Mutex::new(Tickets { schedule, given: 0 }),
-            buffers: Mutex::new(Buffers {
+            skipped: loader.skipped,
+            on_damage,
+            chunk: (VALUES_AT_A_TIME / values).max(1),
+            state: Mutex::new(State {
+                schedule,
                 free,
                 slots: std::iter::repeat_with(|| None).take(ahead).collect(),
-                end: None,
+                given: 0,
+                ended: false,
             }),
-            freed: Condvar::new(),
+            work: Condvar::new(),
             filled: Condvar::new(),
             closed: AtomicBool::new(false),
         });
@@ -164,8 +237,8 @@ impl DataQueue {
 
     /// Waits at most `patience` for the next batch and says whether `next` would return at once.
     pub fn ready(&self, patience: Duration) -> bool {
-        let buffers = self.shared.buffers.lock().unwrap();
-        let waited = self.shared.filled.wait_timeout_while(buffers, patience, |buffers| !buffers.has(self.next));
+        let state = self.shared.state.lock().unwrap();
+        let waited = self.shared.filled.wait_timeout_while(state, patience, |state| !state.has(self.next));
         waited.unwrap().0.has(self.next)
     }
 
@@ -174,14 +247,17 @@ impl DataQueue {
     #[expect(clippy::should_implement_trait, reason = "the batch borrows the queue, which an Iterator cannot say")]
     pub fn next(&mut self) -> Result<Option<&Batch>> {
         let shared = &self.shared;
-        let buffers = shared.buffers.lock().unwrap();
-        let mut buffers = shared.filled.wait_while(buffers, |buffers| !buffers.has(self.next)).unwrap();
-        let Some((batch, outcome)) = buffers.take(self.next) else { return Ok(None) };
+        let state = shared.state.lock().unwrap();
+        let mut state = shared.filled.wait_while(state, |state| !state.has(self.next)).unwrap();
+        let Some(Filling { batch, failed, .. }) = state.take(self.next) else { return Ok(None) };
         self.next += 1;
-        buffers.free.push(std::mem::replace(&mut self.current, batch));
-        drop(buffers);
-        shared.freed.notify_one();
-        outcome.map(|()| Some(&self.current))
+        state.free.push(std::mem::replace(&mut self.current, batch));
+        drop(state);
+        shared.work.notify_one();
+        match failed {
+            None => Ok(Some(&self.current)),
+            Some((_, error)) => Err(error),
+        }
     }
 }
 
@@ -191,7 +267,8 @@ fn buffer(samples: usize, values: usize) -> Result<Batch> {
     let images = samples.saturating_mul(values);
     let room = (batch.images.try_reserve_exact(images))
         .and_then(|()| batch.labels.try_reserve_exact(samples))
-        .and_then(|()| batch.indices.try_reserve_exact(samples));
+        .and_then(|()| batch.indices.try_reserve_exact(samples))
+        .and_then(|()| batch.rounds.try_reserve_exact(samples));
     room.map(|()| batch).map_err(|_| {
         Error::device(format!(
             "out of memory: there is no room for one more batch of {samples} samples of {values} values; lower \
@@ -203,147 +280,170 @@ fn buffer(samples: usize, values: usize) -> Result<Batch> {
 impl Drop for DataQueue {
     fn drop(&mut self) {
         // Set under the lock: a worker that has just seen it unset is asleep by the time of the signal.
-        let buffers = self.shared.buffers.lock().unwrap();
+        let state = self.shared.state.lock().unwrap();
         self.shared.closed.store(true, Relaxed);
-        drop(buffers);
-        self.shared.freed.notify_all();
+        drop(state);
+        self.shared.work.notify_all();
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
     }
 }
 
-impl Buffers {
-    /// Whether the step that waits for `ticket` need wait no longer.
-    fn has(&self, ticket: u64) -> bool {
-        self.slots[ticket as usize % self.slots.len()].is_some() || self.end.is_some_and(|end| ticket >= end)
+impl State {
+    fn slot(&mut self, ticket: u64) -> &mut Option<Filling> {
+        let slots = self.slots.len() as u64;
+        &mut self.slots[(ticket % slots) as usize]
     }
 
-    fn take(&mut self, ticket: u64) -> Option<(Batch, Result<()>)> {
-        let slot = ticket as usize % self.slots.len();
-        self.slots[slot].take()
+    /// Whether the step that waits for `ticket` need wait no longer.
+    fn has(&mut self, ticket: u64) -> bool {
+        let over = self.ended && ticket >= self.given;
+        over || self.slot(ticket).as_ref().is_some_and(|filling| filling.left == 0)
+    }
+
+    fn take(&mut self, ticket: u64) -> Option<Filling> {
+        self.slot(ticket).take()
+    }
+
+    /// The next samples of the open batch.
+    fn chunk(&mut self, most: usize) -> Option<Chunk> {
+        let ticket = self.given.checked_sub(1)?;
+        let filling = self.slot(ticket).as_mut()?;
+        let Batch { epoch, step, ref indices, ref rounds, ref mut images, .. } = filling.batch;
+        let places = filling.taken..indices.len().min(filling.taken + most);
+        filling.taken = places.end;
+        let (indices, rounds, images) = (indices.as_ptr(), rounds.as_ptr(), images.as_mut_ptr());
+        (!places.is_empty()).then_some(Chunk { ticket, epoch, step, places, indices, rounds, images })
     }
 }
 
 impl Shared {
     /// A worker's life.
     fn work(&self) {
-        let mut image = vec![0; self.dataset.shape().len()];
-        while let Some(mut batch) = self.free_buffer() {
-            let Some(ticket) = self.schedule.lock().unwrap().next(&mut batch) else { return self.end() };
-            let outcome = catch_unwind(AssertUnwindSafe(|| self.fill(&mut batch, &mut image)))
-                .unwrap_or_else(|_| Err(Error::internal("a data worker panicked; its message is above")));
-            let mut buffers = self.buffers.lock().unwrap();
-            let slot = ticket as usize % buffers.slots.len();
-            assert!(buffers.slots[slot].is_none(), "ticket {ticket} finds its slot taken");
-            buffers.slots[slot] = Some((batch, outcome));
-            drop(buffers);
+        let mut desk = Desk::default();
+        while let Some(chunk) = self.next_chunk() {
+            for place in chunk.places.clone() {
+                let outcome = catch_unwind(AssertUnwindSafe(|| self.fill(&chunk, place, &mut desk)))
+                    .unwrap_or_else(|_| Err(Error::internal("a data worker panicked; its message is above")));
+                self.done(chunk.ticket, place, outcome);
+            }
+        }
+    }
+
+    /// Sleeps until there are samples to read; none when the schedule has ended or the queue is closed.
+    fn next_chunk(&self) -> Option<Chunk> {
+        let mut state = self.state.lock().unwrap();
+        while !self.closed.load(Relaxed) {
+            if let Some(chunk) = state.chunk(self.chunk) {
+                return Some(chunk);
+            }
+            if state.ended {
+                return None;
+            }
+            match state.free.pop() {
+                Some(batch) => self.open(batch, &mut state),
+                None => state = self.work.wait(state).unwrap(),
+            }
+        }
+        None
+    }
+
+    /// Gives the next batch of the schedule a ticket and calls the other workers; or tells everybody of the end.
+    fn open(&self, mut batch: Batch, state: &mut State) {
+        batch.indices.clear();
+        batch.rounds.clear();
+        batch.labels.clear();
+        if !state.schedule.next(&mut batch) {
+            state.ended = true;
+            self.work.notify_all();
+            self.filled.notify_one();
+            return;
+        }
+        let left = batch.indices.len();
+        batch.images.resize(left * self.augmenter.output().len(), 0.0);
+        batch.labels.extend(batch.indices.iter().map(|&index| self.dataset.label(index as usize)));
+        let ticket = state.given;
+        state.given += 1;
+        let slot = state.slot(ticket);
+        assert!(slot.is_none(), "ticket {ticket} finds its slot taken");
+        *slot = Some(Filling { batch, taken: 0, left, out: Vec::new(), failed: None });
+        match left {
+            0 => self.filled.notify_one(),
+            _ => self.work.notify_all(),
+        }
+    }
+
+    /// Reads and augments one sample of a batch; false where it is left out.
+    fn fill(&self, chunk: &Chunk, place: usize, desk: &mut Desk) -> Result<bool> {
+        if self.closed.load(Relaxed) {
+            return Ok(true);
+        }
+        let values = self.augmenter.output().len();
+        // SAFETY: the batch has as many of all three, and no vector is touched until this place is done.
+        let (index, round) = unsafe { (*chunk.indices.add(place), *chunk.rounds.add(place)) };
+        // SAFETY: and no other worker has this place.
+        let out = unsafe { std::slice::from_raw_parts_mut(chunk.images.add(place * values), values) };
+        let read = self.read(index as usize, &mut desk.image).map_err(|error| {
+            let Chunk { epoch, step, .. } = chunk;
+            error.context(format_args!("sample {index}, wanted in epoch {epoch} by step {step}"))
+        })?;
+        if read {
+            let draws = (self.seed, chunk.epoch, u64::from(round) << 32 | u64::from(index));
+            self.augmenter.apply(&desk.image, &mut desk.workspace, out, draws)?;
+        }
+        Ok(read)
+    }
+
+    /// Reads a sample, or what stands in for it; false where it is left out.
+    fn read(&self, index: usize, image: &mut Image) -> Result<bool> {
+        let Reading::Damaged(reason) = self.dataset.read(index, image)? else { return Ok(true) };
+        self.skipped.note(&reason);
+        if let OnDamage::LeaveOut = self.on_damage {
+            return Ok(false);
+        }
+        let (len, class) = (self.dataset.len(), self.dataset.label(index));
+        let others = (index + 1..len).chain(0..index).filter(|&other| self.dataset.label(other) == class);
+        for other in others {
+            if let Reading::Whole = self.dataset.read(other, image)? {
+                return Ok(true);
+            }
+        }
+        Err(reason.context(format_args!("no image of class {class} can stand in")))
+    }
+
+    fn done(&self, ticket: u64, place: usize, outcome: Result<bool>) {
+        let mut state = self.state.lock().unwrap();
+        let filling = state.slot(ticket).as_mut().expect("a batch waits for all of its samples");
+        match outcome {
+            Ok(true) => {}
+            Ok(false) => filling.out.push(place),
+            Err(error) => {
+                if filling.failed.as_ref().is_none_or(|(first, _)| place < *first) {
+                    filling.failed = Some((place, error));
+                }
+            }
+        }
+        filling.left -= 1;
+        if filling.left == 0 {
+            filling.leave_out(self.augmenter.output().len());
             self.filled.notify_one();
         }
     }
+}
 
-    /// Sleeps until there is a free buffer; none when the queue is closed.
-    fn free_buffer(&self) -> Option<Batch> {
-        let buffers = self.buffers.lock().unwrap();
-        let none_free = |buffers: &mut Buffers| buffers.free.is_empty() && !self.closed.load(Relaxed);
-        let mut buffers = self.freed.wait_while(buffers, none_free).unwrap();
-        if self.closed.load(Relaxed) { None } else { buffers.free.pop() }
-    }
-
-    /// Tells the step how many batches there are. The other workers come here by themselves.
-    fn end(&self) {
-        let given = self.schedule.lock().unwrap().given;
-        self.buffers.lock().unwrap().end = Some(given);
-        self.filled.notify_one();
-    }
-
-    /// Reads and augments the samples that `batch.indices` names. image: bytes of one sample.
-    fn fill(&self, batch: &mut Batch, image: &mut [u8]) -> Result<()> {
-        batch.labels.clear();
-        batch.images.resize(batch.indices.len() * image.len(), 0.0);
-        for (&index, out) in batch.indices.iter().zip(batch.images.chunks_exact_mut(image.len())) {
-            if self.closed.load(Relaxed) {
-                break;
-            }
-            self.dataset.read(index as usize, image).map_err(|error| {
-                error.context(format_args!("sample {index}, wanted in epoch {} by step {}", batch.epoch, batch.step))
-            })?;
-            self.augmenter.apply(image, out, self.seed, batch.epoch, index);
-            batch.labels.push(self.dataset.label(index as usize));
+impl Filling {
+    /// Closes the gaps of what is left out. values: of a sample.
+    fn leave_out(&mut self, values: usize) {
+        let Filling { batch, out, .. } = self;
+        out.sort_unstable();
+        for &place in out.iter().rev() {
+            batch.labels.remove(place);
+            batch.indices.remove(place);
+            batch.rounds.remove(place);
+            batch.images.copy_within((place + 1) * values.., place * values);
+            batch.images.truncate(batch.indices.len() * values);
         }
-        Ok(())
-    }
-}
-
-impl Tickets {
-    /// Fills in the next batch's place and gives its ticket.
-    fn next(&mut self, batch: &mut Batch) -> Option<u64> {
-        batch.indices.clear();
-        let more = self.schedule.next(batch);
-        self.given += u64::from(more);
-        more.then(|| self.given - 1)
-    }
-}
-
-/// Shuffled epochs, from anywhere in one of them.
-struct Training {
-    seed: u64,
-    batching: Batching,
-    epochs: u32,
-    /// The permutation of `epoch`.
-    order: Vec<u32>,
-    epoch: u32,
-    consumed: usize,
-    /// The micro-batch of this rank that is next in the step.
-    micro: usize,
-}
-
-impl Schedule for Training {
-    fn next(&mut self, batch: &mut Batch) -> bool {
-        let (samples, micros) = (self.order.len(), self.batching.micros());
-        if self.micro == micros.end {
-            self.micro = micros.start;
-            self.consumed = self.batching.step(samples, self.consumed).end;
-        }
-        if self.consumed == samples {
-            self.epoch += 1;
-            self.consumed = 0;
-            order::shuffle(&mut self.order, self.seed, self.epoch);
-        }
-        if self.epoch >= self.epochs {
-            return false;
-        }
-        let step = self.batching.step(samples, self.consumed);
-        let positions = self.batching.positions(&step, self.micro);
-        batch.epoch = self.epoch;
-        batch.step = self.consumed / self.batching.global;
-        batch.micro = self.micro;
-        batch.position = positions.start;
-        batch.step_count = step.len();
-        batch.indices.extend_from_slice(&self.order[positions]);
-        self.micro += 1;
-        true
-    }
-}
-
-/// A contiguous range, once.
-struct Evaluation {
-    left: Range<usize>,
-    batch: usize,
-    step: usize,
-}
-
-impl Schedule for Evaluation {
-    fn next(&mut self, batch: &mut Batch) -> bool {
-        let end = self.left.end.min(self.left.start + self.batch);
-        let positions = self.left.start..end;
-        batch.step = self.step;
-        batch.position = positions.start;
-        batch.step_count = positions.len();
-        batch.indices.extend(positions.map(|position| position as u32));
-        self.left.start = end;
-        self.step += 1;
-        !batch.indices.is_empty()
     }
 }
 

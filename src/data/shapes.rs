@@ -9,7 +9,8 @@
 //! kinds are equal under rotation, a figure is at least 14 pixels wide, wholly inside, and its colour differs from the
 //! background's by at least 0.3 in every channel.
 
-use super::{Dataset, Sets};
+use super::image::Image;
+use super::{Dataset, Reading, Sets};
 use crate::error::{Error, Result};
 use crate::model::Shape;
 use crate::rng::{Purpose, Rng};
@@ -43,8 +44,8 @@ impl Dataset for Shapes {
     fn len(&self) -> usize {
         self.len
     }
-    fn shape(&self) -> Shape {
-        SHAPE
+    fn shape(&self) -> Option<Shape> {
+        Some(SHAPE)
     }
     fn classes(&self) -> usize {
         FIGURES.len()
@@ -52,10 +53,10 @@ impl Dataset for Shapes {
     fn label(&self, index: usize) -> u32 {
         (index % FIGURES.len()) as u32
     }
-    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
         let mut rng = Rng::new(self.seed, Purpose::Synthetic, self.part, index as u64);
-        Look::draw(&mut rng).paint(FIGURES[index % FIGURES.len()], &mut rng, image);
-        Ok(())
+        Look::draw(&mut rng).paint(FIGURES[index % FIGURES.len()], &mut rng, image.reshape(SHAPE));
+        Ok(Reading::Whole)
     }
 }
 
@@ -186,9 +187,9 @@ mod tests {
     use super::*;
 
     fn read(set: &dyn Dataset, index: usize) -> Vec<u8> {
-        let mut image = vec![0; SHAPE.len()];
+        let mut image = Image::default();
         set.read(index, &mut image).unwrap();
-        image
+        image.bytes().to_vec()
     }
 
     #[test]

@@ -1,5 +1,6 @@
 use super::memory::InMemory;
 use super::*;
+use crate::config::raw::DataShared;
 
 /// Images of one byte, all zero.
 fn labelled(classes: usize, labels: &[u8]) -> InMemory {
@@ -33,6 +34,7 @@ fn parts_of_different_shapes_are_refused() {
         std::fs::write(folder.path().join(format!("{part}-images-idx3-ubyte")), images).unwrap();
         std::fs::write(folder.path().join(format!("{part}-labels-idx1-ubyte")), [0, 0, 8, 1, 0, 0, 0, 1, 0]).unwrap();
     }
-    let error = open(&Format::Idx { path: folder.path().to_owned() }, 0).err().unwrap();
+    let data = Data { format: Format::Idx { path: folder.path().to_owned() }, shared: DataShared::default() };
+    let error = open(&data, Target { input: Shape::new(2, 2, 1), outputs: 10 }, 0).err().unwrap();
     assert!(error.to_string().contains("training images are 2x2x1, the test images 3x3x1"), "{error}");
 }

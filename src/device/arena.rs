@@ -14,7 +14,7 @@ pub struct Arena {
     place: Place,
     address: usize,
     bytes: usize,
-    _owner: Box<dyn Any + Send>,
+    _owner: Box<dyn Any + Send + Sync>,
 }
 
 impl Arena {
@@ -35,7 +35,7 @@ impl Arena {
     ///
     /// # Safety
     /// `address..address + bytes` is valid memory of `place`, aligned to `ALIGN`, for as long as `owner` lives.
-    pub unsafe fn from_raw(place: Place, address: usize, bytes: usize, owner: Box<dyn Any + Send>) -> Arena {
+    pub unsafe fn from_raw(place: Place, address: usize, bytes: usize, owner: Box<dyn Any + Send + Sync>) -> Arena {
         assert_eq!(address % ALIGN, 0);
         Arena { place, address, bytes, _owner: owner }
     }

@@ -1,12 +1,14 @@
 //! What a buffer is. Layers and communicators see `Slice` and `SliceMut`: a run of bytes at an address on some device.
-//! A CPU kernel asks for `f32()` and gets a slice; a CUDA kernel asks for `address()` and gets a device pointer. Asking
+//! A CPU kernel asks for `f32()` or `bf16()` and gets a slice; a CUDA kernel asks for `address()` and gets a device pointer. Asking
 //! for the wrong one is a bug and asserts, so the choice of device is made once, where a layer is built, and nowhere else.
 
 mod arena;
 
 use crate::error::{Error, Result};
 pub use arena::{ALIGN, Arena};
+use half::bf16;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Where memory lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +62,11 @@ impl<'a> Slice<'a> {
     pub fn place(self) -> Place {
         self.place
     }
+    /// Some of the bytes, from a multiple of 4 on.
+    pub fn cut(self, range: Range<usize>) -> Slice<'a> {
+        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {} bytes", self.bytes);
+        Slice { address: self.address + range.start, bytes: range.len(), ..self }
+    }
     /// The bytes on the CPU.
     pub fn u8(self) -> &'a [u8] {
         assert_eq!(self.place, Place::Host, "a CPU kernel was given memory of the {:?}", self.place);
@@ -68,6 +75,10 @@ impl<'a> Slice<'a> {
     }
     /// The f32 values on the CPU.
     pub fn f32(self) -> &'a [f32] {
+        bytemuck::cast_slice(self.u8())
+    }
+    /// The bf16 values on the CPU.
+    pub fn bf16(self) -> &'a [bf16] {
         bytemuck::cast_slice(self.u8())
     }
 }
@@ -97,6 +108,11 @@ impl<'a> SliceMut<'a> {
     pub fn as_slice(&self) -> Slice<'_> {
         Slice { address: self.address, bytes: self.bytes, place: self.place, life: PhantomData }
     }
+    /// Some of the bytes, from a multiple of 4 on, for a shorter while.
+    pub fn cut(&mut self, range: Range<usize>) -> SliceMut<'_> {
+        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {} bytes", self.bytes);
+        SliceMut { address: self.address + range.start, bytes: range.len(), place: self.place, life: PhantomData }
+    }
     /// Gives up the right to write.
     pub fn into_shared(self) -> Slice<'a> {
         Slice { address: self.address, bytes: self.bytes, place: self.place, life: PhantomData }
@@ -107,6 +123,9 @@ impl<'a> SliceMut<'a> {
     pub fn f32(&mut self) -> &mut [f32] {
         self.reborrow().into_f32()
     }
+    pub fn bf16(&mut self) -> &mut [bf16] {
+        self.reborrow().into_bf16()
+    }
     pub fn into_u8(self) -> &'a mut [u8] {
         assert_eq!(self.place, Place::Host, "a CPU kernel was given memory of the {:?}", self.place);
         // SAFETY: from_raw's contract.
@@ -115,26 +134,34 @@ impl<'a> SliceMut<'a> {
     pub fn into_f32(self) -> &'a mut [f32] {
         bytemuck::cast_slice_mut(self.into_u8())
     }
-}
-
-impl<'a> From<&'a [f32]> for Slice<'a> {
-    fn from(values: &'a [f32]) -> Self {
-        Slice { address: values.as_ptr() as usize, bytes: size_of_val(values), place: Place::Host, life: PhantomData }
+    pub fn into_bf16(self) -> &'a mut [bf16] {
+        bytemuck::cast_slice_mut(self.into_u8())
     }
 }
 
-impl<'a> From<&'a mut [f32]> for SliceMut<'a> {
-    fn from(values: &'a mut [f32]) -> Self {
-        SliceMut {
-            address: values.as_mut_ptr() as usize,
-            bytes: size_of_val(values),
-            place: Place::Host,
-            life: PhantomData,
+/// A CPU buffer of one type of value.
+macro_rules! from_values {
+    ($value:ty) => {
+        impl<'a> From<&'a [$value]> for Slice<'a> {
+            fn from(values: &'a [$value]) -> Self {
+                let (address, bytes) = (values.as_ptr() as usize, size_of_val(values));
+                Slice { address, bytes, place: Place::Host, life: PhantomData }
+            }
         }
-    }
+
+        impl<'a> From<&'a mut [$value]> for SliceMut<'a> {
+            fn from(values: &'a mut [$value]) -> Self {
+                let (address, bytes) = (values.as_mut_ptr() as usize, size_of_val(values));
+                SliceMut { address, bytes, place: Place::Host, life: PhantomData }
+            }
+        }
+    };
 }
 
-/// `sum += term`, both of the same length and place.
+from_values!(f32);
+from_values!(bf16);
+
+/// `sum += term`, both f32, of the same length and place.
 pub fn add(mut sum: SliceMut<'_>, term: Slice<'_>) {
     sum.f32().iter_mut().zip(term.f32()).for_each(|(sum, term)| *sum += term);
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
 
 /// How a weight is initialised. In the TOML a bare name, `init = "he_normal"`, or a table with the rule's own keys,
-/// `init = { type = "normal", std = 0.02 }`. Biases start at zero.
+/// `init = { type = "normal", std = 0.02 }`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(remote = "Self", tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 #[schemars(transform = also_by_name)]

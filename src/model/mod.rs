@@ -9,8 +9,12 @@ pub mod loss;
 pub mod memory;
 pub mod net;
 pub mod params;
+pub mod precision;
 pub mod simd;
 pub mod spec;
+pub mod stopwatch;
+pub mod weights;
+mod widened;
 
 use crate::device::{Place, Slice, SliceMut};
 use crate::error::Result;
@@ -53,7 +57,8 @@ impl fmt::Display for Shape {
     }
 }
 
-/// What a layer's section of the TOML means, before any memory exists.
+/// What a layer's section of the TOML means, before any memory exists. A layer without parameters works on each sample by
+/// itself, so that a batch may also be handed to it in parts.
 pub trait LayerSpec: Send + Sync + fmt::Debug {
     /// Everything that follows from the input shapes. The error says which shapes do not fit and why; the caller puts
     /// the names of both layers in front.
@@ -61,6 +66,11 @@ pub trait LayerSpec: Send + Sync + fmt::Debug {
 
     /// The operator for `build.place`. Called after `infer` succeeded for the same inputs.
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>>;
+
+    /// The operator for activations in bf16. A layer that has no kernels for them works in f32 between two conversions.
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        widened::around(self, build)
+    }
 }
 
 /// What follows from a layer's input shapes.
@@ -128,6 +138,8 @@ pub struct Forward<'a> {
     pub inputs: &'a [Slice<'a>],
     pub output: SliceMut<'a>,
     pub params: &'a [Slice<'a>],
+    /// `params` rounded to bf16, for layers of `build_bf16`; none for others.
+    pub params_bf16: &'a [Slice<'a>],
     pub saved: SliceMut<'a>,
     pub scratch: SliceMut<'a>,
 }
@@ -141,7 +153,9 @@ pub struct Backward<'a> {
     /// Gradient by each input; empty where nobody needs it (the data itself).
     pub grad_inputs: &'a mut [SliceMut<'a>],
     pub params: &'a [Slice<'a>],
-    /// Gradient by each parameter. For a running statistic: this call's value times `pass.share`, so that the sum over
+    /// As in `Forward`.
+    pub params_bf16: &'a [Slice<'a>],
+    /// Gradient by each parameter, in f32. For a running statistic: this call's value times `pass.share`, so that the sum over
     /// micro-batches and ranks is the step's mean.
     pub grad_params: &'a mut [SliceMut<'a>],
     pub saved: Slice<'a>,
@@ -186,7 +200,12 @@ mod tests {
         let pass = Pass { batch: 3, training: true, first_sample: 0, share: 1.0 };
         let mut layer: Box<dyn Layer> = Box::new(Doubling);
         let (saved, scratch) = (SliceMut::empty(), SliceMut::empty());
-        layer.forward(&pass, Forward { inputs: &[read], output: write(3), params: &[], saved, scratch }).unwrap();
+        layer
+            .forward(
+                &pass,
+                Forward { inputs: &[read], output: write(3), params: &[], params_bf16: &[], saved, scratch },
+            )
+            .unwrap();
         assert_eq!(memory.each_ref().map(|value| value.get()), [1.0, 2.0, 3.0, 2.0, 4.0, 6.0]);
 
         let io = Backward {
@@ -195,6 +214,7 @@ mod tests {
             grad_output: write(3),
             grad_inputs: &mut [write(0)],
             params: &[],
+            params_bf16: &[],
             grad_params: &mut [],
             saved: Slice::empty(),
             scratch: SliceMut::empty(),

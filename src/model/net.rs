@@ -8,12 +8,17 @@
 
 use super::memory::{self, Lifetime};
 use super::params::ParamTable;
+use super::precision::{self, Precision};
 use super::spec::{Activation, DATA, MAX_INPUTS, MAX_PARAMS, NetSpec};
-use super::{Backward, Build, Forward, Layer, Pass};
+use super::stopwatch::{Part, Stopwatch};
+use super::weights::Weights;
+use super::{Backward, Build, Forward, Layer, Pass, Shape};
 use crate::device::{self, Arena, Place, Slice, SliceMut};
 use crate::error::{Error, Result};
 use std::array;
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
 
 /// How a net is built.
 #[derive(Clone, Copy, Debug)]
@@ -23,18 +28,22 @@ pub struct Options {
     pub place: Place,
     pub threads: usize,
     pub seed: u64,
+    pub precision: Precision,
     /// Whether backward will be called; without it activations are given up as soon as they were read.
     pub training: bool,
 }
 
 pub struct Net {
     spec: NetSpec,
+    precision: Precision,
     table: ParamTable,
     layers: Vec<Box<dyn Layer>>,
     plan: Plan,
     memory: Arena,
     scratch: Arena,
-    params: Arena,
+    /// What holds it beside the net changes parameters between passes, or those of layers whose backward is over.
+    weights: Arc<Weights>,
+    stopwatch: Option<Stopwatch>,
 }
 
 /// Values of an activation of a whole batch, at most: the layers' tables address them with 32 bits.
@@ -43,27 +52,36 @@ const MAX_VALUES: usize = 1 << 32;
 /// Byte offsets in the memory arena. A range of no bytes means that the buffer does not exist.
 #[derive(Debug)]
 struct Plan {
-    /// Output of node i at i + 1; the data itself lies outside.
+    /// Output of node i at i + 1. The data lie outside, in f32; at 0 is their copy in bf16.
     activations: Vec<Range<usize>>,
     /// Gradient of each activation.
     gradients: Vec<Range<usize>>,
     /// For each node and input: where its contribution goes when another consumer has already written the gradient.
     extra: Vec<Vec<Option<Range<usize>>>>,
     saved: Vec<Range<usize>>,
+    /// What the loss reads and writes, in f32: in bf16 copies of the output and its gradient, else these themselves.
+    output: Range<usize>,
+    output_gradient: Range<usize>,
     bytes: usize,
 }
 
 impl Net {
     /// Builds all layers and draws the initial parameters from the seed.
     pub fn new(spec: NetSpec, options: &Options) -> Result<Net> {
+        let len = ParamTable::new(&spec).len();
+        let weights = Weights::new(len, options.precision, |bytes| device::allocate(options.place, bytes))?;
+        Net::with_weights(spec, options, Arc::new(weights))
+    }
+
+    /// The same with parameters in memory that is given, as many as `ParamTable::len` says.
+    pub fn with_weights(spec: NetSpec, options: &Options, weights: Arc<Weights>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
         let table = ParamTable::new(&spec);
         let plan = Plan::new(&spec, options);
         // The largest memory first: where it is not to be had, that is said before layers make tables of its size.
         let memory =
             Arena::host(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
-        let params = device::allocate(options.place, table.len() * size_of::<f32>())
-            .map_err(|e| e.context(format!("{} parameters", table.len())))?;
+        assert_eq!(weights.f32.bytes(), table.len() * size_of::<f32>(), "memory for the parameters");
         let mut layers = Vec::with_capacity(spec.nodes.len());
         for (number, node) in spec.nodes.iter().enumerate() {
             let inputs = spec.input_shapes(number);
@@ -75,11 +93,16 @@ impl Net {
                 seed: options.seed,
                 layer: number,
             };
-            layers.push(node.spec.build(&build).map_err(|e| e.context(format!("layer `{}`", node.name)))?);
+            let layer = match options.precision {
+                Precision::F32 => node.spec.build(&build),
+                Precision::Bf16 => node.spec.build_bf16(&build),
+            };
+            layers.push(layer.map_err(|e| e.context(format!("layer `{}`", node.name)))?);
         }
         let scratch = layers.iter().map(|layer| layer.scratch_bytes()).max().unwrap_or(0);
         let scratch = Arena::host(scratch).map_err(|e| e.context("scratch of the layers"))?;
-        let mut net = Net { spec, table, layers, plan, memory, scratch, params };
+        let precision = options.precision;
+        let mut net = Net { spec, precision, table, layers, plan, memory, scratch, weights, stopwatch: None };
         net.initialise(options.seed);
         Ok(net)
     }
@@ -96,30 +119,47 @@ impl Net {
     }
     /// All parameters, in the order of the table.
     pub fn params(&self) -> &[f32] {
-        // SAFETY: parameters are written through `params_mut` alone.
-        unsafe { self.params.slice(0..self.params.bytes()) }.f32()
+        // SAFETY: parameters are written through `params_mut`, and by others at no time at which someone asks for all.
+        unsafe { self.weights.f32.slice(0..self.weights.f32.bytes()) }.f32()
     }
+    /// For writing; `round_params` is to follow.
     pub fn params_mut(&mut self) -> &mut [f32] {
         self.table_and_params_mut().1
     }
     pub fn table_and_params_mut(&mut self) -> (&ParamTable, &mut [f32]) {
         // SAFETY: `&mut self`.
-        (&self.table, unsafe { self.params.slice_mut(0..self.params.bytes()) }.into_f32())
+        (&self.table, unsafe { self.weights.f32.slice_mut(0..self.weights.f32.bytes()) }.into_f32())
+    }
+    /// Parameters were written: brings up to date what layers in bf16 read of them.
+    pub fn round_params(&mut self) {
+        // SAFETY: `&mut self`.
+        unsafe { self.weights.round_all(0..self.table.len()) };
     }
 
-    /// Output of the last forward: (batch, outputs).
-    pub fn output(&self, pass: &Pass) -> Slice<'_> {
-        self.activation(self.spec.nodes.len(), pass, Slice::empty())
+    /// From `Some` to `None` its layers are timed.
+    pub fn stopwatch_mut(&mut self) -> &mut Option<Stopwatch> {
+        &mut self.stopwatch
     }
-    /// The output, and the gradient of the loss by it, which the loss writes before backward.
+
+    /// Output of the last forward, in f32: (batch, outputs).
+    pub fn output(&self, pass: &Pass) -> Slice<'_> {
+        self.cut(&self.plan.output, self.output_bytes(pass)).into_shared()
+    }
+    /// The output, and the gradient of the loss by it, which the loss writes before backward; both in f32.
     pub fn output_and_gradient(&mut self, pass: &Pass) -> (Slice<'_>, SliceMut<'_>) {
-        let last = self.spec.nodes.len();
-        (self.activation(last, pass, Slice::empty()), self.gradient(last, pass))
+        (self.output(pass), self.cut(&self.plan.output_gradient, self.output_bytes(pass)))
     }
 
     /// `images` (batch, H, W, C) to `output`.
     pub fn forward(&mut self, pass: &Pass, images: &[f32]) -> Result<()> {
-        (0..self.layers.len()).try_for_each(|node| self.forward_node(node, pass, images.into()))
+        self.take_images(pass, images);
+        (0..self.layers.len())
+            .try_for_each(|node| self.timed(node, Part::Forward, |net| net.forward_node(node, pass, images.into())))?;
+        if self.precision == Precision::Bf16 {
+            let output = self.activation(self.spec.nodes.len(), pass, Slice::empty());
+            precision::widen(output.bf16(), self.cut(&self.plan.output, self.output_bytes(pass)).into_f32());
+        }
+        Ok(())
     }
 
     /// Walks from the gradient of the output to the gradient of every parameter, which it writes into `grads` in the
@@ -131,9 +171,22 @@ impl Net {
         grads: &Arena,
         mut done: impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
+        if self.precision == Precision::Bf16 {
+            let gradient = self.cut(&self.plan.output_gradient, self.output_bytes(pass)).into_shared();
+            precision::narrow(gradient.f32(), self.gradient(self.spec.nodes.len(), pass).into_bf16());
+        }
         for node in (0..self.layers.len()).rev() {
             if self.spec.nodes[node].learns {
-                self.backward_node(node, pass, images.into(), grads)?;
+                if self.stopwatch.as_ref().is_some_and(|stopwatch| stopwatch.apart)
+                    && self.spec.has_both_gradients(node)
+                {
+                    self.timed(node, Part::WeightsAlone, |net| {
+                        net.backward_node(node, pass, images.into(), grads, Wanted::Parameters)
+                    })?;
+                }
+                self.timed(node, Part::Backward, |net| {
+                    net.backward_node(node, pass, images.into(), grads, Wanted::All)
+                })?;
             }
             if let Some(last) = self.table.of_node(node).last() {
                 done(last.end_of_line())?;
@@ -148,13 +201,14 @@ impl Net {
         if bad(images) {
             return Ok("the input data hold a value that is not finite".into());
         }
+        self.take_images(pass, images);
         for node in 0..self.layers.len() {
             let weights = self.table.of_node(node).iter().find(|p| bad(&self.params()[p.range.clone()]));
             if let Some(param) = weights {
                 return Ok(format!("parameter `{}` is not finite: an earlier update broke it", param.name));
             }
             self.forward_node(node, pass, images.into())?;
-            if bad(self.activation(node + 1, pass, Slice::empty()).f32()) {
+            if !self.precision.is_finite(self.activation(node + 1, pass, Slice::empty())) {
                 let node = &self.spec.nodes[node];
                 return Ok(format!("it arose in the output of layer `{}` ({})", node.name, node.kind));
             }
@@ -167,24 +221,51 @@ impl Net {
         for param in &table.params {
             param.spec.initialise(seed, param.number, &mut params[param.range.clone()]);
         }
+        self.round_params();
+    }
+
+    /// In bf16 the layers read a copy of the images.
+    fn take_images(&mut self, pass: &Pass, images: &[f32]) {
+        if self.precision == Precision::Bf16 {
+            let bytes = self.activation_bytes(DATA, pass);
+            precision::narrow(images, self.cut(&self.plan.activations[DATA], bytes).into_bf16());
+        }
+    }
+
+    fn timed(&mut self, node: usize, part: Part, work: impl FnOnce(&mut Net) -> Result<()>) -> Result<()> {
+        let start = self.stopwatch.is_some().then(Instant::now);
+        work(self)?;
+        if let (Some(stopwatch), Some(start)) = (&mut self.stopwatch, start) {
+            stopwatch.add(node, part, start);
+        }
+        Ok(())
     }
 
     fn forward_node(&mut self, node: usize, pass: &Pass, images: Slice<'_>) -> Result<()> {
         let entry = &self.spec.nodes[node];
         let inputs: [Slice; MAX_INPUTS] =
             array::from_fn(|i| entry.inputs.get(i).map_or(Slice::empty(), |&a| self.activation(a, pass, images)));
-        let params = self.node_params(node);
+        let (params, params_bf16) = self.node_params(node);
+        let count = entry.inferred.params.len();
         let io = Forward {
             inputs: &inputs[..entry.inputs.len()],
             output: self.cut(&self.plan.activations[node + 1], self.activation_bytes(node + 1, pass)),
-            params: &params[..entry.inferred.params.len()],
+            params: &params[..count],
+            params_bf16: &params_bf16[..count],
             saved: self.whole(&self.plan.saved[node]),
             scratch: self.scratch(),
         };
         self.layers[node].forward(pass, io)
     }
 
-    fn backward_node(&mut self, node: usize, pass: &Pass, images: Slice<'_>, grads: &Arena) -> Result<()> {
+    fn backward_node(
+        &mut self,
+        node: usize,
+        pass: &Pass,
+        images: Slice<'_>,
+        grads: &Arena,
+        wanted: Wanted,
+    ) -> Result<()> {
         let entry = &self.spec.nodes[node];
         let inferred = &entry.inferred;
         let inputs: [Slice; MAX_INPUTS] = array::from_fn(|i| match entry.inputs.get(i) {
@@ -192,17 +273,17 @@ impl Net {
             _ => Slice::empty(),
         });
         let mut grad_inputs: [SliceMut; MAX_INPUTS] = array::from_fn(|i| match entry.inputs.get(i) {
-            Some(&activation) => match &self.plan.extra[node][i] {
+            Some(&activation) if wanted == Wanted::All => match &self.plan.extra[node][i] {
                 Some(extra) => self.cut(extra, self.activation_bytes(activation, pass)),
                 None => self.gradient(activation, pass),
             },
-            None => SliceMut::empty(),
+            _ => SliceMut::empty(),
         });
-        let params = self.node_params(node);
+        let (params, params_bf16) = self.node_params(node);
         let tensors = self.table.of_node(node);
         let mut grad_params: [SliceMut; MAX_PARAMS] = array::from_fn(|i| match tensors.get(i) {
             // SAFETY: tensors do not overlap, and the caller lent `grads` to this backward.
-            Some(param) => unsafe { grads.slice_mut(bytes_of(&param.range)) },
+            Some(param) => unsafe { grads.slice_mut(Precision::F32.bytes_of(&param.range)) },
             None => SliceMut::empty(),
         });
         let io = Backward {
@@ -214,35 +295,48 @@ impl Net {
             grad_output: self.gradient(node + 1, pass),
             grad_inputs: &mut grad_inputs[..entry.inputs.len()],
             params: &params[..tensors.len()],
+            params_bf16: &params_bf16[..tensors.len()],
             grad_params: &mut grad_params[..tensors.len()],
             saved: self.whole(&self.plan.saved[node]).into_shared(),
             scratch: self.scratch(),
         };
         self.layers[node].backward(pass, io)?;
+        if wanted == Wanted::Parameters {
+            return Ok(());
+        }
         for (i, &activation) in self.spec.nodes[node].inputs.iter().enumerate() {
             if let Some(extra) = &self.plan.extra[node][i] {
                 let contribution = self.cut(extra, self.activation_bytes(activation, pass));
-                device::add(self.gradient(activation, pass), contribution.into_shared());
+                self.precision.add(self.gradient(activation, pass), contribution.into_shared());
             }
         }
         Ok(())
     }
 
-    fn node_params(&self, node: usize) -> [Slice<'static>; MAX_PARAMS] {
+    /// A node's parameters in f32 and, if layers read them so, in bf16.
+    fn node_params(&self, node: usize) -> ([Slice<'static>; MAX_PARAMS], [Slice<'static>; MAX_PARAMS]) {
         let tensors = self.table.of_node(node);
-        array::from_fn(|i| match tensors.get(i) {
-            // SAFETY: nobody writes parameters while a pass runs.
-            Some(param) => unsafe { self.params.slice(bytes_of(&param.range)) },
-            None => Slice::empty(),
-        })
+        let of = |arena: &Arena, precision: Precision| {
+            array::from_fn(|i| match tensors.get(i) {
+                // SAFETY: nobody writes parameters while a pass runs.
+                Some(param) if arena.bytes() > 0 => unsafe { arena.slice(precision.bytes_of(&param.range)) },
+                _ => Slice::empty(),
+            })
+        };
+        (of(&self.weights.f32, Precision::F32), of(&self.weights.bf16, Precision::Bf16))
     }
 
     fn activation_bytes(&self, activation: Activation, pass: &Pass) -> usize {
-        pass.batch * self.spec.shape(activation).len() * size_of::<f32>()
+        pass.batch * self.spec.shape(activation).len() * self.precision.bytes()
+    }
+
+    /// Bytes of the output as the loss sees it.
+    fn output_bytes(&self, pass: &Pass) -> usize {
+        pass.batch * self.spec.output().len() * size_of::<f32>()
     }
 
     fn activation<'a>(&self, activation: Activation, pass: &Pass, images: Slice<'a>) -> Slice<'a> {
-        if activation == DATA {
+        if activation == DATA && self.precision == Precision::F32 {
             return images;
         }
         self.cut(&self.plan.activations[activation], self.activation_bytes(activation, pass)).into_shared()
@@ -274,8 +368,11 @@ impl Net {
     }
 }
 
-fn bytes_of(elements: &Range<usize>) -> Range<usize> {
-    elements.start * size_of::<f32>()..elements.end * size_of::<f32>()
+/// The gradients that a node's backward is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    All,
+    Parameters,
 }
 
 /// What passes keeps every sum of the memory plan far from overflow.
@@ -293,10 +390,10 @@ fn refuse_giants(spec: &NetSpec, batch: usize) -> Result<()> {
 
 impl Plan {
     fn new(spec: &NetSpec, options: &Options) -> Plan {
-        let mut planner = Planner::default();
+        let mut planner = Planner { precision: options.precision, batch: options.batch, ..Planner::default() };
         let activations = Self::activations(spec, options, &mut planner);
         let (gradients, extra) = match options.training {
-            true => Self::gradients(spec, options, &mut planner),
+            true => Self::gradients(spec, &mut planner),
             false => {
                 let none = spec.nodes.iter().map(|node| vec![None; node.inputs.len()]).collect();
                 (vec![None; spec.nodes.len() + 1], none)
@@ -310,6 +407,16 @@ impl Plan {
             })
             .collect();
 
+        let last = spec.nodes.len();
+        let (output, output_gradient) = match options.precision {
+            Precision::F32 => (activations[last], gradients[last]),
+            Precision::Bf16 => {
+                let bytes = options.batch * spec.output().len() * size_of::<f32>();
+                let gradient = if options.training { planner.add(bytes, last, last) } else { None };
+                (planner.add(bytes, last, last), gradient)
+            }
+        };
+
         let plan = memory::plan(&planner.buffers, device::ALIGN);
         let place = |buffer: &Option<usize>| match *buffer {
             Some(b) => plan.offsets[b]..plan.offsets[b] + planner.buffers[b].bytes,
@@ -322,6 +429,8 @@ impl Plan {
                 .map(|inputs| inputs.iter().map(|b| b.is_some().then(|| place(b))).collect())
                 .collect(),
             saved: saved.iter().map(place).collect(),
+            output: place(&output),
+            output_gradient: place(&output_gradient),
             bytes: plan.bytes,
         }
     }
@@ -329,17 +438,25 @@ impl Plan {
     /// An activation lives from its node to its last reader, in forward or in backward.
     fn activations(spec: &NetSpec, options: &Options, planner: &mut Planner) -> Vec<Option<usize>> {
         let (last, end) = (spec.nodes.len(), 2 * spec.nodes.len());
-        let mut buffers = vec![None];
+        let last_reader = |activation: Activation, from: usize| {
+            let readers = spec.nodes.iter().enumerate().filter(|(_, reader)| reader.inputs.contains(&activation));
+            let times = readers.map(|(j, reader)| match options.training && reader.inferred.backward_reads_input {
+                true => end - j,
+                false => j,
+            });
+            times.fold(from, usize::max)
+        };
+        let data = match options.precision {
+            Precision::F32 => None,
+            Precision::Bf16 => planner.add_activation(spec.input, 0, last_reader(DATA, 0)),
+        };
+        let mut buffers = vec![data];
         for (i, node) in spec.nodes.iter().enumerate() {
-            let mut to = if i + 1 == last { last } else { i };
-            for (j, reader) in spec.nodes.iter().enumerate().filter(|(_, reader)| reader.inputs.contains(&(i + 1))) {
-                let in_backward = options.training && reader.inferred.backward_reads_input;
-                to = to.max(if in_backward { end - j } else { j });
-            }
+            let mut to = last_reader(i + 1, if i + 1 == last { last } else { i });
             if options.training && node.inferred.backward_reads_output {
                 to = to.max(end - i);
             }
-            buffers.push(planner.add(options.batch * node.inferred.output.len() * size_of::<f32>(), i, to));
+            buffers.push(planner.add_activation(node.inferred.output, i, to));
         }
         buffers
     }
@@ -347,24 +464,20 @@ impl Plan {
     /// A gradient lives from the first backward that writes it (the loss for the output) to its own node's. Consumers
     /// after the first write beside it and are added.
     #[allow(clippy::type_complexity)]
-    fn gradients(
-        spec: &NetSpec,
-        options: &Options,
-        planner: &mut Planner,
-    ) -> (Vec<Option<usize>>, Vec<Vec<Option<usize>>>) {
+    fn gradients(spec: &NetSpec, planner: &mut Planner) -> (Vec<Option<usize>>, Vec<Vec<Option<usize>>>) {
         let (last, end) = (spec.nodes.len(), 2 * spec.nodes.len());
-        let bytes = |activation| options.batch * spec.shape(activation).len() * size_of::<f32>();
         let mut gradients = vec![None; last + 1];
-        gradients[last] = planner.add(bytes(last), last, end - (last - 1));
+        gradients[last] = planner.add_activation(spec.output(), last, end - (last - 1));
         let mut extra: Vec<Vec<Option<usize>>> = spec.nodes.iter().map(|node| vec![None; node.inputs.len()]).collect();
         for (j, reader) in spec.nodes.iter().enumerate().rev().filter(|(_, reader)| reader.learns) {
             for (k, &activation) in reader.inputs.iter().enumerate() {
                 if !spec.needs_gradient(activation) {
                     continue;
                 }
+                let shape = spec.shape(activation);
                 match gradients[activation] {
-                    None => gradients[activation] = planner.add(bytes(activation), end - j, end - (activation - 1)),
-                    Some(_) => extra[j][k] = planner.add(bytes(activation), end - j, end - j),
+                    None => gradients[activation] = planner.add_activation(shape, end - j, end - (activation - 1)),
+                    Some(_) => extra[j][k] = planner.add_activation(shape, end - j, end - j),
                 }
             }
         }
@@ -374,10 +487,16 @@ impl Plan {
 
 #[derive(Default)]
 struct Planner {
+    batch: usize,
+    precision: Precision,
     buffers: Vec<Lifetime>,
 }
 
 impl Planner {
+    fn add_activation(&mut self, shape: Shape, from: usize, to: usize) -> Option<usize> {
+        self.add(self.batch * shape.len() * self.precision.bytes(), from, to)
+    }
+
     fn add(&mut self, bytes: usize, from: usize, to: usize) -> Option<usize> {
         if bytes == 0 {
             return None;

@@ -43,13 +43,13 @@ pub enum Role {
 }
 
 impl ParamSpec {
-    /// A bias of so many values: zeros at the start.
-    pub fn bias(len: usize) -> ParamSpec {
+    /// A bias of so many values, all `first` at the start.
+    pub fn bias(len: usize, first: f32) -> ParamSpec {
         ParamSpec {
             name: "bias",
             shape: vec![len],
             layout: Layout::Canonical,
-            init: Init::Constant(0.0),
+            init: Init::Constant(first),
             role: Role::Trainable,
         }
     }
@@ -127,8 +127,7 @@ impl Param {
 
 /// Every parameter of a net, laid out once. The order is that in which backward finishes the gradients (last layer
 /// first), so that what is ready to be reduced is always a prefix, and a bucket a contiguous range. Behind the last
-/// tensor lies a tail of `TAIL` elements in which the loss, the counts and the flags of a step are summed over ranks
-/// together with the gradients, at no extra message.
+/// tensor lies a tail of `TAIL` elements in which the loss, the counts and the flags of a step are summed over ranks.
 #[derive(Clone, Debug)]
 pub struct ParamTable {
     pub params: Vec<Param>,
@@ -186,8 +185,8 @@ impl ParamTable {
         &self.params[start..end]
     }
 
-    /// The gradient arena cut into buckets: contiguous, together everything, each at least `bytes` long (but the last,
-    /// which takes the tail along) and ending where a layer ends.
+    /// The gradient arena without its tail cut into buckets: contiguous, together everything, each at least `bytes` long
+    /// (but the last) and ending where a layer ends.
     pub fn buckets(&self, bytes: usize) -> Vec<Range<usize>> {
         let mut buckets = Vec::new();
         let mut start = 0;
@@ -199,9 +198,8 @@ impl ParamTable {
                 start = end;
             }
         }
-        match buckets.last_mut() {
-            Some(last) if start == self.tail.start => last.end = self.tail.end,
-            _ => buckets.push(start..self.tail.end),
+        if start < self.len() {
+            buckets.push(start..self.len());
         }
         buckets
     }
@@ -246,13 +244,13 @@ mod tests {
     }
 
     #[test]
-    fn buckets_end_with_layers_and_the_last_takes_the_tail_along() {
+    fn buckets_end_with_layers() {
         let table = table();
         let ends = |bytes| table.buckets(bytes).iter().map(|bucket| bucket.end).collect::<Vec<_>>();
-        assert_eq!(table.buckets(0), [0..128, 128..144, 144..464]);
-        assert_eq!(ends(4 * 129), [144, 464]);
-        assert_eq!(ends(4 * 400), [464]);
-        assert_eq!(ParamTable::place(Vec::new()).buckets(1).len(), 1);
+        assert_eq!(table.buckets(0), [0..128, 128..144, 144..448]);
+        assert_eq!(ends(4 * 129), [144, 448]);
+        assert_eq!(ends(4 * 400), [448]);
+        assert!(ParamTable::place(Vec::new()).buckets(1).is_empty());
     }
 
     #[test]

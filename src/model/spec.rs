@@ -77,6 +77,12 @@ impl NetSpec {
         activation.checked_sub(1).is_some_and(|node| self.nodes[node].learns)
     }
 
+    /// Whether backward gives gradients by parameters and gradients by inputs in this node.
+    pub fn has_both_gradients(&self, node: usize) -> bool {
+        let Node { inferred, inputs, .. } = &self.nodes[node];
+        !inferred.params.is_empty() && inputs.iter().any(|&input| self.needs_gradient(input))
+    }
+
     fn place(&self, name: &str, kind: &'static str, parsed: &Parsed, inputs: Vec<Activation>) -> Result<Node> {
         if inputs.len() > MAX_INPUTS {
             return Err(Error::usage(format!(

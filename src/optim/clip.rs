@@ -1,9 +1,5 @@
 //! Clipping of the whole gradient before the update. By values, tensor by tensor; or by the L2 norm over all trainable
-//! tensors, which takes two rounds: sum `sum_of_squares` over the tensors, then `scale` each by `norm_factor`.
-
-use super::elementwise;
-
-pub use elementwise::sum_of_squares;
+//! tensors, which takes two rounds: sum `norm::squares` over the tensors, then `scale` each by `norm_factor`.
 
 /// What every gradient is multiplied by so that their common L2 norm is at most `max_norm`
 /// (torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6))). `squares` is the sum over all trainable tensors,

@@ -2,7 +2,7 @@
 //! state tensors moves 4 (2 + S) bytes in and 4 (1 + S) bytes out an element, and memory is what bounds it.
 //!
 //! No reduction crosses elements here and no multiply-add is contracted, so the bits depend neither on the cut, nor on
-//! the threads, nor on the width of the machine's vectors.
+//! the threads, nor on the width of the machine's vectors. Inside a team (a rayon pool) all of its threads take part.
 
 /// Elements that one task handles: 64 KiB a slice, well above the cost of handing a task to another thread.
 const BLOCK: usize = 1 << 14;
@@ -28,7 +28,7 @@ fn in_halves<const S: usize>(
     mut state: [&mut [f32]; S],
     rule: &(impl Fn(f32, f32, [f32; S]) -> (f32, [f32; S]) + Sync),
 ) {
-    if params.len() <= BLOCK {
+    if params.len() <= BLOCK || rayon::current_thread_index().is_none() {
         return block(params, grads, state, rule);
     }
     let middle = (params.len() / 2).next_multiple_of(LINE);
@@ -88,24 +88,4 @@ fn each<const S: usize>(
             state[s][i] = next[s];
         }
     }
-}
-
-/// The sum of squares in f64, in an order that the length alone decides: eight lanes in a block, halves above it.
-pub fn sum_of_squares(values: &[f32]) -> f64 {
-    if values.len() > BLOCK {
-        let (left, right) = values.split_at((values.len() / 2).next_multiple_of(LINE));
-        let (left, right) = rayon::join(|| sum_of_squares(left), || sum_of_squares(right));
-        return left + right;
-    }
-    let (octets, rest) = values.as_chunks::<8>();
-    let mut lanes = [0f64; 8];
-    for octet in octets {
-        for (lane, &value) in lanes.iter_mut().zip(octet) {
-            *lane += f64::from(value) * f64::from(value);
-        }
-    }
-    for (lane, &value) in lanes.iter_mut().zip(rest) {
-        *lane += f64::from(value) * f64::from(value);
-    }
-    lanes.iter().sum()
 }

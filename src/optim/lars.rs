@@ -1,4 +1,4 @@
-use super::{At, Optimizer, Penalty, elementwise};
+use super::{At, Norms, Optimizer, Penalty, elementwise};
 
 /// Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, algorithm 1). The norms are of the whole tensor:
 ///
@@ -23,22 +23,21 @@ impl Optimizer for Lars {
 
     fn update(&self, at: At, params: &mut [f32], grads: &[f32], state: &mut [&mut [f32]]) {
         let &Lars { momentum, penalty, .. } = self;
-        let rate = at.lr * self.trust_ratio(params, grads);
         elementwise::update(params, grads, state, |w, g, [b]| {
-            let b = momentum * b + rate * penalty.add(w, g);
+            let b = momentum * b + at.lr * penalty.add(w, g);
             (w - b, [b])
         });
     }
-}
 
-impl Lars {
-    fn trust_ratio(&self, params: &[f32], grads: &[f32]) -> f32 {
-        let weight = elementwise::sum_of_squares(params).sqrt();
-        let gradient = elementwise::sum_of_squares(grads).sqrt();
+    fn needs_norms(&self) -> bool {
+        true
+    }
+
+    fn rate(&self, lr: f32, Norms { weight, gradient }: Norms) -> f32 {
         if weight == 0.0 || gradient == 0.0 {
-            return 1.0;
+            return lr;
         }
         let floor = gradient + f64::from(self.penalty.l2) * weight + f64::from(self.eps);
-        (f64::from(self.trust_coefficient) * weight / floor) as f32
+        lr * (f64::from(self.trust_coefficient) * weight / floor) as f32
     }
 }

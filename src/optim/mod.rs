@@ -1,5 +1,5 @@
-//! Optimizers. They see one tensor at a time and know nothing of ranks: by the time they run, the gradient is the sum
-//! over all ranks of the gradient of the mean loss.
+//! Optimizers. They see one tensor, or a part of one, at a time and know nothing of ranks: by the time they run, the gradient
+//! is the sum over all ranks of the gradient of the mean loss.
 //!
 //! Every rule is PyTorch's, with its formula, order of operations, defaults and names of state. Adding one: its file,
 //! and one line of `new`.
@@ -10,6 +10,7 @@ mod adam;
 pub mod clip;
 mod elementwise;
 mod lars;
+pub mod norm;
 pub mod schedule;
 mod sgd;
 #[cfg(test)]
@@ -20,10 +21,18 @@ use crate::config::raw::{self, Rule};
 /// Circumstances of one update.
 #[derive(Clone, Copy, Debug)]
 pub struct At {
-    /// Learning rate of this step, schedule and warm-up applied.
+    /// Learning rate of this step, schedule and warm-up applied; of a rule that needs norms, what its `rate` made of it.
     pub lr: f32,
     /// Updates done before this one; Adam's bias correction uses step + 1.
     pub step: u64,
+}
+
+/// L2 norms of one whole tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Norms {
+    pub weight: f64,
+    /// Of the gradient after clipping.
+    pub gradient: f64,
 }
 
 /// A rule that turns a gradient into an update.
@@ -31,9 +40,19 @@ pub trait Optimizer: Send + Sync {
     /// Names of the state tensors it keeps per parameter, as checkpoints call them: `momentum_buffer`, `exp_avg`, ...
     fn state(&self) -> &'static [&'static str];
 
-    /// Updates one whole tensor in place. All slices have its length, `state` is in the order of `state()` and starts as
-    /// zeros. Element-wise rules give the same bits however the tensor is cut; LARS takes norms over what it is given.
+    /// Updates a tensor, or a part of one, in place; the bits are the same however it is cut. All slices have its length,
+    /// `state` is in the order of `state()` and starts as zeros.
     fn update(&self, at: At, params: &mut [f32], grads: &[f32], state: &mut [&mut [f32]]);
+
+    /// Whether each tensor has a learning rate of its own, `rate` of its norms.
+    fn needs_norms(&self) -> bool {
+        false
+    }
+
+    /// The learning rate of a tensor with these norms before the update.
+    fn rate(&self, lr: f32, _norms: Norms) -> f32 {
+        lr
+    }
 }
 
 /// The optimizer of `[optimizer]`, whose values are in the ranges of `config::raw`'s schema.

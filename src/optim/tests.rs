@@ -1,4 +1,5 @@
-use super::clip::{clip_value, norm_factor, scale, sum_of_squares};
+use super::clip::{clip_value, norm_factor, scale};
+use super::norm::sum_of_squares;
 use super::schedule::Schedule;
 use super::*;
 use crate::config::plan::{Cadence, Plan};
@@ -39,7 +40,10 @@ fn run(keys: &str, params: &mut [f32], steps: u64, gradient: impl Fn(u64, &[f32]
     for step in 0..steps {
         let grads = gradient(step, params);
         let mut state: Vec<&mut [f32]> = state.iter_mut().map(|s| &mut s[..]).collect();
-        optimizer.update(At { lr: config.shared.lr, step }, params, &grads, &mut state);
+        let norm = |values: &[f32]| sum_of_squares(values).sqrt();
+        let norms = || Norms { weight: norm(params), gradient: norm(&grads) };
+        let lr = if optimizer.needs_norms() { optimizer.rate(config.shared.lr, norms()) } else { config.shared.lr };
+        optimizer.update(At { lr, step }, params, &grads, &mut state);
     }
     state
 }

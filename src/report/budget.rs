@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Category {
-    /// Forward, backward, optimizer.
+    /// Forward and backward, and the optimizer of a rank that is alone.
     Compute,
-    /// Moving and adding gradients while nothing else could go on.
+    /// Moving and adding gradients, and the update of parameters in the same pass, while nothing else could go on.
     Communication,
     /// Inside communication, waiting for a rank that had not arrived.
     Waiting,
@@ -56,12 +56,14 @@ impl Clock {
     }
 
     /// Gives the time since the last lap to communication, but `waited` of it, as the Communicator returned it, to
-    /// waiting for the slowest rank. Waiting that passed behind computation is not in the lap and not counted.
-    pub fn lap_communication(&mut self, waited: Duration) {
+    /// waiting for the slowest rank, and returns the lap. Waiting that passed behind computation is not in the lap and not
+    /// counted.
+    pub fn lap_communication(&mut self, waited: Duration) -> Duration {
         let spent = self.lap(Communication);
         let waited = waited.min(spent);
         self.budget.spent[Communication as usize] -= waited;
         self.budget.spent[Waiting as usize] += waited;
+        spent
     }
 
     pub fn budget(&self) -> &Budget {

@@ -31,8 +31,10 @@ pub struct Ending {
     /// Epochs completed.
     pub epochs: u64,
     pub weights_digest: String,
-    /// Of all ranks; after an error of this one alone.
+    /// Of all ranks; after an error of this one alone. So is `skipped_images`.
     pub budget: Merged,
+    /// How often an image was passed over because it is damaged.
+    pub skipped_images: u64,
 }
 
 /// The fields of `summary.json`. Losses and accuracies are null where nothing was measured; times and rates are of this
@@ -62,6 +64,8 @@ pub struct Summary {
     pub exposed_communication: f64,
     pub waiting: f64,
     pub slowest_rank: Option<usize>,
+    /// How often an image was passed over because it is damaged, in training and evaluation.
+    pub skipped_images: u64,
 }
 
 impl Summary {
@@ -88,6 +92,7 @@ impl Summary {
             exposed_communication: budget.share(Category::Communication),
             waiting: budget.share(Category::Waiting),
             slowest_rank: ending.budget.slowest(),
+            skipped_images: ending.skipped_images,
         }
     }
 
@@ -124,6 +129,13 @@ impl fmt::Display for Summary {
             "{} steps in {:.1} s, {speed} samples/s on {} ranks",
             self.steps, self.wall_seconds, self.world_size
         )?;
+        if self.skipped_images > 0 {
+            writeln!(
+                f,
+                "damaged images were wanted and skipped {} times; the warnings name them",
+                self.skipped_images
+            )?;
+        }
         write!(f, "{}; weights {:.16}", self.exit_reason, self.weights_digest)
     }
 }

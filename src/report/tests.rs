@@ -33,6 +33,7 @@ fn ending(clock: &Clock) -> Ending {
         epochs: 2,
         weights_digest: "ab".repeat(32),
         budget: Merged::from_sum(&Merged::contribution(clock.budget(), 0, 1)),
+        skipped_images: 3,
     }
 }
 

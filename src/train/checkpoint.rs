@@ -34,7 +34,7 @@ pub struct Tensor {
 }
 
 /// A run between two steps.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     /// `[run] name`.
     pub run: String,
@@ -117,11 +117,20 @@ pub fn steps(folder: &Path) -> Result<Vec<u64>> {
 
 /// Reads and verifies one checkpoint. The error says what is wrong with the file; the caller names it.
 pub fn load(path: &Path) -> Result<State> {
-    // A device or a pipe has no end.
-    if !fs::metadata(path).or_kind(Kind::Data, "cannot be opened")?.is_file() {
-        return Err(Error::data("is not a file"));
+    decode(&read(path)?)
+}
+
+/// As `load`; but the file may also be another program's, with weights in canonical names and shapes and nothing else, as
+/// safetensors saves a PyTorch model's `state_dict()`. Such weights are taken to be of step 0.
+pub fn load_weights(path: &Path) -> Result<State> {
+    let bytes = read(path)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).or_kind(Kind::Data, NOT_SAFETENSORS)?;
+    if header.metadata().as_ref().is_some_and(|metadata| metadata.contains_key(FORMAT_KEY)) {
+        return decode(&bytes);
     }
-    decode(&fs::read(path).or_kind(Kind::Data, "cannot be read")?)
+    let file = SafeTensors::deserialize(&bytes).or_kind(Kind::Data, NOT_SAFETENSORS)?;
+    let tensors = file.iter().map(|(name, view)| decode_tensor(name, &view)).collect::<Result<_>>()?;
+    Ok(State { tensors, ..State::default() })
 }
 
 /// BLAKE3, in hex, of f32 parameters: in the order of their names, for each the name, the shape and the values, as
@@ -171,10 +180,19 @@ fn metadata_of(state: &State) -> HashMap<String, String> {
     metadata.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }
 
+fn read(path: &Path) -> Result<Vec<u8>> {
+    // A device or a pipe has no end.
+    if !fs::metadata(path).or_kind(Kind::Data, "cannot be opened")?.is_file() {
+        return Err(Error::data("is not a file"));
+    }
+    fs::read(path).or_kind(Kind::Data, "cannot be read")
+}
+
+const NOT_SAFETENSORS: &str = "is truncated or not a safetensors file";
+
 fn decode(bytes: &[u8]) -> Result<State> {
-    const WHOLE: &str = "is truncated or not a safetensors file";
-    let (_, header) = SafeTensors::read_metadata(bytes).or_kind(Kind::Data, WHOLE)?;
-    let file = SafeTensors::deserialize(bytes).or_kind(Kind::Data, WHOLE)?;
+    let (_, header) = SafeTensors::read_metadata(bytes).or_kind(Kind::Data, NOT_SAFETENSORS)?;
+    let file = SafeTensors::deserialize(bytes).or_kind(Kind::Data, NOT_SAFETENSORS)?;
     let metadata = header.metadata().clone().unwrap_or_default();
     match metadata.get(FORMAT_KEY).map(String::as_str) {
         Some(FORMAT) => {}

@@ -1,9 +1,9 @@
 //! Evaluation: every rank takes its share of the set, and the sums go round once.
 
-use crate::data::Dataset;
 use crate::data::queue::{DataQueue, Loader};
+use crate::data::{Batch, Dataset};
 use crate::device::SliceMut;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Pass;
 use crate::model::loss::Loss;
 use crate::model::net::Net;
@@ -31,13 +31,14 @@ impl Evaluator {
         }
     }
 
-    /// Loss and accuracy over all ranks' shares of a set. `at` is the step and epoch to report; `all_reduce` adds up what
-    /// the ranks found.
+    /// Loss and accuracy over all ranks' shares of a set, without images that are damaged. `at` is the step and epoch to
+    /// report; `all_reduce` adds up what the ranks found; `seen` gets every batch of this rank with the net's outputs.
     pub fn run(
         &self,
         set: Set,
         (net, loss): (&mut Net, &Loss),
         at: (u64, u64),
+        mut seen: impl FnMut(&Batch, &[f32]),
         all_reduce: impl FnOnce(SliceMut<'_>) -> Result<Duration>,
     ) -> Result<Evaluation> {
         let dataset = match (set, &self.validation) {
@@ -45,24 +46,36 @@ impl Evaluator {
             _ => &self.test,
         };
         let mut queue = DataQueue::eval(dataset.clone(), self.loader.clone(), self.batch, self.rank, self.size)?;
-        let (mut loss_sum, mut correct) = (0.0, 0);
+        let (mut loss_sum, mut correct, mut samples) = (0.0, 0, 0);
         while let Some(batch) = queue.next()? {
+            if batch.count() == 0 {
+                continue;
+            }
             let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };
             net.forward(&pass, &batch.images)?;
-            let out = loss.evaluate(net.output(&pass), &batch.labels);
+            let outputs = net.output(&pass);
+            seen(batch, outputs.f32());
+            let out = loss.evaluate(outputs, &batch.labels);
             loss_sum += f64::from(out.loss_sum);
             correct += out.correct;
+            samples += batch.count();
         }
-        let mut sums = [loss_sum as f32, correct as f32];
+        // Each fits a float: up to 2^24 samples are counted exactly.
+        let mut sums = [loss_sum as f32, correct as f32, samples as f32];
         all_reduce(SliceMut::from(&mut sums[..]))?;
-        let [loss_sum, correct] = sums;
+        let [loss_sum, correct, samples] = sums;
+        if samples == 0.0 {
+            return Err(Error::data(format!(
+                "no image of the {set:?} set is whole, so there is nothing to evaluate on"
+            )));
+        }
         Ok(Evaluation {
             set,
             step: at.0,
             epoch: at.1,
             loss_sum: f64::from(loss_sum),
             correct: correct as u64,
-            samples: dataset.len() as u64,
+            samples: samples as u64,
         })
     }
 }

@@ -11,6 +11,7 @@
 //! arena 2                     m3
 //! ```
 
+use super::update::{Updater, bytes};
 use crate::comm::bucket::Reducer;
 use crate::comm::{Communicator, split};
 use crate::data::queue::DataQueue;
@@ -20,9 +21,10 @@ use crate::launch::watch::{Health, Phase};
 use crate::model::Pass;
 use crate::model::loss::Loss;
 use crate::model::net::Net;
-use crate::model::params::{ParamTable, TAIL};
+use crate::model::params::TAIL;
 use crate::report::budget::{Category, Clock};
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long the wait for a batch goes on before it looks whether the peers are alive.
@@ -71,69 +73,62 @@ pub struct Work<'a> {
 }
 
 pub struct Gradient {
-    /// Before the arenas, so that it is dropped before them: its thread may still be at work in one after an error.
     outbox: Outbox,
     /// By depth of the tree.
-    arenas: Vec<Arena>,
+    arenas: Vec<Arc<Arena>>,
     /// This rank's micro-batches of a step.
     micros: usize,
     tail: Range<usize>,
 }
 
-/// The way from a finished gradient to the other ranks.
+/// The way from a finished gradient to the other ranks and into the parameters.
 struct Outbox {
-    reducer: Reducer,
-    buckets: Vec<Range<usize>>,
-    /// Buckets of this step that were handed to the reducer.
+    reducer: Reducer<Updater>,
+    /// The buckets, and the tail.
+    parts: Vec<Range<usize>>,
+    /// Parts of this step that were handed to the reducer.
     started: usize,
 }
 
 impl Gradient {
-    /// `micros`: this rank's micro-batches of a step, at least one. Collective.
-    pub fn new(
-        mut comm: Box<dyn Communicator>,
-        table: &ParamTable,
-        micros: usize,
-        bucket_bytes: usize,
-        overlap: bool,
-    ) -> Result<Gradient> {
-        let bytes = table.len_with_tail() * size_of::<f32>();
+    /// `micros`: this rank's micro-batches of a step, at least one.
+    pub fn new(comm: Box<dyn Communicator>, updater: Updater, micros: usize, overlap: bool) -> Result<Gradient> {
         let depth = micros.next_power_of_two().ilog2() as usize;
-        let mut arenas = vec![comm.allocate(bytes)?];
+        let mut arenas = vec![updater.grads().clone()];
         for _ in 0..depth {
-            arenas.push(Arena::host(bytes)?);
+            arenas.push(Arc::new(Arena::host(arenas[0].bytes())?));
         }
-        let buckets = table.buckets(bucket_bytes);
-        let reducer = Reducer::new(comm, buckets.len(), overlap)?;
-        Ok(Gradient { arenas, outbox: Outbox { reducer, buckets, started: 0 }, micros, tail: table.tail.clone() })
+        let parts = updater.parts();
+        let tail = parts.last().expect("the tail").clone();
+        let reducer = Reducer::new(comm, updater, parts.len(), overlap)?;
+        Ok(Gradient { arenas, outbox: Outbox { reducer, parts, started: 0 }, micros, tail })
     }
 
-    pub fn buckets(&self) -> usize {
-        self.outbox.buckets.len()
+    /// The buckets, and the tail: as many `wait`s a step.
+    pub fn parts(&self) -> usize {
+        self.outbox.parts.len()
     }
 
-    /// For the ranks' other collectives, between steps.
-    pub fn reducer(&mut self) -> &mut Reducer {
-        &mut self.outbox.reducer
+    /// The elements of a part.
+    pub fn range(&self, part: usize) -> Range<usize> {
+        self.outbox.parts[part].clone()
     }
 
-    /// Forward and backward of this rank's part of the step. On return the reduction of every bucket has been started.
+    /// For the ranks' other collectives, and with the optimizer, between steps.
+    pub fn reducer(&self) -> &Reducer<Updater> {
+        &self.outbox.reducer
+    }
+
+    /// Forward and backward of this rank's share of the step. On return every part has been started.
     pub fn compute(&mut self, work: &mut Work<'_>) -> Result<()> {
         self.outbox.started = 0;
         self.tree(self.micros, 0, true, work)
     }
 
-    /// Waits until a bucket holds the sum over all ranks. Returns for how long other ranks were waited for meanwhile.
-    pub fn wait(&mut self, bucket: usize) -> Result<Duration> {
-        self.outbox.reducer.wait(bucket)
-    }
-
-    /// The elements of a bucket and, after `wait`, their sums.
-    pub fn bucket(&mut self, bucket: usize) -> (Range<usize>, &mut [f32]) {
-        let range = self.outbox.buckets[bucket].clone();
-        // SAFETY: the reducer is done with this bucket, and backward writes it only after the next `compute`.
-        let values = unsafe { self.arenas[0].slice_mut(bytes(&range)) }.into_f32();
-        (range, values)
+    /// Waits until a part is reduced over all ranks and, where that needs no norms, its parameters are updated on all of
+    /// them. Returns for how long other ranks were waited for meanwhile.
+    pub fn wait(&mut self, part: usize) -> Result<Duration> {
+        self.outbox.reducer.wait(part)
     }
 
     /// After the last `wait`: the sums of the step.
@@ -204,12 +199,13 @@ impl Gradient {
 
 impl Outbox {
     /// The first `elements` of the step's last leaf are final: adds them up the right edge of the tree, where every left
-    /// sibling is complete, and starts the buckets that they fill.
-    fn ready(&mut self, arenas: &[Arena], depth: usize, elements: usize) -> Result<()> {
-        while let Some(bucket) = self.buckets.get(self.started).filter(|bucket| bucket.end <= elements) {
-            (0..depth).rev().for_each(|depth| join(arenas, depth, bucket));
-            // SAFETY: this rank leaves the bucket alone until `wait` has returned it.
-            unsafe { self.reducer.start(self.started, arenas[0].slice_mut(bytes(bucket))) }?;
+    /// sibling is complete, and starts the parts that they fill.
+    fn ready(&mut self, arenas: &[Arc<Arena>], depth: usize, elements: usize) -> Result<()> {
+        while let Some(part) = self.parts.get(self.started).filter(|part| part.end <= elements) {
+            (0..depth).rev().for_each(|depth| join(arenas, depth, part));
+            // SAFETY: this rank leaves these gradients alone until `wait` has returned; and their parameters, since their
+            // layers' backward is over, and forward does not begin before.
+            unsafe { self.reducer.start(self.started) }?;
             self.started += 1;
         }
         Ok(())
@@ -217,17 +213,13 @@ impl Outbox {
 }
 
 /// Adds the right child, one arena down, to the left one.
-fn join(arenas: &[Arena], depth: usize, elements: &Range<usize>) {
+fn join(arenas: &[Arc<Arena>], depth: usize, elements: &Range<usize>) {
     // SAFETY: two arenas, and neither is in the reducer's hands in this range.
     let (sum, term) = unsafe { (arenas[depth].slice_mut(bytes(elements)), arenas[depth + 1].slice(bytes(elements))) };
     device::add(sum, term);
 }
 
 fn write_tail(arena: &Arena, tail: &Range<usize>, sums: Sums) {
-    // SAFETY: the tail belongs to the last bucket, which starts after the last leaf.
+    // SAFETY: the tail is the last part to be started, after the last leaf.
     unsafe { arena.slice_mut(bytes(tail)) }.f32().copy_from_slice(&sums.to_tail());
-}
-
-fn bytes(elements: &Range<usize>) -> Range<usize> {
-    elements.start * size_of::<f32>()..elements.end * size_of::<f32>()
 }

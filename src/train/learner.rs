@@ -1,9 +1,10 @@
 //! What learns on one rank, and the step that all ranks take together.
 
-use super::checkpoint::State;
+use super::checkpoint::{State, Tensor};
 use super::gradient::{Gradient, Sums, Work};
-use super::update::Updater;
+use super::update::import_params;
 use crate::data::queue::DataQueue;
+use crate::device::SliceMut;
 use crate::error::Result;
 use crate::launch::watch::{Health, Phase};
 use crate::model::loss::Loss;
@@ -11,15 +12,19 @@ use crate::model::net::Net;
 use crate::optim::At;
 use crate::optim::schedule::Schedule;
 use crate::report::budget::{Category, Clock};
+use std::time::Duration;
 
 pub struct Learner {
     pub net: Net,
     pub loss: Loss,
     pub gradient: Gradient,
-    pub updater: Updater,
     pub schedule: Schedule,
     /// Samples of an epoch.
     pub samples: usize,
+    /// The only rank.
+    pub alone: bool,
+    /// What the training thread spent on each part after backward, in the last step, and behind them on `finish`.
+    pub part_times: Vec<Duration>,
 }
 
 /// What a step needs of the rank around it.
@@ -43,8 +48,8 @@ pub struct Done {
 }
 
 impl Learner {
-    /// Forward, backward, all-reduce, update. The reduction of a bucket runs while backward goes on to the layers before
-    /// it, and its update while the next bucket is being reduced.
+    /// Forward, backward, all-reduce, update. A bucket is reduced, and its parameters are updated, while backward goes on to
+    /// the layers before it.
     pub fn step(&mut self, step: Step<'_>) -> Result<Done> {
         let Step { number, queue, clock, health, flags } = step;
         let mut work = Work {
@@ -58,51 +63,52 @@ impl Learner {
             flags,
             non_finite: None,
         };
+        let at = At { lr: self.schedule.lr(number), step: number };
+        self.gradient.reducer().with(|_, updater| updater.begin(at));
         self.gradient.compute(&mut work)?;
         let non_finite = work.non_finite.take();
 
-        let at = At { lr: self.schedule.lr(number), step: number };
-        if self.updater.needs_norm() {
-            self.reduce_all_then_update(at, clock, health)?;
-        } else {
-            for bucket in 0..self.gradient.buckets() {
-                self.wait(bucket, at, clock, health)?;
-                self.update(bucket, 1.0, at, clock, health);
-            }
+        clock.lap(Category::Compute);
+        health.set(number + 1, Phase::AllReduce);
+        for part in 0..self.gradient.parts() {
+            let waited = self.gradient.wait(part)?;
+            self.part_times[part] = self.lap(clock, waited);
         }
+        health.set(number + 1, Phase::Update);
+        let waited = self.gradient.reducer().with(|comm, updater| updater.finish(comm))?;
+        self.part_times[self.gradient.parts()] = self.lap(clock, waited);
         Ok(Done { sums: self.gradient.sums(), lr: at.lr, non_finite })
+    }
+
+    /// Reducing and updating are one pass. It counts as communication, but for a rank that has nobody to communicate with.
+    fn lap(&self, clock: &mut Clock, waited: Duration) -> Duration {
+        match self.alone {
+            true => clock.lap(Category::Compute),
+            false => clock.lap_communication(waited),
+        }
     }
 
     /// Whether a checkpoint is of this net and optimizer; else what differs.
     pub fn fits(&self, state: &State) -> Result<()> {
-        self.updater.fits(self.net.table(), state)
+        self.gradient.reducer().with(|_, updater| updater.fits(state))
     }
 
-    /// Clipping by norm needs the whole gradient before the first update.
-    fn reduce_all_then_update(&mut self, at: At, clock: &mut Clock, health: &Health) -> Result<()> {
-        let mut squares = 0.0;
-        for bucket in 0..self.gradient.buckets() {
-            self.wait(bucket, at, clock, health)?;
-            let (range, grads) = self.gradient.bucket(bucket);
-            squares += Updater::squares(self.net.table(), &range, grads);
+    /// All parameters and optimizer state for a checkpoint, on rank 0. Collective.
+    pub fn export(&self) -> Result<Vec<Tensor>> {
+        self.gradient.reducer().with(|comm, updater| updater.export(&self.net, comm))
+    }
+
+    /// Puts every rank where the checkpoint stands, which rank 0 has found. Collective.
+    pub fn import(&mut self, found: Option<&State>) -> Result<()> {
+        if let Some(state) = found {
+            import_params(&mut self.net, state)?;
         }
-        let factor = self.updater.norm_factor(squares);
-        (0..self.gradient.buckets()).for_each(|bucket| self.update(bucket, factor, at, clock, health));
+        let params = SliceMut::from(self.net.params_mut());
+        self.gradient.reducer().with(|comm, updater| {
+            comm.broadcast(params, 0)?;
+            updater.import(found, comm)
+        })?;
+        self.net.round_params();
         Ok(())
-    }
-
-    fn wait(&mut self, bucket: usize, at: At, clock: &mut Clock, health: &Health) -> Result<()> {
-        clock.lap(Category::Compute);
-        health.set(at.step + 1, Phase::AllReduce);
-        let waited = self.gradient.wait(bucket)?;
-        clock.lap_communication(waited);
-        Ok(())
-    }
-
-    fn update(&mut self, bucket: usize, factor: f32, at: At, clock: &mut Clock, health: &Health) {
-        health.set(at.step + 1, Phase::Update);
-        let (range, grads) = self.gradient.bucket(bucket);
-        self.updater.update(&mut self.net, &range, grads, factor, at);
-        clock.lap(Category::Compute);
     }
 }

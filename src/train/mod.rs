@@ -2,10 +2,13 @@
 //! forward, backward, all-reduce, update.
 
 mod agreement;
+pub mod bench;
 pub mod checkpoint;
 mod eval;
 mod gradient;
 mod learner;
+mod logits;
+mod norms;
 mod resume;
 mod session;
 pub(crate) mod setup;
@@ -15,11 +18,13 @@ pub use resume::Resume;
 
 use crate::comm::{self, Communicator};
 use crate::config::raw::{Config, Parallel};
+use crate::data::Batch;
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::signals::Signals;
 use crate::launch::watch::{Health, Watch};
 use crate::launch::world::World;
 use crate::report::{self, Evaluation, Set};
+use logits::Logits;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,27 +58,36 @@ pub fn run(config: &Config, options: &Options) -> Result<()> {
     join(&config.parallel, options.verbosity, |rank, comm| session::train(config, options, rank, &signals, comm))
 }
 
-/// Evaluates a checkpoint on the validation split, if there is one, and on the test set; rank 0 gets to print.
-pub fn evaluate(config: &Config, checkpoint: &Path, verbosity: i8) -> Result<()> {
+/// Evaluates a checkpoint, or weights that another program has saved, on the validation split, if there is one, and on the
+/// test set; rank 0 gets to print. The outputs for the test set go to `logits`.
+pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbosity: i8) -> Result<()> {
     join(&config.parallel, verbosity, |rank, mut comm| {
-        let state =
-            checkpoint::load(checkpoint).map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
+        let state = checkpoint::load_weights(checkpoint)
+            .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
-        let mut net = setup::net(config, &plan, false)?;
+        let mut net = setup::net(config, &plan)?;
         let loss = setup::loss(config, net.spec(), &*parts.train)?;
         update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let evaluator = setup::evaluator(&plan, &parts, &rank.world, parts.loader(config)?);
+        let mut kept = logits.map(|_| Logits::new(parts.test.len(), net.spec().output().len())).transpose()?;
         let sets = if evaluator.validation.is_some() { &[Set::Validation, Set::Test][..] } else { &[Set::Test] };
         for &set in sets {
             let at = (state.step, state.epoch);
-            let evaluation = evaluator.run(set, (&mut net, &loss), at, |sums| comm.all_reduce(sums))?;
+            let seen = |batch: &Batch, outputs: &[f32]| match &mut kept {
+                Some(logits) if set == Set::Test => logits.keep(batch, outputs),
+                _ => {}
+            };
+            let evaluation = evaluator.run(set, (&mut net, &loss), at, seen, |sums| comm.all_reduce(sums))?;
             if rank.world.rank == 0 {
                 print(&evaluation);
             }
         }
-        Ok(())
+        match kept.zip(logits) {
+            Some((kept, path)) => kept.save(path, &*parts.test, &mut *comm),
+            None => Ok(()),
+        }
     })
 }
 

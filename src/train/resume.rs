@@ -98,17 +98,13 @@ fn newest(folder: &Path, config: &Config, fits: impl Fn(&State) -> Result<()>) -
 /// Puts every rank where `found` stands, of which only rank 0 knows. Collective.
 pub fn distribute(found: Option<&State>, learner: &mut Learner) -> Result<Progress> {
     if let Some(state) = found {
-        learner.updater.import(&mut learner.net, state)?;
+        learner.fits(state)?;
     }
     let mut header = encode(found);
-    let reducer = learner.gradient.reducer();
-    reducer.with(|comm| comm.broadcast(SliceMut::from(&mut header[..]), 0))?;
+    learner.gradient.reducer().with(|comm, _| comm.broadcast(SliceMut::from(&mut header[..]), 0))?;
     let progress = decode(&header);
     if progress.step > 0 {
-        reducer.with(|comm| comm.broadcast(SliceMut::from(learner.net.params_mut()), 0))?;
-        for state in learner.updater.state_mut() {
-            reducer.with(|comm| comm.broadcast(SliceMut::from(state), 0))?;
-        }
+        learner.import(found)?;
     }
     Ok(progress)
 }

@@ -209,8 +209,8 @@ impl Session<'_> {
         self.rank.health.set(step, Phase::Evaluate);
         let Learner { net, loss, gradient, .. } = &mut self.learner;
         let at = (step, self.progress.latest_epoch());
-        let all_reduce = |sums: SliceMut<'_>| gradient.reducer().with(|comm| comm.all_reduce(sums));
-        let evaluation = self.evaluator.run(set, (net, loss), at, all_reduce)?;
+        let all_reduce = |sums: SliceMut<'_>| gradient.reducer().with(|comm, _| comm.all_reduce(sums));
+        let evaluation = self.evaluator.run(set, (net, loss), at, |_, _| {}, all_reduce)?;
         if set == self.evaluator.watched() {
             self.evaluated = Some(step);
             let best = &mut self.progress.best_accuracy;
@@ -223,11 +223,12 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Rank 0 writes; the others go on.
+    /// Rank 0 writes; the others give it their shares of the optimizer's state and go on.
     fn save(&mut self) -> Result<()> {
         self.clock.lap(Category::Other);
         let Progress { step, position, best_accuracy } = self.progress;
         self.rank.health.set(step, Phase::Checkpoint);
+        let tensors = self.learner.export()?;
         if let Some(report) = &self.report {
             let state = State {
                 run: self.config.run.name.clone(),
@@ -238,7 +239,7 @@ impl Session<'_> {
                 epoch: u64::from(position.epoch),
                 samples: position.consumed as u64,
                 best_accuracy,
-                tensors: self.learner.updater.export(&self.learner.net),
+                tensors,
             };
             let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
             self.rank.health.saved(path.display());
@@ -263,8 +264,11 @@ impl Session<'_> {
         }
         self.rank.health.set(self.progress.step, Phase::Finish);
         let world = &self.rank.world;
-        let mut seconds = Merged::contribution(self.clock.budget(), world.rank, world.size);
-        self.learner.gradient.reducer().with(|comm| comm.all_reduce(SliceMut::from(&mut seconds[..])))?;
+        // What every rank can tell, in one sum: where its time went, and how many images it skipped.
+        let mut told = Merged::contribution(self.clock.budget(), world.rank, world.size);
+        told.push(self.skipped() as f32);
+        self.learner.gradient.reducer().with(|comm, _| comm.all_reduce(SliceMut::from(&mut told[..])))?;
+        let skipped = told.pop().unwrap_or_default();
         let reason = self.reason(end);
         if let Some(report) = self.report.take() {
             report.finish(Ending {
@@ -272,10 +276,16 @@ impl Session<'_> {
                 exit_reason: reason.clone(),
                 epochs: u64::from(self.progress.position.epoch),
                 weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
-                budget: Merged::from_sum(&seconds),
+                budget: Merged::from_sum(&told),
+                skipped_images: skipped as u64,
             })?;
         }
         if signal { Err(Error::new(Kind::Stopped, reason)) } else { Ok(()) }
+    }
+
+    /// By this rank.
+    fn skipped(&self) -> u64 {
+        self.evaluator.loader.skipped.times()
     }
 
     fn reason(&self, end: StoppedBy) -> String {
@@ -326,6 +336,7 @@ impl Session<'_> {
             epochs: u64::from(self.progress.position.epoch),
             weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
             budget: Merged::single(self.clock.budget()),
+            skipped_images: self.skipped(),
         };
         if let Err(error) = report.finish(ending) {
             tracing::warn!("{error}");
@@ -350,7 +361,7 @@ fn end_of(config: &Config, progress: &Progress) -> Option<StoppedBy> {
 /// Whether the results of the run's end, after `step`, are written: what rank 0 finds holds for all. Collective.
 fn has_results(directory: &Path, step: u64, rank: &Rank, learner: &mut Learner) -> Result<bool> {
     let mut found = [if rank.world.rank == 0 && report::has_results(directory, step) { 1.0 } else { 0.0 }];
-    learner.gradient.reducer().with(|comm| comm.broadcast(SliceMut::from(&mut found[..]), 0))?;
+    learner.gradient.reducer().with(|comm, _| comm.broadcast(SliceMut::from(&mut found[..]), 0))?;
     Ok(found == [1.0])
 }
 

@@ -14,11 +14,15 @@ use crate::data::{self, Dataset, order};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use crate::launch::world::World;
+use crate::model::Shape;
 use crate::model::loss::Loss;
 use crate::model::net::{self, Net};
+use crate::model::params::ParamTable;
 use crate::model::spec::NetSpec;
+use crate::model::weights::Weights;
 use crate::optim::schedule::Schedule;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The samples of a run.
 pub struct Parts {
@@ -28,19 +32,12 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Opens the sets and holds the validation split out of the training set.
+    /// Opens the sets, checks that their images can become the model's input, and holds the validation split out of the
+    /// training set.
     pub fn open(config: &Config) -> Result<Parts> {
-        let seed = config.run.seed;
-        let data::Sets { train, test } = data::open(&config.data.format, seed)?;
-        let shape = train.shape();
-        if [shape.h, shape.w, shape.c] != config.model.input {
-            let [h, w, c] = config.model.input;
-            return Err(Error::usage(format!(
-                "model.input is {h}x{w}x{c}, but the images of this data set are {shape}; \
-                 write input = [{}, {}, {}]",
-                shape.h, shape.w, shape.c
-            )));
-        }
+        let (seed, net) = (config.run.seed, NetSpec::new(&config.model)?);
+        let data::Sets { train, test } = sets(config, &net)?;
+        augment::check(&config.data.shared.augment, train.shape(), net.input)?;
         if config.data.shared.validation == 0.0 {
             return Ok(Parts { train, validation: None, test });
         }
@@ -56,15 +53,25 @@ impl Parts {
         }
     }
 
-    /// How batches are made of them. Normalisation reads the whole training set.
+    /// How batches are made of them. Normalisation by the training set's own statistics reads all of it.
     pub fn loader(&self, config: &Config) -> Result<Loader> {
+        let [h, w, c] = config.model.input;
+        let input = Shape::new(h, w, c);
         Ok(Loader {
-            augmenter: Augmenter::new(&config.data.shared.augment, &*self.train)?,
+            augmenter: Augmenter::new(&config.data.shared.augment, &*self.train, input)?,
+            sampler: config.data.shared.sampler,
             seed: config.run.seed,
             workers: config.data.shared.workers,
             prefetch: config.data.shared.prefetch,
+            skipped: Arc::default(),
         })
     }
+}
+
+/// Opens the sets for this net.
+pub fn sets(config: &Config, net: &NetSpec) -> Result<data::Sets> {
+    let target = data::Target { input: net.input, outputs: net.output().len() };
+    data::open(&config.data, target, config.run.seed)
 }
 
 /// The numbers of a run in this world, as `checked_plan`.
@@ -82,33 +89,45 @@ pub fn ranks(world: &World) -> Ranks {
 pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks) -> Result<Plan> {
     let plan = Plan::new(config, ranks, parts.samples())?;
     loss(config, net, &*parts.train)?;
-    augment::check(&config.data.shared.augment, parts.train.shape())?;
     Ok(plan)
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
-pub fn learner(config: &Config, plan: &Plan, parts: &Parts, comm: Box<dyn Communicator>) -> Result<Learner> {
-    let net = net(config, plan, true)?;
-    let gradient = Gradient::new(comm, net.table(), plan.micros_per_rank, plan.bucket_bytes, config.parallel.overlap)?;
+pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
+    let spec = NetSpec::new(&config.model)?;
+    let len = ParamTable::new(&spec).len();
+    let weights = Arc::new(Weights::new(len, config.run.precision, |bytes| comm.allocate_replicated(bytes))?);
+    let net = Net::with_weights(spec, &net_options(config, plan, true), weights.clone())?;
+    // Where they share one copy, every rank has written the same initial values.
+    comm.barrier()?;
+    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, &mut *comm)?;
+    let alone = comm.size() == 1;
+    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {
         loss: loss(config, net.spec(), &*parts.train)?,
-        updater: Updater::new(&config.optimizer, net.table())?,
         net,
+        part_times: vec![Duration::ZERO; gradient.parts() + 1],
         gradient,
         schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),
+        alone,
     })
 }
 
-pub fn net(config: &Config, plan: &Plan, training: bool) -> Result<Net> {
-    let options = net::Options {
+/// The net of one rank, for evaluation alone.
+pub fn net(config: &Config, plan: &Plan) -> Result<Net> {
+    Net::new(NetSpec::new(&config.model)?, &net_options(config, plan, false))
+}
+
+fn net_options(config: &Config, plan: &Plan, training: bool) -> net::Options {
+    net::Options {
         batch: plan.micro_batch,
         place: Place::Host,
         threads: rayon::current_num_threads(),
         seed: config.run.seed,
+        precision: config.run.precision,
         training,
-    };
-    Net::new(NetSpec::new(&config.model)?, &options)
+    }
 }
 
 pub fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {

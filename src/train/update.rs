@@ -1,140 +1,318 @@
-//! From the summed gradient to new parameters, bucket by bucket.
+//! From gradients to new parameters, a bucket at a time, each rank its share.
+//!
+//! Rank r sums chunk r of a bucket over all ranks and at once, while the sums are in the cache, updates chunk r of the
+//! parameters; the optimizer's state for chunk r is nowhere else (sharded as in ZeRO stage 1, Rajbhandari et al. 2020).
+//! Where the ranks of a host share one copy of the parameters, that is all: no sum is written, no parameter is sent.
+//!
+//! In memory an element costs its N gradients, and the parameter and S values of state in and out: 4 (N + 2 + 2 S) bytes, for
+//! 1/N of the elements a rank. SGD with momentum on 2 ranks: 12 bytes a parameter and rank. An all-reduce, 16 bytes read and
+//! written, and then the optimizer on every rank, 20 more, would cost three times that. Over a network a rank sends what it
+//! would for an all-reduce, but half of it are parameters instead of sums.
+//!
+//! Every element-wise rule gives the bits of an all-reduce followed by the rule over whole tensors. What needs norms of
+//! whole tensors (clipping by norm, LARS) waits for all sums: then the buckets are only reduced, and `finish` measures
+//! (`Norms`) and updates.
 
 use super::checkpoint::{State, Tensor, state_name};
+use super::norms::{Norms, intersection, shift};
+use crate::comm::bucket::Work;
+use crate::comm::{Communicator, chunk};
 use crate::config::raw;
 use crate::device::Arena;
 use crate::error::Result;
 use crate::model::net::Net;
 use crate::model::params::{Param, ParamTable, Role};
+use crate::model::weights::Weights;
 use crate::optim::{self, At, Optimizer, clip};
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
 
-/// The optimizer and its state, which lies in arenas of the parameters' layout.
+/// The optimizer and this rank's share of its state.
 pub struct Updater {
+    table: ParamTable,
+    shards: Vec<Shard>,
+    weights: Arc<Weights>,
+    grads: Arc<Arena>,
     rule: Box<dyn Optimizer>,
+    /// For each name of `Optimizer::state` this rank's values, shard behind shard.
     state: Vec<Arena>,
     clip_value: Option<f32>,
     clip_norm: Option<f32>,
+    /// Where the update needs them, with squares by tensor: of the gradients and of the parameters.
+    norms: Option<(Norms, [Vec<f64>; 2])>,
+    /// Of the step under way.
+    at: At,
+    /// Learning rates by tensor.
+    rates: Vec<f32>,
+}
+
+/// This rank's share of a bucket.
+struct Shard {
+    /// Elements of the arenas.
+    bucket: Range<usize>,
+    mine: Range<usize>,
+    /// Where the state of `mine` begins.
+    state: usize,
 }
 
 impl Updater {
-    pub fn new(config: &raw::Optimizer, table: &ParamTable) -> Result<Updater> {
+    /// For the parameters in `weights`. Makes the arena of the gradients. Collective.
+    pub fn new(
+        config: &raw::Optimizer,
+        table: &ParamTable,
+        bucket_bytes: usize,
+        weights: Arc<Weights>,
+        comm: &mut dyn Communicator,
+    ) -> Result<Updater> {
+        let grads = Arc::new(comm.allocate(table.len_with_tail() * size_of::<f32>())?);
         let rule = optim::new(config);
-        let bytes = table.len() * size_of::<f32>();
-        let state = rule.state().iter().map(|_| Arena::host(bytes)).collect::<Result<_>>()?;
+        let buckets = table.buckets(bucket_bytes);
+        let (mut shards, mut held) = (Vec::with_capacity(buckets.len()), 0);
+        for bucket in &buckets {
+            let mine = shift(chunk(bucket.len(), comm.size(), comm.rank()), bucket.start);
+            let state = held;
+            held += mine.len();
+            shards.push(Shard { bucket: bucket.clone(), mine, state });
+        }
+        let arena = |_| Arena::host(held * size_of::<f32>()).map_err(|e| e.context("optimizer state"));
+        let state = rule.state().iter().map(arena).collect::<Result<_>>()?;
         let raw::OptimizerShared { clip_value, clip_norm, .. } = config.shared;
-        Ok(Updater { rule, state, clip_value, clip_norm })
+        let tensors = table.params.len();
+        let norms = (clip_norm.is_some() || rule.needs_norms())
+            .then(|| (Norms::new(table, &buckets, comm.size()), [vec![0.0; tensors], vec![0.0; tensors]]));
+        Ok(Updater {
+            table: table.clone(),
+            shards,
+            weights,
+            grads,
+            rule,
+            state,
+            clip_value,
+            clip_norm,
+            norms,
+            at: At { lr: 0.0, step: 0 },
+            rates: vec![0.0; tensors],
+        })
     }
 
-    /// Whether the update needs the whole gradient before it can begin.
-    pub fn needs_norm(&self) -> bool {
-        self.clip_norm.is_some()
+    /// For each parameter.
+    pub fn state_tensors(&self) -> usize {
+        self.state.len()
     }
 
-    /// What every trainable gradient is multiplied by, from the sum of squares over the whole gradient.
-    pub fn norm_factor(&self, squares: f64) -> f32 {
-        self.clip_norm.map_or(1.0, |limit| clip::norm_factor(squares, limit))
+    pub fn grads(&self) -> &Arc<Arena> {
+        &self.grads
     }
 
-    /// Sum of squares over the trainable tensors of one bucket.
-    pub fn squares(table: &ParamTable, bucket: &Range<usize>, grads: &[f32]) -> f64 {
-        tensors(table, bucket)
-            .filter(|param| param.spec.role == Role::Trainable)
-            .map(|param| clip::sum_of_squares(&grads[within(bucket, param)]))
-            .sum()
+    /// What is reduced on its own, in this order: the buckets, and the tail.
+    pub fn parts(&self) -> Vec<Range<usize>> {
+        let buckets = self.shards.iter().map(|shard| shard.bucket.clone());
+        buckets.chain([self.table.tail.clone()]).collect()
     }
 
-    /// Updates the tensors of one bucket; with both kinds of clipping, by norm first. `grads` are the bucket's elements, summed over all ranks.
-    pub fn update(&mut self, net: &mut Net, bucket: &Range<usize>, grads: &mut [f32], factor: f32, at: At) {
-        let (table, params) = net.table_and_params_mut();
-        for param in tensors(table, bucket) {
-            let values = &mut params[param.range.clone()];
-            let grads = &mut grads[within(bucket, param)];
+    /// A step begins.
+    pub fn begin(&mut self, at: At) {
+        self.at = at;
+        self.rates.fill(at.lr);
+    }
+
+    /// All buckets are done: what is left to do where the update needs norms. Collective; gives the time waited.
+    pub fn finish(&mut self, comm: &mut dyn Communicator) -> Result<Duration> {
+        if self.norms.is_none() {
+            return Ok(Duration::ZERO);
+        }
+        let waited = self.clip_by_norm(comm)? + self.set_rates(comm)?;
+        self.shards.iter().try_fold(waited, |waited, shard| {
+            // SAFETY: between the buckets and the next step this rank's share of all memory is its own.
+            let [grads, params] =
+                [&self.grads, &self.weights.f32].map(|arena| unsafe { arena.slice_mut(bytes(&shard.mine)) });
+            self.update(shard, shard.mine.clone(), grads.into_f32(), params.into_f32());
+            // SAFETY: as above; the others' share is theirs to send.
+            let gathered = comm.all_gather(unsafe { self.weights.f32.slice_mut(bytes(&shard.bucket)) })?;
+            self.round_received(shard, comm);
+            Ok(waited + gathered)
+        })
+    }
+
+    /// Multiplies the trainable gradients so that their common norm is within its bound.
+    fn clip_by_norm(&mut self, comm: &mut dyn Communicator) -> Result<Duration> {
+        let (Some(limit), Some((norms, [squares, _]))) = (self.clip_norm, &mut self.norms) else {
+            return Ok(Duration::ZERO);
+        };
+        // SAFETY: the buckets are reduced, and this rank's parts are its own.
+        let waited = unsafe { norms.measure(&self.grads, squares, comm) }?;
+        let factor = clip::norm_factor(squares.iter().sum(), limit);
+        for part in norms.of(comm.rank()) {
+            // SAFETY: as above.
+            clip::scale(unsafe { self.grads.slice_mut(bytes(&part.range)) }.into_f32(), factor);
+        }
+        Ok(waited)
+    }
+
+    /// Sets the learning rate of every tensor where the rule makes it from norms.
+    fn set_rates(&mut self, comm: &mut dyn Communicator) -> Result<Duration> {
+        let Some((norms, [gradients, weights])) = self.norms.as_mut().filter(|_| self.rule.needs_norms()) else {
+            return Ok(Duration::ZERO);
+        };
+        for part in norms.of(comm.rank()) {
+            // SAFETY: the buckets are reduced, and this rank's parts are its own.
+            clip_values(self.clip_value, unsafe { self.grads.slice_mut(bytes(&part.range)) }.into_f32());
+        }
+        // SAFETY: as above, and nobody changes parameters before all ranks have measured them.
+        let waited =
+            unsafe { norms.measure(&self.grads, gradients, comm)? + norms.measure(&self.weights.f32, weights, comm)? };
+        for (tensor, rate) in self.rates.iter_mut().enumerate() {
+            let norms = optim::Norms { weight: weights[tensor].sqrt(), gradient: gradients[tensor].sqrt() };
+            *rate = self.rule.rate(self.at.lr, norms);
+        }
+        Ok(waited)
+    }
+
+    /// Updates the parameters at `elements`, all of them in this shard, from the sums of their gradients.
+    fn update(&self, shard: &Shard, elements: Range<usize>, grads: &mut [f32], params: &mut [f32]) {
+        let first = self.table.params.partition_point(|param| param.range.end <= elements.start);
+        for (tensor, param) in self.table.params.iter().enumerate().skip(first) {
+            if param.range.start >= elements.end {
+                break;
+            }
+            let part = intersection(&param.range, &elements);
+            let inside = part.start - elements.start..part.end - elements.start;
+            let (grads, params) = (&mut grads[inside.clone()], &mut params[inside]);
             match param.spec.role {
                 Role::Running { momentum } => {
                     let mix = |(value, mean): (&mut f32, &f32)| *value += momentum * (mean - *value);
-                    values.iter_mut().zip(&*grads).for_each(mix);
+                    params.iter_mut().zip(&*grads).for_each(mix);
                 }
                 Role::Trainable => {
-                    clip::scale(grads, factor);
-                    if let Some(limit) = self.clip_value {
-                        clip::clip_value(grads, limit);
-                    }
-                    self.update_tensor(at, values, grads, &param.range);
+                    clip_values(self.clip_value, grads);
+                    let at = At { lr: self.rates[tensor], ..self.at };
+                    let start = shard.state + part.start - shard.mine.start;
+                    self.apply(at, params, grads, start..start + part.len());
                 }
+            }
+        }
+        // SAFETY: every element is updated once a step, by one thread of one rank.
+        unsafe { self.weights.round(elements.start, params) };
+    }
+
+    /// Rounds to bf16 what other ranks have updated of a bucket, unless that is done where it lies for all.
+    fn round_received(&self, shard: &Shard, comm: &dyn Communicator) {
+        if !comm.replicas_are_shared() {
+            let Shard { bucket, mine, .. } = shard;
+            for received in [bucket.start..mine.start, mine.end..bucket.end] {
+                // SAFETY: this rank's copy; its layers do not read it before the bucket is done.
+                unsafe { self.weights.round_all(received) };
             }
         }
     }
 
-    fn update_tensor(&mut self, at: At, values: &mut [f32], grads: &[f32], range: &Range<usize>) {
-        let bytes = range.start * size_of::<f32>()..range.end * size_of::<f32>();
-        // SAFETY: `&mut self`, and every state tensor has an arena of its own.
-        let of = |arena: &Arena| unsafe { arena.slice_mut(bytes.clone()) }.into_f32();
+    /// The rule itself; `state` are elements of the state's arenas.
+    fn apply(&self, at: At, params: &mut [f32], grads: &[f32], state: Range<usize>) {
+        // SAFETY: every element is updated once a step, by one thread, and every state tensor has an arena of its own.
+        let of = |arena: &Arena| unsafe { arena.slice_mut(bytes(&state)) }.into_f32();
         match &self.state[..] {
-            [] => self.rule.update(at, values, grads, &mut []),
-            [a] => self.rule.update(at, values, grads, &mut [of(a)]),
-            [a, b] => self.rule.update(at, values, grads, &mut [of(a), of(b)]),
+            [] => self.rule.update(at, params, grads, &mut []),
+            [a] => self.rule.update(at, params, grads, &mut [of(a)]),
+            [a, b] => self.rule.update(at, params, grads, &mut [of(a), of(b)]),
             more => unreachable!("an optimizer with {} state tensors", more.len()),
         }
     }
 
-    /// The optimizer's state, tensor by tensor of `Optimizer::state`, each in the layout of the parameters.
-    pub fn state_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
-        // SAFETY: `&mut self`, and the arenas are apart.
-        self.state.iter_mut().map(|arena| unsafe { arena.slice_mut(0..arena.bytes()) }.into_f32())
-    }
-
-    /// All parameters and all optimizer state, canonical.
-    pub fn export(&self, net: &Net) -> Vec<Tensor> {
-        let mut tensors = export_params(net);
-        self.each_state(net.table(), |name, param, values| {
-            let mut canonical = vec![0.0; param.spec.len()];
-            param.spec.to_canonical(values, &mut canonical);
-            tensors.push(Tensor { name, shape: param.spec.shape.clone(), values: canonical });
-            Ok(())
-        })
-        .expect("exporting cannot fail");
-        tensors
-    }
-
-    /// Whether all tensors of a checkpoint are of this net and optimizer.
-    pub fn fits(&self, table: &ParamTable, state: &State) -> Result<()> {
-        table.params.iter().try_for_each(|param| state.tensor(&param.name, &param.spec.shape).map(|_| ()))?;
-        self.each_state(table, |name, param, _| state.tensor(&name, &param.spec.shape).map(|_| ()))
-    }
-
-    /// The counterpart of `export`: fails, naming the tensor, where the state does not fit this net and optimizer.
-    pub fn import(&mut self, net: &mut Net, state: &State) -> Result<()> {
-        import_params(net, state)?;
-        self.each_state(net.table(), |name, param, values| {
-            param.spec.to_arena(&state.tensor(&name, &param.spec.shape)?.values, values);
-            Ok(())
-        })
-    }
-
-    fn each_state(
-        &self,
-        table: &ParamTable,
-        mut visit: impl FnMut(String, &Param, &mut [f32]) -> Result<()>,
-    ) -> Result<()> {
-        for (name, arena) in self.rule.state().iter().zip(&self.state) {
-            for param in table.params.iter().filter(|param| param.spec.role == Role::Trainable) {
-                let bytes = param.range.start * size_of::<f32>()..param.range.end * size_of::<f32>();
-                // SAFETY: between steps nobody else uses the state.
-                visit(state_name(name, &param.name), param, unsafe { arena.slice_mut(bytes) }.into_f32())?;
+    /// Whether all tensors of a checkpoint are of this net and optimizer; else what differs.
+    pub fn fits(&self, state: &State) -> Result<()> {
+        for param in &self.table.params {
+            state.tensor(&param.name, &param.spec.shape)?;
+        }
+        for name in self.rule.state() {
+            for param in self.trainable() {
+                state.tensor(&state_name(name, &param.name), &param.spec.shape)?;
             }
         }
         Ok(())
+    }
+
+    /// All parameters and all optimizer state, canonical, on rank 0; nothing on the others, which send it theirs. Between
+    /// steps; collective.
+    pub fn export(&mut self, net: &Net, comm: &mut dyn Communicator) -> Result<Vec<Tensor>> {
+        let mut tensors = if comm.rank() == 0 { export_params(net) } else { Vec::new() };
+        for (name, state) in self.rule.state().iter().zip(&self.state) {
+            for shard in &self.shards {
+                // SAFETY: between steps the gradients' arena is idle, and nobody else uses the state.
+                unsafe {
+                    let held = state.slice(bytes(&shard.held()));
+                    self.grads.slice_mut(bytes(&shard.mine)).f32().copy_from_slice(held.f32());
+                    comm.all_gather(self.grads.slice_mut(bytes(&shard.bucket)))?;
+                }
+            }
+            for param in self.trainable().take_while(|_| comm.rank() == 0) {
+                // SAFETY: as above; the others are done with this rank's arena.
+                let values = unsafe { self.grads.slice(bytes(&param.range)) }.f32();
+                tensors.push(canonical(state_name(name, &param.name), param, values));
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// Sets the state of all ranks from a checkpoint that `fits`, which rank 0 has. Between steps; collective.
+    pub fn import(&mut self, found: Option<&State>, comm: &mut dyn Communicator) -> Result<()> {
+        for (name, state) in self.rule.state().iter().zip(&self.state) {
+            // SAFETY: between steps the gradients' arena is idle, and nobody else uses the state.
+            let mut whole = unsafe { self.grads.slice_mut(bytes(&(0..self.table.len()))) };
+            whole.f32().fill(0.0);
+            if let Some(found) = found {
+                for param in self.trainable() {
+                    let tensor = found.tensor(&state_name(name, &param.name), &param.spec.shape)?;
+                    param.spec.to_arena(&tensor.values, &mut whole.f32()[param.range.clone()]);
+                }
+            }
+            comm.broadcast(whole.reborrow(), 0)?;
+            for shard in &self.shards {
+                // SAFETY: as above.
+                let mut held = unsafe { state.slice_mut(bytes(&shard.held())) };
+                held.f32().copy_from_slice(&whole.f32()[shard.mine.clone()]);
+            }
+        }
+        Ok(())
+    }
+
+    fn trainable(&self) -> impl Iterator<Item = &Param> {
+        self.table.params.iter().filter(|param| param.spec.role == Role::Trainable)
+    }
+}
+
+impl Shard {
+    /// Elements of the state's arenas.
+    fn held(&self) -> Range<usize> {
+        self.state..self.state + self.mine.len()
+    }
+}
+
+impl Work for Updater {
+    fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Duration> {
+        let of = |arena: &Arena, elements| {
+            // SAFETY: this rank has written these gradients, and leaves them and their parameters alone until this is done.
+            unsafe { arena.slice_mut(bytes(elements)) }
+        };
+        let Some(shard) = self.shards.get(part) else {
+            return comm.all_reduce(of(&self.grads, &self.table.tail));
+        };
+        let grads = of(&self.grads, &shard.bucket);
+        if self.norms.is_some() {
+            return comm.reduce_scatter(grads);
+        }
+        let params = of(&self.weights.f32, &shard.bucket);
+        let waited = comm.reduce_update(grads, params, &|range, grads, params| {
+            self.update(shard, shift(range, shard.bucket.start), grads, params);
+        })?;
+        self.round_received(shard, comm);
+        Ok(waited)
     }
 }
 
 /// All parameters in canonical layout.
 pub fn export_params(net: &Net) -> Vec<Tensor> {
-    let export = |param: &Param| {
-        let mut values = vec![0.0; param.spec.len()];
-        param.spec.to_canonical(&net.params()[param.range.clone()], &mut values);
-        Tensor { name: param.name.clone(), shape: param.spec.shape.clone(), values }
-    };
+    let export = |param: &Param| canonical(param.name.clone(), param, &net.params()[param.range.clone()]);
     net.table().params.iter().map(export).collect()
 }
 
@@ -145,14 +323,25 @@ pub fn import_params(net: &mut Net, state: &State) -> Result<()> {
         let tensor = state.tensor(&param.name, &param.spec.shape)?;
         param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
     }
+    net.round_params();
     Ok(())
 }
 
-/// Buckets end where layers end, so a tensor is in a bucket as a whole or not at all.
-fn tensors<'a>(table: &'a ParamTable, bucket: &'a Range<usize>) -> impl Iterator<Item = &'a Param> {
-    table.params.iter().filter(|param| bucket.contains(&param.range.start))
+fn canonical(name: String, param: &Param, values: &[f32]) -> Tensor {
+    let mut canonical = vec![0.0; param.spec.len()];
+    param.spec.to_canonical(values, &mut canonical);
+    Tensor { name, shape: param.spec.shape.clone(), values: canonical }
 }
 
-fn within(bucket: &Range<usize>, param: &Param) -> Range<usize> {
-    param.range.start - bucket.start..param.range.end - bucket.start
+fn clip_values(limit: Option<f32>, grads: &mut [f32]) {
+    if let Some(limit) = limit {
+        clip::clip_value(grads, limit);
+    }
 }
+
+pub fn bytes(elements: &Range<usize>) -> Range<usize> {
+    elements.start * size_of::<f32>()..elements.end * size_of::<f32>()
+}
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@ use lockstep::model::params::Role;
 use lockstep::model::{Pass, Shape};
 
 /// The sections that are checked, at least one for every layer type.
-fn sections() -> Vec<Section> {
+pub fn sections() -> Vec<Section> {
     let image = Shape::new(4, 5, 3);
     let wide = Shape::new(2, 2, 20);
     let section = |kind: &str, keys: &str, inputs: &[Shape]| Section {

@@ -35,7 +35,7 @@ impl Section {
         Subject { scratch: poisoned(layer.scratch_bytes()), saved: poisoned(saved), layer, inferred }
     }
 
-    fn spec(&self) -> Arc<dyn LayerSpec> {
+    pub fn spec(&self) -> Arc<dyn LayerSpec> {
         let kind = layers::find(&self.kind).unwrap_or_else(|| panic!("no layer type {}", self.kind));
         let table = toml::from_str(&self.keys).unwrap_or_else(|error| panic!("{self:?}: {error}"));
         (kind.parse)(table).unwrap_or_else(|error| panic!("{self:?}: {error}")).spec
@@ -66,6 +66,7 @@ impl Subject {
             inputs: &slices(inputs),
             output: SliceMut::from(&mut output[..]),
             params: &slices(params),
+            params_bf16: &[],
             saved: SliceMut::from(&mut self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),
         };
@@ -96,6 +97,7 @@ impl Subject {
             grad_output: SliceMut::from(&mut grad_output[..]),
             grad_inputs: &mut slices_mut(&mut grads.inputs),
             params: &slices(params),
+            params_bf16: &[],
             grad_params: &mut slices_mut(&mut grads.params),
             saved: Slice::from(&self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),

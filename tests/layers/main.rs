@@ -1,5 +1,6 @@
 //! Every layer and loss through its public seam: finite differences, PyTorch's numbers, and what else must hold of each.
 
+mod bf16;
 mod gradients;
 mod harness;
 mod oracles;

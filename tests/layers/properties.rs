@@ -1,6 +1,7 @@
 //! What must hold of single layers beside their gradients and PyTorch's numbers.
 
 use crate::harness::{Section, evaluation, training, values, with_threads};
+use lockstep::model::params::Init;
 use lockstep::model::{Pass, Shape};
 
 fn section(kind: &str, keys: &str, inputs: &[Shape]) -> Section {
@@ -91,6 +92,17 @@ fn broken_values_are_passed_on() {
     }
 }
 
+#[test]
+fn biases_start_as_the_config_says() {
+    for (kind, keys, input) in
+        [("conv2d", "filters = 2\nkernel = 3", Shape::new(8, 8, 16)), ("linear", "units = 2", Shape::vector(16))]
+    {
+        let first = |keys: &str| section(kind, keys, &[input]).infer().params[1].init;
+        assert_eq!(first(keys), Init::Constant(0.0), "{kind}");
+        assert_eq!(first(&format!("{keys}\nbias_init = 1.0")), Init::Constant(1.0), "{kind}");
+    }
+}
+
 /// Buffers long enough to be cut into tasks.
 #[test]
 fn large_buffers_do_not_depend_on_threads() {
@@ -126,7 +138,7 @@ fn large_buffers_do_not_depend_on_threads() {
 
 #[test]
 fn what_does_not_fit_is_named() {
-    let (a, b) = (Shape::new(8, 8, 16), Shape::new(8, 7, 16));
+    let (a, b, vector) = (Shape::new(8, 8, 16), Shape::new(8, 7, 16), Shape::vector(16));
     for (kind, keys, inputs, expected) in [
         ("max_pool", "size = 9", vec![a], "a 9x9 window does not fit into 8x8x16 (after padding 0)"),
         ("avg_pool", "size = 2\npadding = 2", vec![a], "padding 2 with a 2x2 window"),
@@ -134,6 +146,13 @@ fn what_does_not_fit_is_named() {
         ("add", "", vec![a], "takes two or more inputs"),
         ("add", "", vec![a, a, b], "the first is 8x8x16 and number 3 is 8x7x16"),
         ("concat", "", vec![a, b], "the first is 8x8x16 and number 2 is 8x7x16"),
+        (
+            "conv2d",
+            "filters = 2\nkernel = 1\nbias = false\nbias_init = 1.0",
+            vec![a],
+            "bias_init = 1 has no bias to set",
+        ),
+        ("linear", "units = 2\nbias = false\nbias_init = 1.0", vec![vector], "bias_init = 1 has no bias to set"),
     ] {
         let refusal = section(kind, keys, &inputs).refusal();
         assert!(refusal.contains(expected), "{kind} {keys}: {refusal}");

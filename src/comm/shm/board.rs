@@ -44,6 +44,7 @@ pub enum Operation {
     AllReduce,
     ReduceScatter,
     AllGather,
+    ReduceUpdate,
     Broadcast,
     Barrier,
 }
@@ -54,6 +55,7 @@ impl Operation {
             Operation::AllReduce => words!("all-reduce"),
             Operation::ReduceScatter => words!("reduce-scatter"),
             Operation::AllGather => words!("all-gather"),
+            Operation::ReduceUpdate => words!("reduce-and-update"),
             Operation::Broadcast => words!("broadcast"),
             Operation::Barrier => words!("barrier"),
         }

@@ -38,20 +38,42 @@ impl Drop for Mapping {
 
 /// Every rank makes `bytes` of zeroed memory and maps everyone's; by rank. Collective.
 pub fn share(control: &mut Control, name: &str, bytes: usize) -> Result<Vec<Arc<Mapping>>> {
-    let what = format!("{bytes} bytes of shared memory ({name})");
-    let bytes = bytes.max(1).next_multiple_of(rustix::param::page_size());
+    let mine = create(name, bytes)?;
+    let fds = control.exchange_fds(mine.as_fd())?;
+    fds.iter().enumerate().map(|(rank, fd)| map(fd, name, bytes, rank).map(Arc::new)).collect()
+}
+
+/// Rank 0 makes `bytes` of zeroed memory, which all ranks map. Collective.
+pub fn share_one(control: &mut Control, name: &str, bytes: usize) -> Result<Mapping> {
+    // The others have something to exchange, too: files of no use, gone when this function returns.
+    let mine = create(name, if control.rank() == 0 { bytes } else { 0 })?;
+    let fds = control.exchange_fds(mine.as_fd())?;
+    map(&fds[0], name, bytes, 0)
+}
+
+fn create(name: &str, bytes: usize) -> Result<OwnedFd> {
+    let what = describe(name, bytes);
     let mine = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).or_kind(Kind::Device, &what)?;
     // Reserved now: a page that cannot be had later would end the process with SIGBUS.
-    fallocate(&mine, FallocateFlags::empty(), 0, bytes as u64).or_kind(Kind::Device, &what)?;
+    fallocate(&mine, FallocateFlags::empty(), 0, whole_pages(bytes) as u64).or_kind(Kind::Device, &what)?;
     fcntl_add_seals(&mine, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).or_kind(Kind::Device, &what)?;
+    Ok(mine)
+}
 
-    let fds = control.exchange_fds(mine.as_fd())?;
-    let map = |(rank, fd): (usize, OwnedFd)| {
-        let found = fstat(&fd).or_kind(Kind::Device, &what)?.st_size as usize;
-        if found != bytes {
-            return Err(Error::internal(format!("{name}: rank {rank} shares {found} bytes, this rank {bytes}")));
-        }
-        Mapping::new(fd.as_fd(), bytes).map(Arc::new).or_kind(Kind::Device, format!("mapping {what} of rank {rank}"))
-    };
-    fds.into_iter().enumerate().map(map).collect()
+/// Maps what `rank` has created.
+fn map(fd: &OwnedFd, name: &str, bytes: usize, rank: usize) -> Result<Mapping> {
+    let what = describe(name, bytes);
+    let (found, bytes) = (fstat(fd).or_kind(Kind::Device, &what)?.st_size as usize, whole_pages(bytes));
+    if found != bytes {
+        return Err(Error::internal(format!("{name}: rank {rank} shares {found} bytes, this rank asks for {bytes}")));
+    }
+    Mapping::new(fd.as_fd(), bytes).or_kind(Kind::Device, format!("mapping {what} of rank {rank}"))
+}
+
+fn describe(name: &str, bytes: usize) -> String {
+    format!("{bytes} bytes of shared memory ({name})")
+}
+
+fn whole_pages(bytes: usize) -> usize {
+    bytes.max(1).next_multiple_of(rustix::param::page_size())
 }

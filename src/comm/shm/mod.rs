@@ -5,6 +5,11 @@
 //! every rank; all leave. That is N reads and N writes of S / N bytes: 2 S bytes moved a rank, the least there is for
 //! data that every rank wants whole, and the lines written are those just read, so nothing else crosses the bus.
 //!
+//! Replicated memory is one memfd, mapped by all. `reduce_update` into it is the same pass but for its end: the sums of a piece
+//! of slice r go to the caller while they are in the first-level cache, no sum is written back, and what the caller makes of
+//! them lies where all ranks read it. Memory sees N reads of S / N bytes a rank, and what the caller touches. Gathering such
+//! memory, or broadcasting it, takes no copy, only the synchronisation.
+//!
 //! Short operations (4 KiB and less) travel in the notice with which a rank arrives (`board`): one exchange of flags,
 //! and everyone adds everything itself, in the same order, to the same bits.
 //!
@@ -15,13 +20,13 @@ mod board;
 mod memory;
 
 use super::sum::{self, values_mut};
-use super::{Communicator, chunk};
+use super::{Communicator, Update, chunk, reduce_then_update};
 use crate::device::{Arena, Place, SliceMut};
 use crate::error::Result;
 use crate::launch::rendezvous::Control;
 use crate::launch::watch::Health;
 use board::{Board, Call, Operation, SHORT};
-use memory::{Mapping, share};
+use memory::{Mapping, share, share_one};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,10 +46,16 @@ pub struct Shm {
     addresses: Vec<usize>,
 }
 
-/// One collective allocation.
+/// One collective allocation. Replicated memory is the same mapping for every rank.
 struct Shared {
     mappings: Vec<Arc<Mapping>>,
     bytes: usize,
+}
+
+impl Shared {
+    fn is_replicated(&self) -> bool {
+        self.mappings.iter().all(|mapping| mapping.address() == self.mappings[0].address())
+    }
 }
 
 impl Shm {
@@ -58,6 +69,8 @@ impl Shm {
     fn run(&mut self, operation: Operation, root: usize, mut data: SliceMut<'_>) -> Result<Duration> {
         let len = data.f32().len();
         let (arena, offset) = self.locate(&data);
+        let sums = matches!(operation, Operation::AllReduce | Operation::ReduceScatter);
+        assert!(!sums || !self.is_replicated(arena), "replicated memory has no terms of a sum");
         let call = Call { operation, root: root as u32, len: len as u64, arena, offset };
         if len <= SHORT {
             return self.short(call, data.into_f32());
@@ -87,6 +100,7 @@ impl Shm {
             }
             Operation::Broadcast => data.copy_from_slice(&values(root)[..data.len()]),
             Operation::Barrier => {}
+            Operation::ReduceUpdate => unreachable!("reduce_update is never short"),
         }
         Ok(waited)
     }
@@ -104,14 +118,15 @@ impl Shm {
             // SAFETY: the same; chunk r of every rank is read by rank r alone.
             Operation::ReduceScatter => unsafe { sum::tree_in_place(&self.addresses, mine, rank..rank + 1) },
             Operation::AllGather => {
-                for other in (0..size).filter(|&other| other != rank) {
+                for other in (0..size).filter(|&other| self.addresses[other] != self.addresses[rank]) {
                     let range = chunk(len, size, other);
                     values(rank, range.clone()).copy_from_slice(values(other, range));
                 }
             }
-            Operation::Broadcast if rank == call.root as usize => {}
+            Operation::Broadcast if self.addresses[rank] == self.addresses[call.root as usize] => {}
             Operation::Broadcast => values(rank, 0..len).copy_from_slice(values(call.root as usize, 0..len)),
             Operation::Barrier => {}
+            Operation::ReduceUpdate => unreachable!("reduce_update has its own pass"),
         }
     }
 
@@ -136,6 +151,11 @@ impl Shm {
             }
         }
         Ok(waited)
+    }
+
+    /// Whether an arena, counted from 1, is one copy for all; 0 is none.
+    fn is_replicated(&self, arena: u64) -> bool {
+        arena > 0 && self.arenas[arena as usize - 1].is_replicated()
     }
 
     /// Looks up where the ranks announced their data to be; false if one's is in no arena.
@@ -181,6 +201,13 @@ impl Communicator for Shm {
         Ok(unsafe { Arena::from_raw(Place::Host, mine.address(), bytes, Box::new(mine)) })
     }
 
+    fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
+        let one = Arc::new(share_one(&mut self.control, "lockstep-replica", bytes)?);
+        self.arenas.push(Shared { mappings: vec![one.clone(); self.size], bytes });
+        // SAFETY: a page-aligned mapping of at least `bytes`, which its owner keeps.
+        Ok(unsafe { Arena::from_raw(Place::Host, one.address(), bytes, Box::new(one)) })
+    }
+
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(Operation::AllReduce, 0, data)
     }
@@ -190,6 +217,34 @@ impl Communicator for Shm {
     fn all_gather(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(Operation::AllGather, 0, data)
     }
+    fn replicas_are_shared(&self) -> bool {
+        true
+    }
+
+    fn reduce_update(
+        &mut self,
+        mut terms: SliceMut<'_>,
+        mut values: SliceMut<'_>,
+        update: &Update<'_>,
+    ) -> Result<Duration> {
+        let (arena, offset) = self.locate(&terms);
+        let (replica, _) = self.locate(&values);
+        if arena == 0 || !self.is_replicated(replica) {
+            return reduce_then_update(self, terms, values, update);
+        }
+        let (len, first) = (terms.f32().len(), values.address());
+        assert_eq!(len, values.f32().len(), "a value for every sum");
+        let call = Call { operation: Operation::ReduceUpdate, root: 0, len: len as u64, arena, offset };
+        let waited = self.board.agree(call, |_| ())?;
+        assert!(self.find(), "the ranks agreed on an operation in arenas");
+        let to = |range: Range<usize>, sums: &mut [f32]| {
+            // SAFETY: inside chunk r, which between the two synchronisation points is rank r's alone, each part once.
+            update(range.clone(), sums, unsafe { values_mut(first, range) });
+        };
+        // SAFETY: all ranks are between the two synchronisation points, and none writes terms there.
+        unsafe { sum::tree_to(&self.addresses, chunk(len, self.size, self.rank), &to) };
+        Ok(waited + self.board.synchronise()?)
+    }
     fn broadcast(&mut self, data: SliceMut<'_>, root: usize) -> Result<Duration> {
         self.run(Operation::Broadcast, root, data)
     }
@@ -197,15 +252,14 @@ impl Communicator for Shm {
         self.run(Operation::Barrier, 0, SliceMut::empty())
     }
 
-    fn plain_all_reduce(&mut self, mut data: SliceMut<'_>) -> Result<bool> {
+    fn expose(&mut self, mut data: SliceMut<'_>, work: &mut dyn FnMut(&[usize], Range<usize>)) -> Result<bool> {
         let len = data.f32().len();
         let (arena, offset) = self.locate(&data);
         let call = Call { operation: Operation::AllReduce, root: 0, len: len as u64, arena, offset };
         self.board.agree(call, |_| ())?;
         let reachable = self.find();
         if reachable {
-            // SAFETY: as in `direct`.
-            unsafe { sum::plain(&self.addresses, chunk(len, self.size, self.rank)) };
+            work(&self.addresses, chunk(len, self.size, self.rank));
         }
         self.board.synchronise()?;
         Ok(reachable)
@@ -234,7 +288,7 @@ impl Stage<'_> {
                 Operation::AllReduce | Operation::ReduceScatter => true,
                 Operation::AllGather => chunk == self.rank,
                 Operation::Broadcast => self.call.root as usize == self.rank,
-                Operation::Barrier => false,
+                Operation::Barrier | Operation::ReduceUpdate => false,
             };
             if given {
                 self.buffer(self.rank, piece, chunk).copy_from_slice(&data[self.part(piece, chunk)]);
@@ -267,7 +321,7 @@ impl Stage<'_> {
                     data[self.part(piece, chunk)].copy_from_slice(self.buffer(root, piece, chunk));
                 }
             }
-            Operation::Barrier => {}
+            Operation::Barrier | Operation::ReduceUpdate => {}
         }
     }
 

@@ -1,5 +1,7 @@
 use super::*;
 use crate::config::raw::Augment;
+use crate::data::memory::InMemory;
+use crate::data::order;
 use crate::model::Shape;
 use std::collections::HashSet;
 use std::sync::atomic::AtomicUsize;
@@ -15,6 +17,7 @@ const PANICKING: usize = 23;
 struct Slow {
     len: usize,
     failing: bool,
+    damaged: Vec<usize>,
     reads: AtomicUsize,
 }
 
@@ -22,8 +25,8 @@ impl Dataset for Slow {
     fn len(&self) -> usize {
         self.len
     }
-    fn shape(&self) -> Shape {
-        SHAPE
+    fn shape(&self) -> Option<Shape> {
+        Some(SHAPE)
     }
     fn classes(&self) -> usize {
         10
@@ -31,7 +34,7 @@ impl Dataset for Slow {
     fn label(&self, index: usize) -> u32 {
         (index % 10) as u32
     }
-    fn read(&self, index: usize, image: &mut [u8]) -> Result<()> {
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
         let read = self.reads.fetch_add(1, Relaxed);
         // Every read of a sample waits differently, so runs differ in which worker is first.
         std::thread::sleep(Duration::from_micros((index * 7919 + read * 104_729) as u64 % 300));
@@ -39,8 +42,11 @@ impl Dataset for Slow {
             return Err(Error::data(format!("images.bin: image {index} is damaged")));
         }
         assert!(!self.failing || index != PANICKING, "planted panic");
-        image.iter_mut().enumerate().for_each(|(at, out)| *out = byte(index, at));
-        Ok(())
+        image.reshape(SHAPE).iter_mut().enumerate().for_each(|(at, out)| *out = byte(index, at));
+        if self.damaged.contains(&index) {
+            return Ok(Reading::Damaged(Error::data(format!("{index}.jpg: no image"))));
+        }
+        Ok(Reading::Whole)
     }
 }
 
@@ -55,7 +61,8 @@ fn slow(len: usize) -> Arc<Slow> {
 
 fn loader(workers: usize, prefetch: usize) -> Loader {
     let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
-    Loader { augmenter: Augmenter::new(&steps, &*slow(1)).unwrap(), seed: SEED, workers, prefetch }
+    let augmenter = Augmenter::new(&steps, &*slow(1), SHAPE).unwrap();
+    Loader { augmenter, sampler: raw::Sampler::Shuffle, seed: SEED, workers, prefetch, skipped: Arc::default() }
 }
 
 fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
@@ -96,9 +103,9 @@ fn plainly(set: &Slow, batching: Batching, start: Position, epochs: u32) -> Vec<
                 let labels = indices.iter().map(|&index| set.label(index as usize)).collect();
                 let mut images = vec![0.0; indices.len() * SHAPE.len()];
                 for (&index, out) in indices.iter().zip(images.chunks_exact_mut(SHAPE.len())) {
-                    let mut image = [0; SHAPE.len()];
+                    let mut image = Image::default();
                     set.read(index as usize, &mut image).unwrap();
-                    augmenter.apply(&image, out, SEED, epoch, index);
+                    augmenter.apply(&image, &mut Workspace::default(), out, (SEED, epoch, index.into())).unwrap();
                 }
                 all.push((place, indices, labels, images));
             }
@@ -228,4 +235,123 @@ fn batches_beyond_memory_are_an_error_not_an_abort() {
     let error =
         DataQueue::eval(slow(4), loader(1, 2), usize::MAX / 2, 0, 1).err().expect("there is not that much memory");
     assert!(error.kind() == Kind::Device && error.to_string().contains("lower data.prefetch"), "{error}");
+}
+
+/// Of 40 samples one is of class 0, so a balanced epoch has it 20 times: cropped and mirrored in many ways, not in one.
+#[test]
+fn a_sample_that_comes_again_in_an_epoch_is_augmented_anew() {
+    let pixels = (0..40 * SHAPE.len()).map(|at| (at * 7) as u8).collect();
+    let labels = (0..40).map(|index| u8::from(index > 0)).collect();
+    let set = Arc::new(InMemory::new(SHAPE, 2, pixels, labels));
+    let loader = Loader { sampler: raw::Sampler::Balanced, ..loader(2, 2) };
+    let queue = DataQueue::train(set, loader, batching(8, None, 0, 1), Position::default(), 1).unwrap();
+    let mut seen = Vec::new();
+    for (_, indices, _, images) in collect(queue) {
+        let images = indices.into_iter().zip(images.chunks_exact(SHAPE.len()));
+        seen.extend(images.filter(|(index, _)| *index == 0).map(|(_, image)| image.to_vec()));
+    }
+    assert_eq!(seen.len(), 20);
+    seen.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    seen.dedup();
+    assert!(seen.len() > 8, "{} of the 18 ways", seen.len());
+}
+
+/// Labels are the index's last digit: 5, 15 and 25 are of one class.
+fn damaged(damaged: &[usize]) -> Arc<Slow> {
+    Arc::new(Slow { len: 40, damaged: damaged.to_vec(), ..Slow::default() })
+}
+
+#[test]
+fn in_training_the_next_whole_image_of_the_class_stands_in_with_the_draws_of_the_damaged() {
+    let loader = loader(3, 2);
+    let (augmenter, skipped) = (loader.augmenter.clone(), loader.skipped.clone());
+    let queue =
+        DataQueue::train(damaged(&[5, 15, 39]), loader, batching(16, None, 0, 1), Position::default(), 2).unwrap();
+    let mut seen = 0;
+    for (place, indices, labels, images) in collect(queue) {
+        for ((&index, label), image) in indices.iter().zip(labels).zip(images.chunks_exact(SHAPE.len())) {
+            let shown = match index {
+                5 | 15 => 25,
+                39 => 9,
+                whole => whole,
+            };
+            seen += u64::from(shown != index);
+            let mut source = Image::default();
+            source.reshape(SHAPE).iter_mut().enumerate().for_each(|(at, out)| *out = byte(shown as usize, at));
+            let mut expected = vec![0.0; SHAPE.len()];
+            let sample = (SEED, place[0] as u32, index);
+            augmenter.apply(&source, &mut Workspace::default(), &mut expected, sample).unwrap();
+            assert_eq!((image, label), (&expected[..], index % 10), "sample {index} in epoch {}", place[0]);
+        }
+    }
+    assert_eq!((seen, skipped.times()), (6, 6));
+}
+
+#[test]
+fn in_evaluation_damaged_images_are_left_out() {
+    for workers in [1, 4] {
+        let loader = loader(workers, 2);
+        let skipped = loader.skipped.clone();
+        let out = [0, 1, 7, 16, 17, 18, 19, 20, 21, 22, 23, 39];
+        let queue = DataQueue::eval(damaged(&out), loader, 8, 0, 1).unwrap();
+        let mut left: Vec<usize> = Vec::new();
+        for (_, indices, labels, images) in collect(queue) {
+            assert_eq!((labels.len(), images.len()), (indices.len(), indices.len() * SHAPE.len()));
+            for ((&index, label), image) in indices.iter().zip(labels).zip(images.chunks_exact(SHAPE.len())) {
+                let plain = (0..SHAPE.len()).map(|at| f32::from(byte(index as usize, at)) / 255.0);
+                assert!(label == index % 10 && image.iter().copied().eq(plain), "sample {index}");
+                left.push(index as usize);
+            }
+        }
+        assert!(left.into_iter().eq((0..40).filter(|index| !out.contains(index))), "{workers} workers");
+        assert_eq!(skipped.times(), 12);
+    }
+}
+
+#[test]
+fn a_class_without_a_whole_image_ends_the_run() {
+    let set = damaged(&[5, 15, 25, 35]);
+    let mut queue = DataQueue::train(set, loader(2, 2), batching(40, None, 0, 1), Position::default(), 1).unwrap();
+    let error = queue.next().map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("no image of class 5 can stand in") && error.contains(".jpg: no image"), "{error}");
+}
+
+/// One sample waits until all others of its batch are done, which only other workers can do.
+#[test]
+fn a_sample_that_takes_long_holds_up_no_other_of_its_batch() {
+    struct Waiting {
+        shape: Shape,
+        done: AtomicUsize,
+    }
+    impl Dataset for Waiting {
+        fn len(&self) -> usize {
+            8
+        }
+        fn shape(&self) -> Option<Shape> {
+            Some(self.shape)
+        }
+        fn classes(&self) -> usize {
+            1
+        }
+        fn label(&self, _: usize) -> u32 {
+            0
+        }
+        fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
+            let start = std::time::Instant::now();
+            while index == 0 && self.done.load(Relaxed) < 7 {
+                assert!(start.elapsed() < Duration::from_secs(60), "the others wait for this one");
+                std::thread::yield_now();
+            }
+            image.reshape(self.shape).fill(index as u8);
+            self.done.fetch_add(1, Relaxed);
+            Ok(Reading::Whole)
+        }
+    }
+    let shape = Shape::new(256, 256, 1);
+    let set = Arc::new(Waiting { shape, done: AtomicUsize::new(0) });
+    let augmenter = Augmenter::new(&[], &*set, shape).unwrap();
+    let loader = Loader { augmenter, seed: SEED, workers: 2, prefetch: 1, skipped: Arc::default() };
+    let mut queue = DataQueue::eval(set, loader, 8, 0, 1).unwrap();
+    let batch = queue.next().unwrap().unwrap();
+    assert!(batch.images.chunks_exact(shape.len()).enumerate().all(|(index, image)| image[9] == index as f32 / 255.0));
 }

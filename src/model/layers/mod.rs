@@ -5,6 +5,8 @@ mod activation;
 mod add;
 mod avg_pool;
 mod batch_norm;
+#[cfg(test)]
+mod bf16_tests;
 mod concat;
 mod conv2d;
 mod dropout;
@@ -105,6 +107,14 @@ pub(crate) fn addressable(what: &str, lengths: &[usize]) -> Result<(), String> {
 /// Default of `bias` where a layer has one.
 pub(crate) fn yes() -> bool {
     true
+}
+
+/// A `bias_init` where there is no bias is a mistake.
+pub(crate) fn refuse_unused_bias_init(bias: bool, bias_init: f32) -> Result<(), String> {
+    match bias || bias_init == 0.0 {
+        true => Ok(()),
+        false => Err(format!("bias_init = {bias_init} has no bias to set: take out bias_init, or bias = false")),
+    }
 }
 
 /// Rows of so many values (or operations) each that make a task worth a thread's while.

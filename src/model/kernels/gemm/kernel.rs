@@ -12,7 +12,7 @@ pub struct Kernel {
     pub nr: usize,
     /// # Safety
     /// The CPU has the kernel's instructions, and the tile's addresses are valid.
-    pub(super) tile: unsafe fn(&Tile<'_>),
+    pub(in super::super) tile: unsafe fn(&Tile<'_>),
 }
 
 impl Kernel {
@@ -53,7 +53,7 @@ static KERNELS: [Kernel; 1] = [PORTABLE];
 const PORTABLE: Kernel = Kernel { name: "portable", mr: 4, nr: 8, tile: portable };
 
 /// One tile of C and what it is the product of: C(i, j) for `rows.len()` <= mr rows and `n` <= nr columns.
-pub(super) struct Tile<'a> {
+pub(in super::super) struct Tile<'a> {
     pub a: *const f32,
     pub rows: &'a [u32],
     pub cols: &'a [u32],

@@ -28,7 +28,7 @@ mod kernel;
 mod tests;
 
 pub use kernel::Kernel;
-use kernel::Tile;
+pub(super) use kernel::Tile;
 use rayon::prelude::*;
 
 /// Columns of A, at most, for which a panel of B stays in L1: 384 * 16 * 4 bytes = 24 KiB of 32.
@@ -38,29 +38,29 @@ const MC: usize = 192;
 
 /// The left matrix, M x K: `A(i, k) = data[rows[i] + cols[k]]`.
 #[derive(Clone, Copy)]
-pub struct Left<'a> {
-    pub data: &'a [f32],
+pub struct Left<'a, T = f32> {
+    pub data: &'a [T],
     pub rows: &'a [u32],
     pub cols: &'a [u32],
 }
 
 /// The right matrix, K x `n`: `B(k, j) = data[rows[k] + j * step]`.
 #[derive(Clone, Copy)]
-pub struct Right<'a> {
-    pub data: &'a [f32],
+pub struct Right<'a, T = f32> {
+    pub data: &'a [T],
     pub rows: &'a [u32],
     pub step: usize,
     pub n: usize,
 }
 
 /// The product, M x N: `C(i, j) = data[rows[i] + j]`.
-pub struct Out<'a> {
-    pub data: &'a mut [f32],
+pub struct Out<'a, T = f32> {
+    pub data: &'a mut [T],
     pub rows: &'a [u32],
 }
 
 /// What happens to a sum beside being stored.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Store {
     /// Adds to C instead of overwriting it; the start row of the panels is then not used.
     pub accumulate: bool,
@@ -88,14 +88,18 @@ fn panel_len(kernel: &Kernel, k: usize) -> usize {
     (k + 1) * kernel.nr
 }
 
-/// Packs B on the calling thread; `bias` (N values, zeros without) is where the sums will start.
-pub fn pack(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, packed: &mut [f32]) {
+/// Packs B, of f32 or of what widens to it, on the calling thread; `bias` (N values, zeros without) is where the sums will
+/// start.
+pub fn pack<T: Copy + Into<f32>>(kernel: &Kernel, right: Right<'_, T>, bias: Option<&[f32]>, packed: &mut [f32]) {
     let packed = &mut packed[..packed_len(kernel, right.rows.len(), right.n)];
     pack_panels(kernel, right, bias, 0, packed);
 }
 
 /// The same on all threads of the current pool, each with a few neighbouring panels.
-pub fn pack_parallel(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, packed: &mut [f32]) {
+pub fn pack_parallel<T>(kernel: &Kernel, right: Right<'_, T>, bias: Option<&[f32]>, packed: &mut [f32])
+where
+    T: Copy + Into<f32> + Sync,
+{
     const PANELS: usize = 16;
     let packed = &mut packed[..packed_len(kernel, right.rows.len(), right.n)];
     let chunks = packed.par_chunks_mut(PANELS * panel_len(kernel, right.rows.len())).enumerate();
@@ -103,7 +107,10 @@ pub fn pack_parallel(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, pa
 }
 
 /// Packs the panels of the columns from `first` on.
-fn pack_panels(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, first: usize, panels: &mut [f32]) {
+fn pack_panels<T>(kernel: &Kernel, right: Right<'_, T>, bias: Option<&[f32]>, first: usize, panels: &mut [f32])
+where
+    T: Copy + Into<f32>,
+{
     match kernel.nr {
         8 => pack_panels_of::<8>(right, bias, first, panels),
         16 => pack_panels_of::<16>(right, bias, first, panels),
@@ -112,7 +119,12 @@ fn pack_panels(kernel: &Kernel, right: Right<'_>, bias: Option<&[f32]>, first: u
     }
 }
 
-fn pack_panels_of<const NR: usize>(right: Right<'_>, bias: Option<&[f32]>, first: usize, panels: &mut [f32]) {
+fn pack_panels_of<const NR: usize>(
+    right: Right<'_, impl Copy + Into<f32>>,
+    bias: Option<&[f32]>,
+    first: usize,
+    panels: &mut [f32],
+) {
     let panel_len = (right.rows.len() + 1) * NR;
     let last = right.n.min(first + panels.len() / panel_len * NR);
     for (panel, column) in panels.chunks_exact_mut(panel_len).zip((first..last).step_by(NR)) {
@@ -132,10 +144,10 @@ fn pack_panels_of<const NR: usize>(right: Right<'_>, bias: Option<&[f32]>, first
             let row = &right.data[row as usize + first..row as usize + last];
             for (values, panel) in row.chunks(NR).zip(panels.chunks_exact_mut(panel_len)) {
                 let to: &mut [f32] = &mut panel[(1 + k) * NR..(2 + k) * NR];
-                match <&[f32; NR]>::try_from(values) {
-                    Ok(values) => to.copy_from_slice(values),
+                match <&[_; NR]>::try_from(values) {
+                    Ok(values) => (0..NR).for_each(|j| to[j] = values[j].into()),
                     Err(_) => {
-                        to[..values.len()].copy_from_slice(values);
+                        to.iter_mut().zip(values).for_each(|(to, &value)| *to = value.into());
                         to[values.len()..].fill(0.0);
                     }
                 }
@@ -146,12 +158,17 @@ fn pack_panels_of<const NR: usize>(right: Right<'_>, bias: Option<&[f32]>, first
 
 /// One panel of a B whose columns do not lie side by side: a few rows at a time, each column read along them, since they
 /// often do lie side by side.
-fn pack_strided<const NR: usize>(right: Right<'_>, column: usize, width: usize, body: &mut [f32]) {
+fn pack_strided<const NR: usize>(
+    right: Right<'_, impl Copy + Into<f32>>,
+    column: usize,
+    width: usize,
+    body: &mut [f32],
+) {
     const ROWS: usize = 16;
     for (to, rows) in body.chunks_mut(ROWS * NR).zip(right.rows.chunks(ROWS)) {
         for j in 0..width {
             let from = &right.data[(column + j) * right.step..];
-            rows.iter().enumerate().for_each(|(k, &row)| to[k * NR + j] = from[row as usize]);
+            rows.iter().enumerate().for_each(|(k, &row)| to[k * NR + j] = from[row as usize].into());
         }
         to.chunks_exact_mut(NR).for_each(|row| row[width..].fill(0.0));
     }

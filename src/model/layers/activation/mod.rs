@@ -1,6 +1,7 @@
 //! Element-wise activations: as layers of their own, and fused into other layers through `activation = "..."`.
 //! All of them can be undone from their output, so backward never needs what came in.
 
+pub mod bf16;
 mod cpu;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
@@ -20,6 +21,12 @@ pub enum Activation {
     /// 1 / (1 + exp(-x))
     Sigmoid,
     Tanh,
+}
+
+impl Activation {
+    pub fn is_relu_or_none(self) -> bool {
+        matches!(self, Activation::None | Activation::Relu)
+    }
 }
 
 macro_rules! activation_layer {

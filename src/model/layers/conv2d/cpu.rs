@@ -60,14 +60,14 @@ pub struct Conv2d {
 }
 
 /// The input pixels of a block that meet the same taps.
-struct Phase {
+pub struct Phase {
     /// In the padded dy: of each input pixel (its first tap), of each (tap, filter) relative to that.
-    pixels: Vec<u32>,
-    taps: Vec<u32>,
+    pub pixels: Vec<u32>,
+    pub taps: Vec<u32>,
     /// In the weight: of each (tap, filter), for channel 0.
-    weights: Vec<u32>,
+    pub weights: Vec<u32>,
     /// In dx: of each input pixel.
-    input_rows: Vec<u32>,
+    pub input_rows: Vec<u32>,
 }
 
 impl Conv2d {
@@ -403,7 +403,7 @@ impl Conv2d {
 impl Phase {
     /// Of the input pixels (first_h + i * sh, first_w + j * sw). Pixel ih meets the taps kh = (ih + before) % sh + t * sh
     /// under the output (ih + before) / sh - t: the last of them sees the first row of dy, so the kernel runs backwards.
-    fn new(geometry: &Geometry, grad: &Padded, block: usize, first_h: usize, first_w: usize) -> Phase {
+    pub fn new(geometry: &Geometry, grad: &Padded, block: usize, first_h: usize, first_w: usize) -> Phase {
         let Geometry { input, output, rows, columns, .. } = *geometry;
         let (kh, kw) = ((first_h + rows.before) % rows.stride, (first_w + columns.before) % columns.stride);
         let count = |size: usize, first: usize, stride: usize| size.saturating_sub(first).div_ceil(stride);
@@ -436,6 +436,6 @@ impl Phase {
 }
 
 /// All (a, b, c) below the three bounds, the last running fastest.
-fn each(a: usize, b: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+pub fn each(a: usize, b: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     (0..a).flat_map(move |i| (0..b).flat_map(move |j| (0..c).map(move |k| (i, j, k))))
 }

@@ -2,6 +2,7 @@
 //! x(n, oh * stride + kh - before, ow * stride + kw - before, c) * weight(kh, kw, c, f)), zeros outside the image.
 //! With `groups = G`, channels and filters are cut into G runs and a filter sees only its run's channels.
 
+mod bf16;
 mod cpu;
 mod depthwise;
 mod padded;
@@ -10,10 +11,12 @@ mod tests;
 mod winograd;
 
 use super::super::init::Initializer;
+use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
+use super::super::widened;
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
-use super::{Activation, addressable, single};
+use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use padded::Padded;
@@ -43,6 +46,9 @@ pub struct Conv2d {
     /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
     #[serde(default)]
     init: Initializer,
+    /// The first value of every bias.
+    #[serde(default)]
+    bias_init: f32,
     #[serde(default)]
     algorithm: Algorithm,
 }
@@ -192,6 +198,7 @@ impl Conv2d {
 
 impl LayerSpec for Conv2d {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        refuse_unused_bias_init(self.bias, self.bias_init)?;
         let geometry = self.geometry(inputs)?;
         let Geometry { output, rows, columns, .. } = geometry;
         let area = rows.size * columns.size;
@@ -202,7 +209,7 @@ impl LayerSpec for Conv2d {
             init: self.init.resolve(geometry.taps(), area * geometry.filters()),
             role: Role::Trainable,
         };
-        let bias = self.bias.then(|| ParamSpec::bias(output.c));
+        let bias = self.bias.then(|| ParamSpec::bias(output.c, self.bias_init));
         Ok(Inferred {
             output,
             params: std::iter::once(weight).chain(bias).collect(),
@@ -223,5 +230,22 @@ impl LayerSpec for Conv2d {
             }),
             Place::Cuda => Err(Error::device("conv2d has no CUDA kernel yet; train on the CPU")),
         }
+    }
+
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
+            Some(layer) => Ok(Box::new(layer)),
+            None => widened::around(self, build),
+        }
+    }
+}
+
+impl Conv2d {
+    /// The operator with bf16 products, for what they are good for: a depthwise convolution is none, and of activations
+    /// they know ReLU.
+    fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Conv2d> {
+        let geometry = self.geometry(build.inputs).ok()?;
+        let fits = build.place == Place::Host && !geometry.is_depthwise() && self.activation.is_relu_or_none();
+        fits.then(|| bf16::Conv2d::new(kernel, geometry, self.bias, self.activation == Activation::Relu, build))
     }
 }

@@ -62,7 +62,7 @@ impl Padded {
     }
 
     /// The padded images, in `scratch`; or the images themselves where nothing is to be padded.
-    pub fn copy<'a>(&self, images: &'a [f32], scratch: &'a mut [f32]) -> &'a [f32] {
+    pub fn copy<'a, T: Copy + Default>(&self, images: &'a [T], scratch: &'a mut [T]) -> &'a [T] {
         if self.plain {
             return images;
         }
@@ -73,20 +73,20 @@ impl Padded {
         &scratch[..count * self.len()]
     }
 
-    fn copy_image(&self, image: &[f32], padded: &mut [f32]) {
+    fn copy_image<T: Copy + Default>(&self, image: &[T], padded: &mut [T]) {
         let Shape { h, w, c } = self.shape;
         let below = h.min(self.top + self.image.h);
         let width = self.image.w.min(w - self.left) * c;
         let (head, rest) = padded.split_at_mut(self.top * w * c);
         let (body, tail) = rest.split_at_mut((below - self.top) * w * c);
-        head.fill(0.0);
-        tail.fill(0.0);
+        head.fill(T::default());
+        tail.fill(T::default());
         for (row, source) in body.chunks_exact_mut(w * c).zip(image.chunks_exact(self.image.w * c)) {
             let (left, row) = row.split_at_mut(self.left * c);
             let (middle, right) = row.split_at_mut(width);
-            left.fill(0.0);
+            left.fill(T::default());
             middle.copy_from_slice(&source[..width]);
-            right.fill(0.0);
+            right.fill(T::default());
         }
     }
 }

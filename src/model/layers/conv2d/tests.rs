@@ -3,8 +3,8 @@ use crate::device::{Slice, SliceMut};
 use crate::model::{Backward, Forward, Pass};
 
 /// A convolution as `[[model.layers]]` has it, over images of a shape.
-struct Case {
-    input: Shape,
+pub(super) struct Case {
+    pub input: Shape,
     keys: &'static str,
 }
 
@@ -12,7 +12,7 @@ const fn case(input: (usize, usize, usize), keys: &'static str) -> Case {
     Case { input: Shape { h: input.0, w: input.1, c: input.2 }, keys }
 }
 
-const CASES: &[Case] = &[
+pub(super) const CASES: &[Case] = &[
     // 1x1: a plain product, and one that skips pixels.
     case((5, 4, 7), "filters = 9\nkernel = 1"),
     case((5, 6, 3), "filters = 4\nkernel = 1\nstride = 2"),
@@ -63,7 +63,7 @@ struct Values {
 }
 
 impl Case {
-    fn spec(&self) -> Conv2d {
+    pub fn spec(&self) -> Conv2d {
         toml::from_str(self.keys).unwrap_or_else(|error| panic!("{}: {error}", self.keys))
     }
 
@@ -101,6 +101,7 @@ impl Case {
                 inputs: &[values.x[..].into()],
                 output: (&mut y[..]).into(),
                 params: &params,
+                params_bf16: &[],
                 saved: SliceMut::empty(),
                 scratch: (&mut scratch[..]).into(),
             };
@@ -114,6 +115,7 @@ impl Case {
                 grad_output: (&mut dy[..]).into(),
                 grad_inputs: &mut [(&mut dx[..]).into()],
                 params: &params,
+                params_bf16: &[],
                 grad_params: &mut grad_params,
                 saved: Slice::empty(),
                 scratch: (&mut scratch[..]).into(),
@@ -258,6 +260,7 @@ fn without_a_use_for_dx_the_other_gradients_are_the_same() {
         grad_output: (&mut dy[..]).into(),
         grad_inputs: &mut [SliceMut::empty()],
         params: &[values.weight[..].into(), values.bias[..].into()],
+        params_bf16: &[],
         grad_params: &mut [(&mut dweight[..]).into(), (&mut dbias[..]).into()],
         saved: Slice::empty(),
         scratch: (&mut scratch[..]).into(),

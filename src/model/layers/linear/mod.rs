@@ -1,13 +1,16 @@
 //! `type = "linear"`: y(n, o) = activation(bias(o) + sum over i of x(n, i) * weight(o, i)).
 
+mod bf16;
 mod cpu;
 #[cfg(test)]
 mod tests;
 
 use super::super::init::Initializer;
+use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
+use super::super::widened;
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
-use super::{Activation, addressable, single};
+use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use schemars::JsonSchema;
@@ -26,6 +29,9 @@ pub struct Linear {
     /// Of the weight; the default keeps the variance of activations through layers of ReLUs.
     #[serde(default)]
     init: Initializer,
+    /// The first value of every bias.
+    #[serde(default)]
+    bias_init: f32,
 }
 
 impl Linear {
@@ -44,6 +50,7 @@ impl Linear {
 
 impl LayerSpec for Linear {
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String> {
+        refuse_unused_bias_init(self.bias, self.bias_init)?;
         let width = self.width(inputs)?;
         let weight = ParamSpec {
             name: "weight",
@@ -52,7 +59,7 @@ impl LayerSpec for Linear {
             init: self.init.resolve(width, self.units),
             role: Role::Trainable,
         };
-        let bias = self.bias.then(|| ParamSpec::bias(self.units));
+        let bias = self.bias.then(|| ParamSpec::bias(self.units, self.bias_init));
         Ok(Inferred {
             output: Shape::vector(self.units),
             params: std::iter::once(weight).chain(bias).collect(),
@@ -69,5 +76,23 @@ impl LayerSpec for Linear {
             Place::Host => Ok(Box::new(cpu::Linear::new(width, self.units, self.bias, self.activation, build))),
             Place::Cuda => Err(Error::device("linear has no CUDA kernel yet; train on the CPU")),
         }
+    }
+
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
+            Some(layer) => Ok(Box::new(layer)),
+            None => widened::around(self, build),
+        }
+    }
+}
+
+impl Linear {
+    /// The operator with bf16 products; of activations they know ReLU.
+    fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Linear> {
+        let width = self.width(build.inputs).ok()?;
+        let fits = build.place == Place::Host && self.activation.is_relu_or_none();
+        fits.then(|| {
+            bf16::Linear::new(kernel, (width, self.units), self.bias, self.activation == Activation::Relu, build)
+        })
     }
 }

@@ -33,7 +33,7 @@ fn values(batch: usize, inputs: usize, units: usize) -> Values {
 /// Forward and backward of a layer built for `built` samples, on `threads` threads, from poisoned buffers.
 fn run(values: &Values, batch: usize, built: usize, threads: usize, activation: Activation) -> Results {
     let (inputs, units) = (values.x.len() / batch, values.bias.len());
-    let spec = Linear { units, bias: true, activation, init: Initializer::default() };
+    let spec = Linear { units, bias: true, activation, init: Initializer::default(), bias_init: 0.0 };
     let shape = [Shape::vector(inputs)];
     let build = Build { inputs: &shape, batch: built, place: Place::Host, threads, seed: 1, layer: 0 };
     let mut layer = spec.build(&build).unwrap();
@@ -49,6 +49,7 @@ fn run(values: &Values, batch: usize, built: usize, threads: usize, activation: 
             inputs: &[values.x[..].into()],
             output: (&mut y[..]).into(),
             params: &params,
+            params_bf16: &[],
             saved: SliceMut::empty(),
             scratch: (&mut scratch[..]).into(),
         };
@@ -60,6 +61,7 @@ fn run(values: &Values, batch: usize, built: usize, threads: usize, activation: 
             grad_output: (&mut dy[..]).into(),
             grad_inputs: &mut [(&mut dx[..]).into()],
             params: &params,
+            params_bf16: &[],
             grad_params: &mut [(&mut dweight[..]).into(), (&mut dbias[..]).into()],
             saved: Slice::empty(),
             scratch: (&mut scratch[..]).into(),

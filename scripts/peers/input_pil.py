@@ -1,0 +1,61 @@
+"""The input path that PyTorch's users have by default: torchvision's ImageFolder-like reading with PIL, RandomResizedCrop,
+flip, ToTensor and Normalize, in one worker process of a DataLoader. Prints one JSON line.
+
+    input_pil.py FOLDER [SIDE [SECONDS]]
+
+A pass over the folder warms up; then whole passes are timed until SECONDS are over. The worker is the bottleneck by far: the
+main process only counts.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import PIL
+import torch
+import torchvision
+from PIL import Image
+from torchvision import transforms
+
+folder = pathlib.Path(sys.argv[1])
+side = int(sys.argv[2]) if len(sys.argv) > 2 else 224
+seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 5.0
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self):
+        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(side),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ])
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        # As torchvision.datasets.folder.pil_loader does it.
+        with open(self.files[index], "rb") as file:
+            return self.transform(Image.open(file).convert("RGB")), 0
+
+
+def main():
+    torch.set_num_threads(1)
+    # One worker that lives on, batches of 32, as a training script has it.
+    loader = torch.utils.data.DataLoader(Images(), batch_size=32, shuffle=True, num_workers=1, persistent_workers=True)
+    for _ in loader:
+        pass
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for batch, _ in loader:
+            images += len(batch)
+    rate = images / (time.perf_counter() - start)
+    peer = f"torchvision {torchvision.__version__}, PIL {PIL.__version__}"
+    print(json.dumps({"peer": peer, "images_per_second": rate}))
+
+
+if __name__ == "__main__":
+    main()

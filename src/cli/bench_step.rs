@@ -1,0 +1,181 @@
+//! `trainer bench-step`: where the time of a training step goes, by layer and phase.
+
+mod cost;
+
+use crate::train::bench::Measured;
+use comfy_table::{CellAlignment, Row, Table, presets};
+use cost::{Cost, LayerCost, PHASES, Phase};
+use serde_json::{Value, json};
+use std::fmt::Write;
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Phase::Forward => "forward",
+            Phase::BackwardData => "backward data",
+            Phase::BackwardWeights => "backward weights",
+            Phase::ReduceUpdate => "reduce update",
+        }
+    }
+
+    /// Whether it is measured by its operations as well as by its bytes.
+    fn computes(self) -> bool {
+        self != Phase::ReduceUpdate
+    }
+}
+
+/// For people: times, then rates.
+pub fn text(run: &str, measured: &Measured<'_>) -> String {
+    let layers = LayerCost::of_all(measured);
+    let plan = measured.plan;
+    let mut text = format!(
+        "{run}: {} over {}, {} each, {} samples a rank and step\n\n",
+        count(plan.ranks, "rank"),
+        measured.transport,
+        count(plan.threads, "thread"),
+        plan.local_batch,
+    );
+    let _ = write!(text, "milliseconds of a step on rank 0, medians of {}\n\n", count(measured.steps as usize, "step"));
+    let _ = write!(text, "{}\n\n", times(measured, &layers));
+    if measured.overlap {
+        text.push_str(
+            "reduce update: what is left of it after backward; --set parallel.overlap=false shows it whole\n\n",
+        );
+    }
+    let _ = write!(text, "{}\n\n", rates(&layers));
+    let _ = writeln!(
+        text,
+        "{:.1} samples/s over these steps, {} samples a step",
+        measured.samples_per_second, plan.global_batch
+    );
+    text
+}
+
+fn times(measured: &Measured<'_>, layers: &[LayerCost<'_>]) -> Table {
+    let whole = measured.step.as_secs_f64();
+    let row = |name: &str, kind: &str, phases: &[Cost], seconds: f64| {
+        let mut cells = vec![name.to_owned(), kind.to_owned()];
+        cells.extend(phases.iter().map(|phase| milliseconds(phase.seconds)));
+        cells.resize(2 + PHASES.len(), String::new());
+        cells.extend([milliseconds(seconds), format!("{:.1} %", 100.0 * seconds / whole)]);
+        cells
+    };
+    let mut table = table([&["layer", "type"][..], &PHASES.map(Phase::name), &["sum", "share"]].concat());
+    for layer in layers {
+        table.add_row(row(&layer.node.name, layer.node.kind, &layer.phases, layer.seconds()));
+    }
+    let phases = totals(layers);
+    let sum: f64 = phases.iter().map(|phase| phase.seconds).sum();
+    let data = measured.data.as_secs_f64();
+    table.add_row(row("all layers", "", &phases, sum));
+    table.add_row(row("waiting for data", "", &[], data));
+    table.add_row(row("loss and the rest", "", &[], whole - sum - data));
+    table.add_row(row("step", "", &[], whole));
+    align(&mut table, 2);
+    table
+}
+
+fn rates(layers: &[LayerCost<'_>]) -> Table {
+    let row = |name: &str, phases: &[Cost; PHASES.len()]| {
+        let mut cells = vec![name.to_owned()];
+        for (phase, cost) in PHASES.iter().zip(phases) {
+            cells.extend(phase.computes().then(|| rate(cost.gflop_s())));
+            cells.push(rate(cost.gb_s()));
+        }
+        cells
+    };
+    let mut header = vec!["layer".to_owned()];
+    for phase in PHASES {
+        let name = phase.name();
+        match phase.computes() {
+            true => header.extend([format!("{name}\nGFLOP/s"), "\nGB/s".to_owned()]),
+            false => header.push(format!("{name}\nGB/s")),
+        }
+    }
+    let mut table = table(header);
+    for layer in layers {
+        table.add_row(row(&layer.node.name, &layer.phases));
+    }
+    table.add_row(row("all layers", &totals(layers)));
+    align(&mut table, 1);
+    table
+}
+
+/// For programs: one object. `--help` and README say what is in it.
+pub fn json(run: &str, measured: &Measured<'_>) -> Value {
+    let layers = LayerCost::of_all(measured);
+    let plan = measured.plan;
+    let phases = totals(&layers);
+    let sum: f64 = phases.iter().map(|phase| phase.seconds).sum();
+    json!({
+        "run": run,
+        "ranks": plan.ranks,
+        "threads": plan.threads,
+        "transport": measured.transport,
+        "local_batch": plan.local_batch,
+        "global_batch": plan.global_batch,
+        "parameters": measured.net.table().trainable(),
+        "steps": measured.steps,
+        "samples_per_second": measured.samples_per_second,
+        "step_ms": 1e3 * measured.step.as_secs_f64(),
+        "layers_ms": 1e3 * sum,
+        "data_ms": 1e3 * measured.data.as_secs_f64(),
+        "phases": by_phase(&phases),
+        "layers": layers.iter().map(|layer| json!({
+            "name": layer.node.name,
+            "type": layer.node.kind,
+            "ms": 1e3 * layer.seconds(),
+            "phases": by_phase(&layer.phases),
+        })).collect::<Vec<_>>(),
+    })
+}
+
+/// The phases in which something is done.
+fn by_phase(costs: &[Cost; PHASES.len()]) -> Value {
+    let busy = PHASES.iter().zip(costs).filter(|(_, cost)| cost.seconds > 0.0);
+    let object = busy.map(|(phase, cost)| {
+        let mut value = json!({ "ms": 1e3 * cost.seconds });
+        if phase.computes() {
+            value["gflop"] = json!(cost.flops / 1e9);
+            value["gflop_s"] = json!(cost.gflop_s());
+        }
+        if cost.bytes > 0.0 {
+            value["gb"] = json!(cost.bytes / 1e9);
+            value["gb_s"] = json!(cost.gb_s());
+        }
+        (phase.name().replace(' ', "_"), value)
+    });
+    Value::Object(object.collect())
+}
+
+fn totals(layers: &[LayerCost<'_>]) -> [Cost; PHASES.len()] {
+    std::array::from_fn(|phase| layers.iter().fold(Cost::default(), |sum, layer| sum + layer.phases[phase]))
+}
+
+fn count(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
+fn milliseconds(seconds: f64) -> String {
+    if seconds == 0.0 { String::new() } else { format!("{:.2}", 1e3 * seconds) }
+}
+
+fn rate(rate: Option<f64>) -> String {
+    rate.map(|rate| format!("{rate:.1}")).unwrap_or_default()
+}
+
+fn table(header: impl Into<Row>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    table
+}
+
+/// The first columns to the left, the numbers to the right.
+fn align(table: &mut Table, names: usize) {
+    for (index, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, 2));
+        if index >= names {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Whole runs on TFRecord files: the program packs a set, and trains on what it has packed.
+
+use assert_cmd::Command;
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+const CONFIG: &str = r#"
+[run]
+name = "run"
+seed = 3
+epochs = 2
+[data]
+format = "shapes"
+train = 200
+test = 70
+validation = 0.25
+augment = ["random_crop", "horizontal_flip", "normalize"]
+[batch]
+global = 32
+micro = 4
+[model]
+input = [32, 32, 3]
+layers = [
+    { type = "conv2d", filters = 6, kernel = 3, stride = 4, activation = "relu" },
+    { type = "global_avg_pool" },
+    { type = "linear", units = 10 },
+]
+[optimizer]
+type = "sgd"
+lr = 0.1
+momentum = 0.9
+"#;
+
+fn program() -> Command {
+    let mut command = Command::cargo_bin("trainer").unwrap();
+    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+    command.timeout(Duration::from_secs(300));
+    command
+}
+
+/// Packs the set of `CONFIG` and returns the configuration that trains on it.
+fn pack(folder: &Path) -> String {
+    let config = folder.join("shapes.toml");
+    fs::write(&config, CONFIG).unwrap();
+    let packed = folder.join("packed");
+    let mut command = program();
+    command.args(["data", "pack", "--shards", "3", "--config"]).arg(&config).arg("--out").arg(&packed);
+    let said = String::from_utf8(command.assert().success().get_output().stdout.clone()).unwrap();
+    assert!(said.lines().any(|line| line.split_whitespace().eq(["7", "20", "7"])), "counts of class 7: {said}");
+    assert!(said.lines().any(|line| line.trim_start().starts_with("train") && line.contains("200")), "{said}");
+    let section = &said[said.find("[data]").expect("a section to copy")..];
+    let shared = "validation = 0.25\naugment = [\"random_crop\", \"horizontal_flip\", \"normalize\"]\n";
+    let (before, rest) = CONFIG.split_once("[data]").unwrap();
+    format!("{before}{section}{shared}{}", &rest[rest.find("[batch]").unwrap()..])
+}
+
+fn summary(out: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(out.join("summary.json")).unwrap()).unwrap()
+}
+
+/// Trains and returns the digest of the weights.
+fn train(out: &Path, config: &str, ranks: usize, settings: &[&str]) -> String {
+    let file = out.with_extension("toml");
+    fs::write(&file, config).unwrap();
+    let mut command = program();
+    command.args(["-n", &ranks.to_string(), "--config"]).arg(file).arg("--out").arg(out);
+    settings.iter().for_each(|setting| _ = command.args(["--set", setting]));
+    command.assert().success();
+    summary(out)["weights_digest"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn training_on_the_packed_set_gives_the_bits_of_the_original() {
+    let folder = tempfile::tempdir().unwrap();
+    let packed = pack(folder.path());
+    let original = train(&folder.path().join("original"), CONFIG, 1, &[]);
+    assert_eq!(train(&folder.path().join("a"), &packed, 2, &[]), original);
+    let [a, b] = ["original", "a"].map(|out| summary(&folder.path().join(out)));
+    assert_eq!(a["test_loss"], b["test_loss"]);
+    assert_ne!(train(&folder.path().join("b"), &packed, 2, &["data.shuffle_buffer=40"]), original);
+}
+
+/// With a window smaller than the set, and samples drawn more than once, any number of ranks ends with the same weights,
+/// through an interruption in mid-epoch too. The indexes are gone, so that the ranks make them anew.
+#[test]
+fn ranks_and_interruptions_do_not_change_a_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = pack(folder.path());
+    for entry in fs::read_dir(folder.path().join("packed")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "index") {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    for settings in [&["data.shuffle_buffer=40"][..], &["data.sampler=balanced"]] {
+        let out = |name: &str| folder.path().join(format!("{name}-{}", settings[0]));
+        let whole = train(&out("1"), &config, 1, settings);
+        for ranks in [2, 4, 8] {
+            assert_eq!(train(&out(&ranks.to_string()), &config, ranks, settings), whole, "{ranks} ranks, {settings:?}");
+        }
+        let pieces = out("pieces");
+        for (ranks, steps) in [(2, "run.steps=3"), (1, "run.steps=7")] {
+            train(&pieces, &config, ranks, &[settings, &[steps]].concat());
+        }
+        assert_eq!(train(&pieces, &config, 4, settings), whole, "in pieces, {settings:?}");
+    }
+}
