@@ -78,6 +78,8 @@ trait Vector: Copy {
     unsafe fn multiply_add(self, b: Self, c: Self) -> Self;
     /// max(self, 0), NaN where self is NaN.
     unsafe fn relu(self) -> Self;
+    /// Asks for what two vectors at an address will need; any address will do.
+    unsafe fn prefetch(at: *const f32);
 }
 
 /// A tile of exactly `MR` rows whose columns fill the first `NV` vectors of the panel's `NR` columns.
@@ -114,6 +116,11 @@ unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const NR: usize>(t: 
                 }
             }
             None => {}
+        }
+
+        // The next tile's part of C, which may lie far away: the last level of cache takes long to answer.
+        for &row in t.c_rows.iter().skip(MR).take(MR) {
+            V::prefetch(t.c.wrapping_add(row as usize));
         }
 
         let mut b = t.b.as_ptr();
@@ -197,6 +204,8 @@ impl Vector for [f32; 4] {
     unsafe fn relu(self) -> Self {
         self.map(|x| if x < 0.0 { 0.0 } else { x })
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const f32) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -244,6 +253,12 @@ mod x86 {
                 #[inline(always)]
                 unsafe fn relu(self) -> Self {
                     unsafe { $max($zero(), self) }
+                }
+                #[inline(always)]
+                unsafe fn prefetch(at: *const f32) {
+                    for line in (0..2 * $lanes).step_by(16) {
+                        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
+                    }
                 }
             }
         };
