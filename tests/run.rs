@@ -1,6 +1,7 @@
 //! Whole runs: equal bits whatever the ranks and the transport, and through every interruption.
 
 use assert_cmd::Command;
+use safetensors::SafeTensors;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -76,6 +77,14 @@ fn trainer(out: &Path, ranks: usize, settings: &[&str]) -> Command {
     }
     command.timeout(Duration::from_secs(300));
     command
+}
+
+/// What `trainer eval` says.
+fn eval(out: &Path, checkpoint: &Path, ranks: usize, more: &[&str]) -> String {
+    let mut command = program();
+    command.args(["-n", &ranks.to_string(), "eval", "--config"]).arg(out.with_extension("toml"));
+    let output = command.arg("--checkpoint").arg(checkpoint).args(more).timeout(Duration::from_secs(300)).unwrap();
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn summary(out: &Path) -> Value {
@@ -285,12 +294,42 @@ fn eval_gives_the_numbers_of_the_run() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
     trainer(&out, 2, &[]).assert().success();
-    let checkpoint = out.join("checkpoints/step-00000015.safetensors");
-    let mut eval = program();
-    eval.args(["-n", "2", "eval", "--config"]).arg(out.with_extension("toml")).arg("--checkpoint").arg(checkpoint);
-    let said = String::from_utf8_lossy(&eval.assert().success().get_output().stdout).into_owned();
+    let said = eval(&out, &out.join("checkpoints/step-00000015.safetensors"), 2, &[]);
     let accuracy = format!("accuracy {:.4}", summary(&out)["test_accuracy"].as_f64().unwrap());
     assert!(said.lines().any(|line| line.to_lowercase().starts_with("test") && line.contains(&accuracy)), "{said}");
+}
+
+/// The logits are those of the accuracy that is printed, in the order of the set whatever the ranks; and weights that come
+/// from elsewhere, without what Lockstep says of a checkpoint, give the same.
+#[test]
+fn eval_writes_logits_and_reads_weights_of_other_programs() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    trainer(&out, 1, &["run.epochs=1"]).assert().success();
+    let checkpoint = out.join("checkpoints/step-00000005.safetensors");
+    let weights = folder.path().join("weights.safetensors");
+    let file = fs::read(&checkpoint).unwrap();
+    let tensors = SafeTensors::deserialize(&file).unwrap().tensors();
+    let params = tensors.into_iter().filter(|(name, _)| !name.starts_with("optimizer."));
+    fs::write(&weights, safetensors::serialize(params, None).unwrap()).unwrap();
+
+    let logits = |from: &Path, ranks: usize| {
+        let path = folder.path().join(format!("{ranks}.safetensors"));
+        let said = eval(&out, from, ranks, &["--logits", path.to_str().unwrap()]);
+        (said, fs::read(path).unwrap())
+    };
+    let (said, file) = logits(&checkpoint, 1);
+    assert!(logits(&checkpoint, 3).1 == file && logits(&weights, 1).1 == file);
+
+    let tensors = SafeTensors::deserialize(&file).unwrap();
+    let [logits, labels] = ["logits", "labels"].map(|name| tensors.tensor(name).unwrap());
+    assert_eq!((logits.shape(), labels.shape()), (&[70, 10][..], &[70][..]));
+    let rows = logits.data().as_chunks::<4>().0.chunks_exact(10);
+    let largest =
+        |row: &[[u8; 4]]| (0..10).max_by(|&a, &b| f32::from_le_bytes(row[a]).total_cmp(&f32::from_le_bytes(row[b])));
+    let labels = labels.data().as_chunks::<8>().0.iter().map(|label| i64::from_le_bytes(*label) as usize);
+    let correct = rows.zip(labels).filter(|(row, label)| largest(row) == Some(*label)).count();
+    assert!(said.contains(&format!("accuracy {:.4}  (70", correct as f64 / 70.0)), "{said}");
 }
 
 #[test]

@@ -82,6 +82,33 @@ fn training_on_the_packed_set_gives_the_bits_of_the_original() {
     assert_ne!(train(&folder.path().join("b"), &packed, 2, &["data.shuffle_buffer=40"]), original);
 }
 
+/// JPEG files are packed as they are, and decoded and framed from there.
+#[test]
+fn photographs_train_from_records_as_from_their_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let [pictures, packed] = ["pictures", "packed"].map(|name| folder.path().join(name));
+    let mut generate = program();
+    generate.args(["data", "generate", "--images", "60", "--classes", "3", "--size", "70x50"]).arg(&pictures);
+    generate.assert().success();
+    let section = |format: &str, path: &Path| {
+        let keys =
+            "augment = [{ type = \"resize\", shorter = 40 }, \"random_crop\", \"horizontal_flip\", \"lighting\"]\n";
+        let (before, rest) = CONFIG.split_once("[data]").unwrap();
+        let rest = rest[rest.find("[batch]").unwrap()..].replace("units = 10", "units = 3");
+        format!("{before}[data]\nformat = \"{format}\"\npath = {path:?}\n{keys}{rest}")
+    };
+    let original = section("images", &pictures);
+    let config = folder.path().join("images.toml");
+    fs::write(&config, &original).unwrap();
+    let mut pack = program();
+    pack.args(["data", "pack", "--config"]).arg(&config).arg("--out").arg(&packed).assert().success();
+    let classes = fs::read_to_string(packed.join("classes.txt")).unwrap();
+    assert_eq!(classes.lines().count(), 3, "{classes}");
+
+    let expected = train(&folder.path().join("a"), &original, 1, &[]);
+    assert_eq!(train(&folder.path().join("b"), &section("tfrecord", &packed), 2, &[]), expected);
+}
+
 /// With a window smaller than the set, and samples drawn more than once, any number of ranks ends with the same weights,
 /// through an interruption in mid-epoch too. The indexes are gone, so that the ranks make them anew.
 #[test]

@@ -31,29 +31,31 @@ def main():
     parts = {"trainer": ours, "PyTorch": theirs}
     if args.ranks > 1:
         parts |= {"trainer apart": ours_apart, "PyTorch apart": theirs_apart}
-    rates = {name: [] for name in parts}
+    rates, parameters = {name: [] for name in parts}, set()
     for pair in range(1, args.pairs + 1):
         for name, run in parts.items():
-            rates[name].append(run(args))
+            results = run(args)
+            rates[name].append(sum(result["samples_per_second"] for result in results))
+            parameters.update(result["parameters"] for result in results)
         print(f"pair {pair}: " + ", ".join(f"{name} {rates[name][-1]:.1f} images/s" for name in parts), flush=True)
+    assert len(parameters) == 1, f"the two sides train different nets: {parameters}"
     report(args, rates)
 
 
 def ours(args):
-    return rate(start_ours(args, args.ranks))
+    return finish(start_ours(args, args.ranks))
 
 
 def ours_apart(args):
-    processes = [start_ours(args, 1) for _ in range(args.ranks)]
-    return sum(rate(process) for process in processes)
+    return finish(*[start_ours(args, 1) for _ in range(args.ranks)])
 
 
 def theirs(args):
-    return rate(start_theirs(args))
+    return finish(start_theirs(args))
 
 
 def theirs_apart(args):
-    return rate(start_theirs(args, "--apart"))
+    return finish(start_theirs(args, "--apart"))
 
 
 def start_ours(args, ranks):
@@ -76,11 +78,13 @@ def start(command, **variables):
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | variables)
 
 
-def rate(process):
-    output, _ = process.communicate()
-    if process.returncode != 0:
-        sys.exit(f"failed: {' '.join(process.args)}")
-    return json.loads(output)["samples_per_second"]
+def finish(*processes):
+    """What each has printed."""
+    outputs = [process.communicate()[0] for process in processes]
+    for process in processes:
+        if process.returncode != 0:
+            sys.exit(f"failed: {' '.join(process.args)}")
+    return [json.loads(output) for output in outputs]
 
 
 def report(args, rates):

@@ -14,43 +14,50 @@ pairs=${2:-5}
 seconds=${3:-5}
 side=224
 
-bench=$(cargo bench --bench input --no-run --message-format json 2>/dev/null |
-    "$PYTHON" -c 'import json, sys; print([e for e in (json.loads(line).get("executable") for line in sys.stdin) if e][-1])')
+find_bench='
+import json, sys
+built = (json.loads(line) for line in sys.stdin)
+print(next(b["executable"] for b in built if b.get("executable") and b["target"]["name"] == "input"))'
+bench=$(cargo build --release --bench input --message-format json 2>/dev/null | "$PYTHON" -c "$find_bench")
 results=$(mktemp)
 trap 'rm -f "$results"' EXIT
 
 for ((pair = 1; pair <= pairs; pair++)); do
-    ours=$(taskset -c 0 "$bench" "$folder" $side "$seconds" | cut -d ' ' -f 1)
+    read -r rate _ cpu_rate _ < <(taskset -c 0 "$bench" "$folder" $side "$seconds")
     peer=$("$PYTHON" scripts/peers/input_pil.py "$folder" $side "$seconds")
-    echo "{\"ours\": $ours, \"peer\": $peer}" >>"$results"
-    echo "pair $pair: trainer $ours images/s, $peer"
+    echo "{\"ours\": [$rate, $cpu_rate], \"peer\": $peer}" >>"$results"
+    echo "pair $pair: trainer $rate images/s, $cpu_rate a second of CPU time; $peer"
 done
 
 "$PYTHON" - "$results" "$folder" <<'END'
 import datetime, json, os, statistics, subprocess, sys
 
 pairs = [json.loads(line) for line in open(sys.argv[1])]
-ours = [pair["ours"] for pair in pairs]
-peer = [pair["peer"]["images_per_second"] for pair in pairs]
+measures = [(0, "images_per_second"), (1, "images_per_cpu_second")]
 
 
 def cell(values):
     return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
-ratios = [a / b for a, b in zip(ours, peer)]
 cpu = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown CPU")
 commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-cells = [
-    datetime.date.today().isoformat(),
-    commit,
-    f"{cpu}, {os.cpu_count()} cores",
-    os.path.basename(os.path.normpath(sys.argv[2])),
-    cell(ours),
-    f"{cell(peer)} {pairs[0]['peer']['peer']}",
-    f"{statistics.median(ours) / statistics.median(peer):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-]
-print("\n| date | commit | hardware | images | trainer, images/s a core | peer, images/s a core | ratio |")
-print("| --- | --- | --- | --- | --- | --- | --- |")
-print("| " + " | ".join(cells) + " |")
+images = os.path.basename(os.path.normpath(sys.argv[2]))
+print("\n| date | commit | hardware | images | measured in | trainer | peer | ratio |")
+print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+for place, key in measures:
+    ours = [pair["ours"][place] for pair in pairs]
+    peer = [pair["peer"][key] for pair in pairs]
+    ratios = [a / b for a, b in zip(ours, peer)]
+    cells = [
+        datetime.date.today().isoformat(),
+        commit,
+        f"{cpu}, {os.cpu_count()} cores",
+        images,
+        key.replace("_", " "),
+        cell(ours),
+        f"{cell(peer)} {pairs[0]['peer']['peer']}",
+        f"{statistics.median(ours) / statistics.median(peer):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+    ]
+    print("| " + " | ".join(cells) + " |")
 END

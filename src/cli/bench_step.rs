@@ -2,6 +2,7 @@
 
 mod cost;
 
+use crate::model::precision::Precision;
 use crate::train::bench::Measured;
 use comfy_table::{CellAlignment, Row, Table, presets};
 use cost::{Cost, LayerCost, PHASES, Phase};
@@ -29,11 +30,15 @@ pub fn text(run: &str, measured: &Measured<'_>) -> String {
     let layers = LayerCost::of_all(measured);
     let plan = measured.plan;
     let mut text = format!(
-        "{run}: {} over {}, {} each, {} samples a rank and step\n\n",
+        "{run}: {} over {}, {} each, {} samples a rank and step, {}\n\n",
         count(plan.ranks, "rank"),
         measured.transport,
         count(plan.threads, "thread"),
         plan.local_batch,
+        match measured.precision {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        },
     );
     let _ = write!(text, "milliseconds of a step on rank 0, medians of {}\n\n", count(measured.steps as usize, "step"));
     let _ = write!(text, "{}\n\n", times(measured, &layers));
@@ -112,6 +117,7 @@ pub fn json(run: &str, measured: &Measured<'_>) -> Value {
         "ranks": plan.ranks,
         "threads": plan.threads,
         "transport": measured.transport,
+        "precision": measured.precision,
         "local_batch": plan.local_batch,
         "global_batch": plan.global_batch,
         "parameters": measured.net.table().trainable(),

@@ -76,7 +76,11 @@ fn every_kind_of_mistake_is_named() {
         ("epochs = 2", "epochs = 0", &["run.epochs is 0"]),
         ("epochs = 2", "", &["the run has no end"]),
         ("epochs = 2", "epochs = 2\ntarget_accuracy = 1.5", &["> 0", "<= 1"]),
-        ("\"shapes\"", "\"shape\"", &["data.format", "shapes, idx, cifar, images, synthetic", "did you mean `shapes`"]),
+        (
+            "\"shapes\"",
+            "\"shape\"",
+            &["data.format", "shapes, idx, cifar, images, tfrecord, synthetic", "did you mean `shapes`"],
+        ),
         ("\"shapes\"", "\"idx\"", &["data.path is missing"]),
         ("\"shapes\"", "\"shapes\"\npath = \"x\"", &["unknown key data.path", "format = \"shapes\""]),
         ("\"shapes\"", "\"shapes\"\nvalidation = 1.0", &["expected a number >= 0 and < 1"]),

@@ -188,7 +188,7 @@ mod tests {
         assert!(of_four.iter().all(|&count| count <= 1));
         assert_ne!(of_four, [vec![1; 400], vec![0; 600]].concat(), "which ones is drawn");
         assert_eq!(counts(&[1, 0, 2, 1], 0.9), [0, 0, 1, 0]);
-        assert_eq!(counts(&[100, 9, 1], 0.25), [25, 2, 0]);
+        assert_eq!(counts(&[100, 9, 1], 0.25), [25, 3, 0]);
         assert_eq!(counts(&[3, 5, 30], 0.3), [1, 1, 9], "0.9, 1.5 and 9.0 of 11.4");
         assert_eq!(counts(&[100, 100], 0.29), [29, 29], "28.999... in binary");
     }

@@ -20,3 +20,16 @@ pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     }
     body()
 }
+
+/// Asks for the cache line of `data[at]`, which may lie outside, ahead of its use.
+#[inline(always)]
+pub fn prefetch(data: &[f32], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: prefetching has no effect but on the cache, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().wrapping_add(at).cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, at);
+}

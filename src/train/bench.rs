@@ -13,6 +13,7 @@ use crate::config::raw::Config;
 use crate::data::queue::{DataQueue, Position};
 use crate::error::{Error, Kind, Result};
 use crate::model::net::Net;
+use crate::model::precision::Precision;
 use crate::model::stopwatch::{LayerTime, Stopwatch};
 use crate::report::budget::{Category, Clock};
 use std::ops::Range;
@@ -34,6 +35,7 @@ pub struct Measured<'a> {
     pub net: &'a Net,
     pub plan: &'a Plan,
     pub transport: &'static str,
+    pub precision: Precision,
     /// Whether buckets are reduced and updated behind backward, so that `parts` has only what is left after it.
     pub overlap: bool,
     /// Steps that were timed.
@@ -88,6 +90,7 @@ pub fn run(
         net,
         plan: &plan,
         transport,
+        precision: config.run.precision,
         overlap: config.parallel.overlap && plan.ranks > 1,
         steps: steps.steps,
         state_tensors: gradient.reducer().with(|_, updater| updater.state_tensors()),

@@ -8,12 +8,13 @@
 //! backward data      gradient of the output, parameters, what was saved -> gradients of the inputs
 //! backward weights   inputs, gradient of the output -> gradients of the parameters
 //! reduce update      1/N of: all ranks' gradients, parameters, optimizer state -> parameters, optimizer state
-//!                    (over tcp, instead, what is sent: (N - 1)/N of the gradients and of the parameters)
 //! ```
 //!
-//! The output is read once more where an activation is fused into the layer.
+//! The output is read once more where an activation is fused into the layer; in bf16 an update also writes the parameters'
+//! rounded copy. Over tcp the bytes of reduce update are those sent, (N - 1)/N of the gradients and of the parameters.
 
 use crate::model::params::Param;
+use crate::model::precision::Precision;
 use crate::model::spec::Node;
 use crate::train::bench::Measured;
 use std::ops::Add;
@@ -96,11 +97,14 @@ fn passes(measured: &Measured<'_>, number: usize) -> [Cost; 3] {
     let saved = samples * inferred.saved_bytes + micros * inferred.saved_bytes_fixed;
     let again = if inferred.backward_reads_output { output } else { 0 };
 
+    let element = measured.precision.bytes();
     let cost = |seconds: f64, values: usize, bytes: usize| Cost {
         seconds,
         flops: samples as f64 * inferred.forward_flops as f64,
-        bytes: (size_of::<f32>() * values + bytes) as f64,
+        bytes: (element * values + bytes) as f64,
     };
+    // Gradients by parameters are f32 in any case.
+    let grad_params = size_of::<f32>() * params;
     let (backward, alone) = (time.backward.as_secs_f64(), time.weights_alone.as_secs_f64());
     let forward = cost(time.forward.as_secs_f64(), input + params + output, saved);
     let (data, weights) = match (grad_input > 0, params > 0) {
@@ -109,11 +113,11 @@ fn passes(measured: &Measured<'_>, number: usize) -> [Cost; 3] {
             let read = output + again + if inferred.backward_reads_input { input } else { 0 };
             (cost(backward, read + grad_input, saved), Cost::default())
         }
-        (false, _) => (Cost::default(), cost(backward, input + output + again + params, saved)),
+        (false, _) => (Cost::default(), cost(backward, input + output + again, saved + grad_params)),
         (true, true) => {
             let alone = alone.min(backward);
             let data = cost(backward - alone, output + params + grad_input, saved);
-            (data, cost(alone, input + output + again + params, 0))
+            (data, cost(alone, input + output + again, grad_params))
         }
     };
     [forward, data, weights]
@@ -131,12 +135,13 @@ fn after_backward(measured: &Measured<'_>, params: &[Param]) -> Cost {
     let share = |time: &Duration, of: usize| time.as_secs_f64() * total(params) as f64 / of as f64;
 
     let bytes = (size_of::<f32>() * total(params)) as f64;
+    let rounded = if measured.precision == Precision::Bf16 { bytes / 2.0 } else { 0.0 };
     let ranks = measured.plan.ranks as f64;
     let moved = match measured.transport {
         // The time does not say how fast bytes went that were moved behind backward.
         _ if measured.overlap => 0.0,
         "tcp" => 2.0 * bytes * (ranks - 1.0) / ranks,
-        _ => bytes * (ranks + 2.0 + 2.0 * measured.state_tensors as f64) / ranks,
+        _ => (bytes * (ranks + 2.0 + 2.0 * measured.state_tensors as f64) + rounded) / ranks,
     };
     Cost { seconds: share(time, in_bucket) + share(&measured.finish, total(all)), flops: 0.0, bytes: moved }
 }

@@ -2,11 +2,14 @@
 //! a time, and does nothing but load, transform and store.
 
 use super::super::super::Shape;
-use super::super::super::simd::vectorized;
+use super::super::super::simd::{prefetch, vectorized};
 use super::transform::{Columns, LANES, Lanes, both_axes, collect, evaluate, input, scales};
 use super::{BLOCK, Filter, Finish, Winograd};
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// Tiles ahead of which their cache lines are asked for.
+const AHEAD: usize = 2;
 
 /// Calls a function with N, R and M as constants.
 macro_rules! dispatch {
@@ -81,8 +84,11 @@ impl Winograd {
                     for lane in (0..BLOCK).step_by(LANES) {
                         let load = |i, j| pixel(image, self.input, place, [i, j], channel + lane);
                         let to = tile * BLOCK + lane;
-                        let store =
-                            |i: usize, j: usize, value: Lanes| value.store(&mut v[(i * N + j) * point_len + to..]);
+                        let store = |i: usize, j: usize, value: Lanes| {
+                            let to = (i * N + j) * point_len + to;
+                            prefetch(v, to + AHEAD * BLOCK);
+                            value.store(&mut v[to..]);
+                        };
                         both_axes(&mut columns, load, input, store);
                     }
                 }
@@ -132,8 +138,11 @@ impl Winograd {
                                 value
                             };
                             let to = (1 + tile) * nr + lane;
-                            let store =
-                                |i: usize, j: usize, value: Lanes| value.store(&mut z[(i * N + j) * matrix_len + to..]);
+                            let store = |i: usize, j: usize, value: Lanes| {
+                                let to = (i * N + j) * matrix_len + to;
+                                prefetch(z, to + AHEAD * nr);
+                                value.store(&mut z[to..]);
+                            };
                             both_axes(&mut columns, load, evaluate, store);
                         }
                         (Lanes::load(&sums[lane..]) + sum).store(&mut sums[lane..]);
@@ -182,7 +191,9 @@ impl Winograd {
                     let width = M.min(w - column * M);
                     for f in (0..c).step_by(LANES) {
                         let load = |i: usize, j: usize| {
-                            Lanes::load(&product[(i * N + j) * self.product_len() + tile * c + f..])
+                            let from = (i * N + j) * self.product_len() + tile * c + f;
+                            prefetch(product, from + 2 * BLOCK);
+                            Lanes::load(&product[from..])
                         };
                         let bias = finish.bias.map_or(Lanes::ZERO, |bias| Lanes::load(&bias[f..]));
                         let store = |i: usize, j: usize, value: Lanes| {
