@@ -31,7 +31,6 @@ mod widened;
 pub use super::gemm::{Left, Out, Right, Store};
 pub use kernel::Kernel;
 
-use super::super::simd::vectorized;
 use super::convert::nearest;
 use half::bf16;
 use kernel::{Block, Layout};
@@ -116,27 +115,23 @@ pub fn multiply<T: Element>(
             for (number, start) in starts.enumerate() {
                 let columns =
                     columns.start + number * kernel.nr..columns.end.min(columns.start + (number + 1) * kernel.nr);
-                let sums = &sums[number * kernel.mc * kernel.nr..];
-                vectorized(
-                    #[inline(always)]
-                    || finish(sums, start, &mut out, rows.clone(), columns, store),
-                );
+                let sums = sums[number * kernel.mc * kernel.nr..].chunks_exact(kernel.nr);
+                finish(sums, start, &mut out, rows.clone(), columns, store);
             }
         }
     }
 }
 
 /// Stores the sums of one panel's columns, each row of `sums` one row of C.
-#[inline(always)]
-fn finish<T: Element>(
-    sums: &[f32],
+fn finish<'a, T: Element>(
+    sums: impl Iterator<Item = &'a [f32]>,
     start: &[f32],
     out: &mut Out<'_, T>,
     rows: Range<usize>,
     columns: Range<usize>,
     store: Store,
 ) {
-    for (sums, &row) in sums.chunks_exact(start.len()).zip(&out.rows[rows]) {
+    for (sums, &row) in sums.zip(&out.rows[rows]) {
         let c = &mut out.data[row as usize + columns.start..row as usize + columns.end];
         for ((c, &sum), &start) in c.iter_mut().zip(sums).zip(start) {
             let sum = sum + if store.accumulate { (*c).into() } else { start };
