@@ -52,9 +52,7 @@ pub struct Cli {
 }
 
 const EXAMPLES: &str = "\
-Examples:
-  trainer -n 2 --config configs/quickstart.toml
-  trainer --config a.toml --set optimizer.lr=0.01 --set model.layers.0.units=9";
+Example: trainer -n 2 --config configs/quickstart.toml --set optimizer.lr=0.01";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {

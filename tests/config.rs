@@ -218,8 +218,8 @@ fn a_quiet_run_says_nothing_and_writes_its_files() {
 
 #[test]
 fn help_fits_a_screen_of_80_by_24_and_has_examples() {
-    for command in ["", "plan", "eval", "bench-comm", "schema"] {
-        let args: Vec<&str> = [command, "--help"].into_iter().filter(|arg| !arg.is_empty()).collect();
+    for command in ["", "plan", "eval", "bench-step", "bench-comm", "data pack", "data generate", "schema"] {
+        let args: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
         let output = trainer(&args).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success() && text.contains("Example"), "{command}:\n{text}");

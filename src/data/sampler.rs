@@ -61,7 +61,7 @@ impl Sampler {
     }
 
     /// Positions of an epoch.
-    pub fn len(&self) -> usize {
+    pub fn positions(&self) -> usize {
         self.order.len()
     }
 
@@ -252,7 +252,7 @@ mod tests {
             let mut sampler = Sampler::new(&set, way, 7).unwrap();
             for number in [0, 1, 5, 2] {
                 sampler.begin(number);
-                let positions = 0..sampler.len();
+                let positions = 0..sampler.positions();
                 let (order, rounds) = epoch(&set, way, 7, number);
                 assert_eq!(sampler.indices(positions.clone()), order);
                 assert_eq!(sampler.rounds(positions), rounds);

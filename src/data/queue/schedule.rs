@@ -33,7 +33,7 @@ impl Training {
 
 impl Schedule for Training {
     fn next(&mut self, batch: &mut Batch) -> bool {
-        let (samples, micros) = (self.sampler.len(), self.batching.micros());
+        let (samples, micros) = (self.sampler.positions(), self.batching.micros());
         if self.micro == micros.end {
             self.micro = micros.start;
             self.consumed = self.batching.step(samples, self.consumed).end;

@@ -189,7 +189,7 @@ fn names(example: &[u8]) -> String {
     });
     match count {
         0 => "none".to_owned(),
-        ..=SHOWN => names.join(", "),
+        1..=SHOWN => names.join(", "),
         more => format!("{} and {} more", names.join(", "), more - SHOWN),
     }
 }

@@ -148,7 +148,7 @@ mod tests {
         };
         assert_eq!(plain_crc(b"123456789"), 0xe306_9283, "the check value of CRC-32C");
         for data in [&b"abc"[..], b""] {
-            let mask = |crc: u32| (crc >> 15 | crc << 17).wrapping_add(0xa282_ead8).to_le_bytes();
+            let mask = |crc: u32| crc.rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes();
             let length = (data.len() as u64).to_le_bytes();
             let expected = [&length[..], &mask(plain_crc(&length)), data, &mask(plain_crc(data))].concat();
             assert_eq!(framed(data), expected);

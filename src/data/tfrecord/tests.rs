@@ -135,7 +135,7 @@ fn damage_has_one_clear_error() {
         (changed(second + 20), "the CRC of its data is"),
         (whole[..second + 9].to_vec(), "truncated: 9 bytes are left in the file, a record has at least 16"),
         (whole[..2 * second - 1].to_vec(), "truncated: its header says"),
-        (with(&[image.clone()]), "it has no feature `image/class/label`; it has `image/raw`"),
+        (with(std::slice::from_ref(&image)), "it has no feature `image/class/label`; it has `image/raw`"),
         (with(&[image.clone(), ("image/class/label", Kind::bytes(*b"1"))]), "holds bytes, but integers are needed"),
         (with(&[image.clone(), ("image/class/label", Kind::integer(-1))]), "label -1; with data.label_base = 0"),
         (with(&[image, ("image/class/label", Kind::integer(1 << 40))]), "need data.class_names"),

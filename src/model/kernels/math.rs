@@ -19,7 +19,7 @@ pub fn exp(x: f32) -> f32 {
     let p = p * r + 8.333_452e-3;
     let p = p * r + 4.166_579_6e-2;
     let p = p * r + 0.166_666_66;
-    let p = p * r + 0.500_000_02;
+    let p = p * r + 0.5;
     let power = (p * r * r + r + 1.0) * f32::from_bits(shifted.to_bits() << 23);
     if x < -87.3 { 0.0 } else { power }
 }
@@ -37,10 +37,10 @@ pub fn tanh(x: f32) -> f32 {
     let far = 1.0 - 2.0 / (exp(2.0 * size) + 1.0);
     let square = x * x;
     let p = -5.704_988_7e-3;
-    let p = p * square + 2.063_908_9e-2;
+    let p = p * square + 2.063_909e-2;
     let p = p * square - 5.373_971_6e-2;
     let p = p * square + 0.133_314_42;
-    let p = p * square - 0.333_332_82;
+    let p = p * square - 0.333_332_8;
     let near = p * square * size + size;
     // A NaN takes the first way.
     (if size >= 0.625 { far } else { near }).copysign(x)
