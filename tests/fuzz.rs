@@ -150,7 +150,7 @@ fn damaged(corpus: &Corpus, case: u64) -> Vec<u8> {
             _ => bytes.extend((0..below(30)).map(|_| below(256) as u8).collect::<Vec<_>>()),
         }
     }
-    if case % 2 == 0 {
+    if case.is_multiple_of(2) {
         (corpus.repair)(&mut bytes);
     }
     bytes

@@ -3,7 +3,7 @@
 //!
 //! Records are read by `pread`, not through a mapping of the file: a file that is truncated or a disk that fails while a
 //! run goes on is then an error that names the record, and not a signal that kills the process. A record is one read of
-//! its whole frame into a buffer that is used again and again; its CRC is checked every time, at some 10 GB/s.
+//! its whole frame into a buffer that is used again and again; its CRC is checked every time, by the CPU's own instruction.
 //!
 //! The order of an epoch goes through the files one after another, within a window (`order`), and every record is read by
 //! exactly one rank. So what the kernel reads ahead of a record is what this rank or another one of the machine wants
