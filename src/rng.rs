@@ -4,13 +4,14 @@
 //! keyed by (seed, purpose) and counted by (epoch, index, draw), so a value never depends on the number of ranks, of
 //! threads, on time, or on what was drawn before. That is what makes a resumed run equal to an uninterrupted one.
 
+use crate::model::kernels::math;
 use crate::model::simd::vectorized;
 
 /// What a random number is for. Two purposes never share a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Purpose {
-    /// Initial parameters: epoch = number of the parameter, index = element in canonical order.
+    /// Initial parameters: epoch = number of the parameter; its elements in canonical order.
     Init = 1,
     /// The order of samples in an epoch.
     Shuffle = 2,
@@ -77,7 +78,7 @@ impl Rng {
 
     /// Uniform in [0, 1), with 24 bits.
     pub fn uniform(&mut self) -> f32 {
-        (self.next_u32() >> 8) as f32 * (1.0 / (1 << 24) as f32)
+        unit(self.next_u32())
     }
 
     /// Uniform in [low, high).
@@ -90,11 +91,55 @@ impl Rng {
         ((u64::from(self.next_u32()) * u64::from(n)) >> 32) as u32
     }
 
-    /// Standard normal (Box and Muller 1958, the cosine half).
+    /// Standard normal.
     pub fn normal(&mut self) -> f32 {
-        let radius = (-2.0 * f64::from(1.0 - self.uniform()).ln()).sqrt();
-        (radius * (2.0 * std::f64::consts::PI * f64::from(self.uniform())).cos()) as f32
+        box_muller(self.next_u32(), self.next_u32())[0]
     }
+
+    /// Uniform values in [low, high), as single draws give them.
+    pub fn fill_range(&mut self, low: f32, high: f32, values: &mut [f32]) {
+        let mut words = [0; BLOCK];
+        for values in values.chunks_mut(BLOCK) {
+            let words = &mut words[..values.len()];
+            self.fill(words);
+            values.iter_mut().zip(words).for_each(|(value, word)| *value = low + (high - low) * unit(*word));
+        }
+    }
+
+    /// Normal values of mean 0. Each is written once and not read, so that several ranks may write the same ones.
+    pub fn fill_normal(&mut self, std: f32, values: &mut [f32]) {
+        let (mut words, mut block) = ([0; BLOCK], [0.0; BLOCK]);
+        for values in values.chunks_mut(BLOCK) {
+            self.fill(&mut words);
+            vectorized(
+                #[inline(always)]
+                || {
+                    for i in 0..BLOCK / 2 {
+                        let pair = box_muller(words[i], words[BLOCK / 2 + i]);
+                        [block[i], block[BLOCK / 2 + i]] = [std * pair[0], std * pair[1]];
+                    }
+                },
+            );
+            values.copy_from_slice(&block[..values.len()]);
+        }
+    }
+}
+
+/// Words of which `Rng` makes values together.
+const BLOCK: usize = 256;
+
+/// A value in [0, 1) from a word's upper 24 bits.
+#[inline(always)]
+fn unit(word: u32) -> f32 {
+    (word >> 8) as f32 * (1.0 / (1 << 24) as f32)
+}
+
+/// Two independent standard normal values from two words (Box and Muller 1958).
+#[inline(always)]
+fn box_muller(a: u32, b: u32) -> [f32; 2] {
+    let radius = (-2.0 * math::ln(1.0 - unit(a))).sqrt();
+    let (sin, cos) = math::sin_cos_of_turns(unit(b));
+    [radius * cos, radius * sin]
 }
 
 const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
@@ -177,10 +222,17 @@ mod tests {
         assert_ne!(base, first(1, Purpose::Init, 0, 1));
 
         let mut rng = Rng::new(7, Purpose::Test, 0, 0);
-        let draws: Vec<f32> = (0..100_000).map(|_| rng.normal()).collect();
-        let mean = draws.iter().sum::<f32>() / 1e5;
-        let variance = draws.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / 1e5;
-        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "mean {mean}, variance {variance}");
+        let one_by_one: Vec<f32> = (0..100_000).map(|_| rng.normal()).collect();
+        let mut filled = vec![0.0; 100_000];
+        rng.fill_normal(1.0, &mut filled);
+        for draws in [one_by_one, filled] {
+            // Expectations of a standard normal's powers; neighbours, and a block's halves, have nothing to do with each other.
+            let mean = |f: &dyn Fn(usize) -> f32| (0..99_000).map(|i| f64::from(f(i))).sum::<f64>() / 99_000.0;
+            let powers = [1, 2, 3, 4].map(|n| mean(&|i| draws[i].powi(n)));
+            assert!(powers.iter().zip([0.0, 1.0, 0.0, 3.0]).all(|(x, y)| (x - y).abs() < 0.06), "{powers:?}");
+            let products = [1, 2, BLOCK / 2].map(|apart| mean(&|i| draws[i] * draws[i + apart]));
+            assert!(products.iter().all(|x| x.abs() < 0.02), "{products:?}");
+        }
         assert!((0..1000).all(|_| rng.below(7) < 7));
     }
 }

@@ -61,17 +61,21 @@ impl ParamSpec {
         self.len() == 0
     }
 
-    /// Writes the initial values; `number` is the tensor's place among the net's parameters.
+    /// Writes the initial values, each once; `number` is the tensor's place among the net's parameters.
     pub fn initialise(&self, seed: u64, number: u32, arena: &mut [f32]) {
-        let draw = |index: usize| Rng::new(seed, Purpose::Init, number, index as u64);
-        let value = |index| match self.init {
-            Init::Constant(value) => value,
-            Init::Normal { std } => std * draw(index).normal(),
-            Init::Uniform { bound } => draw(index).range(-bound, bound),
+        let mut rng = Rng::new(seed, Purpose::Init, number, 0);
+        let mut draw = |values: &mut [f32]| match self.init {
+            Init::Constant(value) => values.fill(value),
+            Init::Normal { std } => rng.fill_normal(std, values),
+            Init::Uniform { bound } => rng.fill_range(-bound, bound, values),
         };
         match self.layout {
-            Layout::Canonical => arena.iter_mut().enumerate().for_each(|(index, to)| *to = value(index)),
-            Layout::Hwio => self.each_hwio(|oihw, hwio| arena[hwio] = value(oihw)),
+            Layout::Canonical => draw(arena),
+            Layout::Hwio => {
+                let mut canonical = vec![0.0; self.len()];
+                draw(&mut canonical);
+                self.to_arena(&canonical, arena);
+            }
         }
     }
 

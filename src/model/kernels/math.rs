@@ -1,13 +1,14 @@
-//! exp, tanh and the logistic function without branches, tables or calls, so that loops over them are vectorised. They are
-//! S. Moshier's Cephes formulas (`expf.c`, `tanhf.c`). The tests hold them against f64 over all of f32's exponents.
+//! exp, ln, sine and cosine, tanh and the logistic function without branches, tables or calls, so that loops over them are
+//! vectorised. They are S. Moshier's Cephes formulas (`expf.c`, `logf.c`, `sinf.c`, `tanhf.c`). The tests hold them against f64.
+
+/// ln 2 in two parts, the first of few bits, so that its product with an exponent is exact.
+const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 
 /// e^x, to a relative error of 2^-22; 0 below -87.3, where the result would not be a normal number, and 2.4e38 above 88.3.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     // Adding this leaves n + 127 in the lowest bits, n being the nearest integer: the exponent of 2^n.
     const ROUND: f32 = (3 << 22) as f32 + 127.0;
-    // ln 2 in two parts, the first of few bits, so that its product with n is exact.
-    const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 
     let inside = if x < -87.3 { -87.3 } else { x };
     let inside = if inside > 88.3 { 88.3 } else { inside };
@@ -22,6 +23,50 @@ pub fn exp(x: f32) -> f32 {
     let p = p * r + 0.5;
     let power = (p * r * r + r + 1.0) * f32::from_bits(shifted.to_bits() << 23);
     if x < -87.3 { 0.0 } else { power }
+}
+
+/// The natural logarithm of a normal positive number, to a relative error of 2^-22.
+#[inline(always)]
+pub fn ln(x: f32) -> f32 {
+    // x = m 2^n with m from the square root of 1/2 to that of 2.
+    let n = (x.to_bits().wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits()) as i32) >> 23;
+    let m = f32::from_bits(x.to_bits().wrapping_sub((n << 23) as u32)) - 1.0;
+    let n = n as f32;
+    let p = 7.037_683_6e-2;
+    let p = p * m - 0.115_146_1;
+    let p = p * m + 0.116_769_99;
+    let p = p * m - 0.124_201_41;
+    let p = p * m + 0.142_493_23;
+    let p = p * m - 0.166_680_58;
+    let p = p * m + 0.200_007_15;
+    let p = p * m - 0.249_999_94;
+    let p = p * m + 0.333_333_3;
+    let square = m * m;
+    let low = p * m * square + n * LN2[1] - 0.5 * square;
+    m + low + n * LN2[0]
+}
+
+/// Sine and cosine of an angle in turns, from 0 to 1, to an absolute error of 2^-23.
+#[inline(always)]
+pub fn sin_cos_of_turns(turns: f32) -> (f32, f32) {
+    // Adding this leaves the nearest integer in the lowest bits.
+    const ROUND: f32 = (3 << 22) as f32;
+
+    let shifted = turns * 4.0 + ROUND;
+    let quarters = shifted.to_bits();
+    let x = (turns * 4.0 - (shifted - ROUND)) * std::f32::consts::FRAC_PI_2;
+    let square = x * x;
+    let p = -1.951_529_6e-4;
+    let p = p * square + 8.332_161e-3;
+    let p = p * square - 0.166_666_55;
+    let sin = p * square * x + x;
+    let p = 2.443_315_7e-5;
+    let p = p * square - 1.388_731_6e-3;
+    let p = p * square + 4.166_664_6e-2;
+    let cos = p * square * square - 0.5 * square + 1.0;
+    let (sin, cos) = if quarters & 1 == 0 { (sin, cos) } else { (cos, sin) };
+    let negated = |value: f32, sign: u32| f32::from_bits(value.to_bits() ^ ((sign & 2) << 30));
+    (negated(sin, quarters), negated(cos, quarters.wrapping_add(1)))
 }
 
 /// 1 / (1 + e^-x), to a relative error of 2^-21 where it is a normal number.
@@ -74,6 +119,7 @@ mod tests {
     #[test]
     fn errors_are_what_is_said() {
         check("exp", (-22f64).exp2(), -87.2..88.2, exp, f64::exp);
+        check("ln", (-22f64).exp2(), f32::MIN_POSITIVE..f32::MAX, ln, f64::ln);
         check("sigmoid", (-21f64).exp2(), -87.0..f32::MAX, sigmoid, |x| 1.0 / (1.0 + (-x).exp()));
         check(
             "tanh",
@@ -87,9 +133,21 @@ mod tests {
     }
 
     #[test]
+    fn angles_of_all_quarters() {
+        let worst = (0..1 << 20).map(|i| i as f32 / (1 << 20) as f32).fold(0.0, |worst: f64, turns| {
+            let ((sin, cos), expected) =
+                (sin_cos_of_turns(turns), (f64::from(turns) * std::f64::consts::TAU).sin_cos());
+            worst.max((f64::from(sin) - expected.0).abs()).max((f64::from(cos) - expected.1).abs())
+        });
+        assert!(((-25f64).exp2()..(-23f64).exp2()).contains(&worst), "wrong by {worst}");
+        assert_eq!([0.0, 0.25, 0.5, 0.75].map(sin_cos_of_turns), [(0.0, 1.0), (1.0, 0.0), (-0.0, -1.0), (-1.0, -0.0)]);
+    }
+
+    #[test]
     fn ends_and_broken_values() {
         assert!([exp, sigmoid, tanh].iter().all(|f| f(f32::NAN).is_nan()));
         assert_eq!([exp(f32::NEG_INFINITY), exp(-1e30), exp(0.0)], [0.0, 0.0, 1.0]);
+        assert_eq!(ln(1.0), 0.0);
         assert!(exp(f32::INFINITY) > 2.2e38);
         assert_eq!([sigmoid(f32::INFINITY), sigmoid(0.0)], [1.0, 0.5]);
         assert!(sigmoid(f32::NEG_INFINITY) < 5e-39);
