@@ -29,7 +29,37 @@ pub struct Cpu {
 }
 
 impl Layer for Cpu {
-    fn forward(&mut self, _: &Pass, mut io: Forward<'_>) -> Result<()> {
+    fn forward(&mut self, _: &Pass, io: Forward<'_>) -> Result<()> {
+        let beta = self.keys.beta;
+        if beta == 0.75 {
+            self.forward_by(three_quarters, io)
+        } else {
+            self.forward_by(|s| s.powf(-beta), io)
+        }
+        Ok(())
+    }
+
+    fn backward(&mut self, _: &Pass, io: Backward<'_>) -> Result<()> {
+        let beta = self.keys.beta;
+        if beta == 0.75 {
+            self.backward_by(three_quarters, io)
+        } else {
+            self.backward_by(|s| s.powf(-beta), io)
+        }
+        Ok(())
+    }
+}
+
+/// s^-0.75
+#[inline(always)]
+fn three_quarters(s: f32) -> f32 {
+    let root = s.sqrt();
+    1.0 / (root * root.sqrt())
+}
+
+/// With s^-beta as a function: as a choice inside the loops it would be made by computing both.
+impl Cpu {
+    fn forward_by(&self, power: impl Fn(f32) -> f32 + Copy + Sync, mut io: Forward<'_>) {
         let (keys, c) = (self.keys, self.channels);
         let pixels = rows_per_task(c * 16) * c;
         (io.output.f32().par_chunks_mut(pixels), io.inputs[0].f32().par_chunks(pixels)).into_par_iter().for_each(
@@ -40,17 +70,16 @@ impl Layer for Cpu {
                     || {
                         for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
                             for (block, y) in y.chunks_mut(BLOCK).enumerate() {
-                                forward_block(keys, x, block * BLOCK, y, &mut squares, &mut s);
+                                forward_block(keys, power, x, block * BLOCK, y, &mut squares, &mut s);
                             }
                         }
                     },
                 );
             },
         );
-        Ok(())
     }
 
-    fn backward(&mut self, _: &Pass, mut io: Backward<'_>) -> Result<()> {
+    fn backward_by(&self, power: impl Fn(f32) -> f32 + Copy + Sync, mut io: Backward<'_>) {
         let (keys, c, masks) = (self.keys, self.channels, self.masks_input);
         let pixels = rows_per_task(c * 32) * c;
         let (x, dy) = (io.inputs[0].f32(), io.grad_output.f32());
@@ -63,7 +92,7 @@ impl Layer for Cpu {
                     || {
                         for ((dx, x), dy) in dx.chunks_exact_mut(c).zip(x.chunks_exact(c)).zip(dy.chunks_exact(c)) {
                             for (block, dx) in dx.chunks_mut(BLOCK).enumerate() {
-                                backward_block(keys, x, dy, block * BLOCK, dx, &mut lines);
+                                backward_block(keys, power, x, dy, block * BLOCK, dx, &mut lines);
                                 if masks {
                                     mask(&x[block * BLOCK..], dx);
                                 }
@@ -72,25 +101,40 @@ impl Layer for Cpu {
                     },
                 );
             });
-        Ok(())
     }
 }
 
 /// x (C), y (channels `start..` of C): y_i = x_i * s_i^-beta.
 #[inline(always)]
-fn forward_block(keys: Lrn, x: &[f32], start: usize, y: &mut [f32], squares: &mut Line, s: &mut Line) {
+fn forward_block(
+    keys: Lrn,
+    power: impl Fn(f32) -> f32,
+    x: &[f32],
+    start: usize,
+    y: &mut [f32],
+    squares: &mut Line,
+    s: &mut Line,
+) {
     let r = keys.depth_radius;
     load(x, start, r, y.len(), squares, |x| x * x);
     add_neighbours(r, squares, s, y.len());
     for ((y, x), s) in y.iter_mut().zip(&x[start..]).zip(&*s) {
-        *y = x * power(keys, keys.bias + keys.alpha * s);
+        *y = x * power(keys.bias + keys.alpha * s);
     }
 }
 
 /// x (C), dy (C), dx (channels `start..` of C):
 /// dx_i = dy_i s_i^-beta - 2 alpha beta x_i * sum over |j - i| <= r of dy_j x_j s_j^(-beta - 1).
 #[inline(always)]
-fn backward_block(keys: Lrn, x: &[f32], dy: &[f32], start: usize, dx: &mut [f32], lines: &mut [Line; 5]) {
+fn backward_block(
+    keys: Lrn,
+    power: impl Fn(f32) -> f32,
+    x: &[f32],
+    dy: &[f32],
+    start: usize,
+    dx: &mut [f32],
+    lines: &mut [Line; 5],
+) {
     let r = keys.depth_radius;
     let [squares, s, xs, dys, shares] = lines;
     // The block's neighbours have shares in its gradient: they need their own s, and it their neighbours.
@@ -99,9 +143,10 @@ fn backward_block(keys: Lrn, x: &[f32], dy: &[f32], start: usize, dx: &mut [f32]
     add_neighbours(r, squares, s, near);
     load(x, start, r, dx.len(), xs, |x| x);
     load(dy, start, r, dx.len(), dys, |dy| dy);
-    for ((((share, dy), x), s), _) in shares.iter_mut().zip(&mut *dys).zip(&*xs).zip(&*s).zip(0..near) {
+    let (dys, xs, s) = (&mut dys[..near], &xs[..near], &s[..near]);
+    for (((share, dy), x), s) in shares.iter_mut().zip(&mut *dys).zip(xs).zip(s) {
         let s = keys.bias + keys.alpha * s;
-        *dy *= power(keys, s);
+        *dy *= power(s);
         *share = *dy * x / s;
     }
     let sums = squares;
@@ -109,17 +154,6 @@ fn backward_block(keys: Lrn, x: &[f32], dy: &[f32], start: usize, dx: &mut [f32]
     let factor = 2.0 * keys.alpha * keys.beta;
     for (((dx, direct), x), sum) in dx.iter_mut().zip(&dys[r..]).zip(&xs[r..]).zip(&*sums) {
         *dx = direct - factor * x * sum;
-    }
-}
-
-/// s^-beta; the usual 0.75 by two square roots.
-#[inline(always)]
-fn power(keys: Lrn, s: f32) -> f32 {
-    if keys.beta == 0.75 {
-        let root = s.sqrt();
-        1.0 / (root * root.sqrt())
-    } else {
-        s.powf(-keys.beta)
     }
 }
 
