@@ -7,13 +7,12 @@
 //! added to those of the blocks before. A block costs a read and a write of the gradient, 8 bytes for 2 * `BLOCK_PIXELS`
 //! FLOP, and all sums are in one order for any number of threads.
 
-use super::super::super::kernels::gemm::strided;
 use super::super::super::kernels::gemm16::{self, Kernel, Left, Out, Right, Store};
 use super::super::super::{Backward, Build, Forward, Layer, Pass};
 use super::super::activation::bf16::{add_rows, mask};
 use super::Geometry;
-use super::cpu::{Phase, each};
 use super::padded::Padded;
+use super::tables::{Phase, Tables};
 use crate::error::Result;
 use half::bf16;
 use rayon::prelude::*;
@@ -34,23 +33,13 @@ pub struct Conv2d {
     /// Images of a block, and of one product.
     block: usize,
     unit: usize,
-    /// The input with zeros around it.
-    input: Padded,
-    /// In the padded input: of each output pixel of a block (its first tap), of each tap relative to that.
-    pixels: Vec<u32>,
-    taps: Vec<u32>,
-    /// Rows of (pixels, F) and of (taps, F).
-    output_rows: Vec<u32>,
-    weight_rows: Vec<u32>,
-    /// dy with zeros around it.
-    grad: Padded,
-    /// The input pixels of a unit.
-    phases: Vec<Phase>,
+    /// For a block in the products over x, for a unit in that over dy.
+    tables: Tables,
 }
 
 impl Conv2d {
     pub fn new(kernel: &'static Kernel, geometry: Geometry, bias: bool, relu: bool, build: &Build<'_>) -> Conv2d {
-        let Geometry { input, output, rows, columns, .. } = geometry;
+        let Geometry { input, output, .. } = geometry;
         let (padded, grad) = (Padded::of_input(&geometry), Padded::of_grad(&geometry));
         // All four kinds of images are addressed by tables of 32 bits that span a block.
         let largest = [input.len(), output.len(), padded.len(), grad.len()].into_iter().fold(1, usize::max);
@@ -60,14 +49,6 @@ impl Conv2d {
         };
         let (block, unit) = (images(BLOCK_PIXELS), images(UNIT_PIXELS));
 
-        let (mut pixels, mut taps) = (Vec::new(), Vec::new());
-        for (image, oh, ow) in each(block, output.h, output.w) {
-            pixels.push(padded.at(image, oh * rows.stride, ow * columns.stride, 0));
-        }
-        for (kh, kw, c) in each(rows.size, columns.size, geometry.channels()) {
-            taps.push(padded.at(0, kh, kw, c));
-        }
-        let phases = each(1, rows.stride.min(input.h), columns.stride.min(input.w));
         Conv2d {
             kernel,
             bias,
@@ -75,13 +56,7 @@ impl Conv2d {
             threads: build.threads.max(1),
             block,
             unit,
-            input: padded,
-            output_rows: strided(pixels.len(), output.c),
-            weight_rows: strided(taps.len(), output.c),
-            pixels,
-            taps,
-            phases: phases.map(|(_, first_h, first_w)| Phase::new(&geometry, &grad, unit, first_h, first_w)).collect(),
-            grad,
+            tables: Tables::new(&geometry, block, unit),
             geometry,
         }
     }
@@ -89,7 +64,7 @@ impl Conv2d {
     /// f32 words of the packed right matrices: of one group's weight and of all, of a phase's and of all, and of one group's
     /// dy of a block.
     fn packed_weight_len(&self) -> usize {
-        gemm16::packed_len(self.kernel, self.taps.len(), self.geometry.filters())
+        gemm16::packed_len(self.kernel, self.tables.taps.len(), self.geometry.filters())
     }
     fn packed_weights_len(&self) -> usize {
         self.geometry.groups * self.packed_weight_len()
@@ -98,19 +73,19 @@ impl Conv2d {
         gemm16::packed_len(self.kernel, phase.taps.len(), self.geometry.channels())
     }
     fn packed_phases_len(&self) -> usize {
-        self.geometry.groups * self.phases.iter().map(|phase| self.packed_phase_len(phase)).sum::<usize>()
+        self.geometry.groups * self.tables.phases.iter().map(|phase| self.packed_phase_len(phase)).sum::<usize>()
     }
     fn packed_grad_len(&self) -> usize {
-        gemm16::packed_len(self.kernel, self.pixels.len(), self.geometry.filters())
+        gemm16::packed_len(self.kernel, self.tables.pixels.len(), self.geometry.filters())
     }
     /// Of a block's padded images.
     fn padded_block_len(&self) -> usize {
-        words(self.block * self.input.copy_len())
+        words(self.block * self.tables.input.copy_len())
     }
     /// Scratch of one thread: what a product needs, and a unit's padded images or gradients.
     fn worker_len(&self) -> usize {
         gemm16::scratch_len(self.kernel).next_multiple_of(LINE)
-            + words(self.unit * self.input.copy_len().max(self.grad.copy_len()))
+            + words(self.unit * self.tables.input.copy_len().max(self.tables.grad.copy_len()))
     }
 
     /// Things that a thread works on, in multiples of `unit`.
@@ -140,7 +115,7 @@ impl Layer for Conv2d {
         let packed = &mut packed[..self.packed_weights_len()];
         let n = self.geometry.filters();
         for (group, packed) in packed.chunks_exact_mut(self.packed_weight_len()).enumerate() {
-            let right = Right { data: &weight[group * n..], rows: &self.weight_rows, step: 1, n };
+            let right = Right { data: &weight[group * n..], rows: &self.tables.weight_rows, step: 1, n };
             gemm16::pack_parallel(self.kernel, right, bias.map(|bias| &bias[group * n..][..n]), packed);
         }
         let (layer, packed) = (&*self, &*packed);
@@ -189,13 +164,13 @@ impl Conv2d {
     fn forward_unit(&self, x: &[bf16], packed: &[f32], y: &mut [bf16], worker: &mut [f32]) {
         let Geometry { input, output, groups, .. } = self.geometry;
         let (scratch, copy) = self.split(worker);
-        let x = self.input.copy(x, copy);
+        let x = self.tables.input.copy(x, copy);
         let rows = y.len() / output.c;
         let store = Store { relu: self.relu, ..Store::default() };
         for (group, packed) in packed.chunks_exact(self.packed_weight_len()).enumerate() {
             let (channel, filter) = (group * input.c / groups, group * output.c / groups);
-            let left = Left { data: &x[channel..], rows: &self.pixels[..rows], cols: &self.taps };
-            let out = Out { data: &mut y[filter..], rows: &self.output_rows[..rows] };
+            let left = Left { data: &x[channel..], rows: &self.tables.pixels[..rows], cols: &self.tables.taps };
+            let out = Out { data: &mut y[filter..], rows: &self.tables.output_rows[..rows] };
             gemm16::multiply(self.kernel, left, packed, self.geometry.filters(), out, store, scratch);
         }
     }
@@ -215,16 +190,16 @@ impl Conv2d {
         let x = self.padded_block(x, bytemuck::cast_slice_mut(copy));
         let (n, pixels) = (self.geometry.filters(), dy.len() / output.c);
         let store = Store { accumulate, ..Store::default() };
-        let share = self.share(self.taps.len(), LINE);
+        let share = self.share(self.tables.taps.len(), LINE);
         for group in 0..groups {
             let (channel, filter) = (group * input.c / groups, group * output.c / groups);
-            let right = Right { data: &dy[filter..], rows: &self.output_rows[..pixels], step: 1, n };
+            let right = Right { data: &dy[filter..], rows: &self.tables.output_rows[..pixels], step: 1, n };
             gemm16::pack_parallel(self.kernel, right, None, packed);
             let (x, packed) = (&x[channel..], &*packed);
-            let shares = weight.par_chunks_mut(share * output.c).zip(self.taps.par_chunks(share));
+            let shares = weight.par_chunks_mut(share * output.c).zip(self.tables.taps.par_chunks(share));
             shares.zip(workers.par_chunks_mut(self.worker_len())).for_each(|((weight, taps), worker)| {
-                let left = Left { data: x, rows: taps, cols: &self.pixels[..pixels] };
-                let out = Out { data: &mut weight[filter..], rows: &self.weight_rows[..taps.len()] };
+                let left = Left { data: x, rows: taps, cols: &self.tables.pixels[..pixels] };
+                let out = Out { data: &mut weight[filter..], rows: &self.tables.weight_rows[..taps.len()] };
                 gemm16::multiply(self.kernel, left, packed, n, out, store, self.split(worker).0);
             });
         }
@@ -232,13 +207,14 @@ impl Conv2d {
 
     /// The padded images of a block.
     fn padded_block<'a>(&self, x: &'a [bf16], copy: &'a mut [bf16]) -> &'a [bf16] {
-        if self.input.copy_len() == 0 {
+        if self.tables.input.copy_len() == 0 {
             return x;
         }
-        let len = x.len() / self.geometry.input.len() * self.input.copy_len();
-        let images = x.par_chunks(self.geometry.input.len()).zip(copy[..len].par_chunks_mut(self.input.copy_len()));
+        let len = x.len() / self.geometry.input.len() * self.tables.input.copy_len();
+        let images =
+            x.par_chunks(self.geometry.input.len()).zip(copy[..len].par_chunks_mut(self.tables.input.copy_len()));
         images.for_each(|(x, copy)| {
-            self.input.copy(x, copy);
+            self.tables.input.copy(x, copy);
         });
         &copy[..len]
     }
@@ -246,7 +222,7 @@ impl Conv2d {
     /// The weight transposed, phase by phase and group by group: columns are channels, which lie F apart.
     fn pack_phases(&self, weight: &[bf16], mut packed: &mut [f32]) {
         let (step, n) = (self.geometry.output.c, self.geometry.channels());
-        for phase in &self.phases {
+        for phase in &self.tables.phases {
             for group in 0..self.geometry.groups {
                 let (here, rest) = packed.split_at_mut(self.packed_phase_len(phase));
                 let data = &weight[group * self.geometry.filters()..];
@@ -271,8 +247,8 @@ impl Conv2d {
         let Geometry { input, output, groups, .. } = self.geometry;
         let images = dx.len() / input.len();
         let (scratch, copy) = self.split(worker);
-        let dy = self.grad.copy(dy, copy);
-        for phase in &self.phases {
+        let dy = self.tables.grad.copy(dy, copy);
+        for phase in &self.tables.phases {
             let rows = phase.input_rows.len() / self.unit * images;
             for group in 0..groups {
                 let (channel, filter) = (group * input.c / groups, group * output.c / groups);

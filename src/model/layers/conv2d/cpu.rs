@@ -18,12 +18,13 @@
 //! gradients are summed within each of at most `PARTS` parts of the batch, then over the parts in order. Blocks and parts
 //! depend on shapes alone: the sums have the same bits for any number of threads.
 
-use super::super::super::kernels::gemm::{self, Kernel, Left, Out, Right, Store, offset, strided};
+use super::super::super::kernels::gemm::{self, Kernel, Left, Out, Right, Store};
 use super::super::super::{Backward, Build, Forward, Layer, Pass};
 use super::super::Activation;
 use super::Geometry;
 use super::depthwise::{self, PerChannel};
 use super::padded::Padded;
+use super::tables::{Phase, Tables};
 use crate::error::Result;
 use rayon::prelude::*;
 
@@ -48,33 +49,13 @@ pub struct Conv2d {
     /// Images of a block, and of a part.
     block: usize,
     part: usize,
-    /// The input with zeros around it.
-    input: Padded,
-    /// In the padded input: of each output pixel of a block (its first tap), of each tap relative to that.
-    pixels: Vec<u32>,
-    taps: Vec<u32>,
-    /// Rows of (pixels, F) and of (taps, F).
-    output_rows: Vec<u32>,
-    weight_rows: Vec<u32>,
-    /// dy with zeros around it.
-    grad: Padded,
-    phases: Vec<Phase>,
-}
-
-/// The input pixels of a block that meet the same taps.
-pub struct Phase {
-    /// In the padded dy: of each input pixel (its first tap), of each (tap, filter) relative to that.
-    pub pixels: Vec<u32>,
-    pub taps: Vec<u32>,
-    /// In the weight: of each (tap, filter), for channel 0.
-    pub weights: Vec<u32>,
-    /// In dx: of each input pixel.
-    pub input_rows: Vec<u32>,
+    /// For blocks in all products.
+    tables: Tables,
 }
 
 impl Conv2d {
     pub fn new(geometry: Geometry, bias: bool, activation: Activation, build: &Build<'_>) -> Conv2d {
-        let Geometry { input, output, rows, columns, .. } = geometry;
+        let Geometry { input, output, .. } = geometry;
         let (padded, grad) = (Padded::of_input(&geometry), Padded::of_grad(&geometry));
         // All four kinds of images are addressed by tables of 32 bits that span a block.
         let largest = [input.len(), output.len(), padded.len(), grad.len()].into_iter().fold(1, usize::max);
@@ -84,14 +65,6 @@ impl Conv2d {
         let parts = (PARTIAL_BYTES / (4 * (geometry.taps() + 1) * output.c)).clamp(1, PARTS);
         let part = build.batch.div_ceil(parts).next_multiple_of(block);
 
-        let (mut pixels, mut taps) = (Vec::new(), Vec::new());
-        for (image, oh, ow) in each(block, output.h, output.w) {
-            pixels.push(padded.at(image, oh * rows.stride, ow * columns.stride, 0));
-        }
-        for (kh, kw, c) in each(rows.size, columns.size, geometry.channels()) {
-            taps.push(padded.at(0, kh, kw, c));
-        }
-        let phases = each(1, rows.stride.min(input.h), columns.stride.min(input.w));
         Conv2d {
             kernel: Kernel::best(),
             bias,
@@ -101,13 +74,7 @@ impl Conv2d {
             batch: build.batch,
             block,
             part,
-            input: padded,
-            output_rows: strided(pixels.len(), output.c),
-            weight_rows: strided(taps.len(), output.c),
-            pixels,
-            taps,
-            phases: phases.map(|(_, first_h, first_w)| Phase::new(&geometry, &grad, block, first_h, first_w)).collect(),
-            grad,
+            tables: Tables::new(&geometry, block, block),
             geometry,
         }
     }
@@ -119,7 +86,7 @@ impl Conv2d {
 
     /// Packed right matrices of one group, and of all groups; a depthwise convolution packs nothing.
     fn packed_weight_len(&self) -> usize {
-        gemm::packed_len(self.kernel, self.taps.len(), self.geometry.filters())
+        gemm::packed_len(self.kernel, self.tables.taps.len(), self.geometry.filters())
     }
     fn packed_weights_len(&self) -> usize {
         if self.geometry.is_depthwise() { 0 } else { self.geometry.groups * self.packed_weight_len() }
@@ -128,20 +95,20 @@ impl Conv2d {
         gemm::packed_len(self.kernel, phase.taps.len(), self.geometry.channels())
     }
     fn packed_phases_len(&self) -> usize {
-        let group: usize = self.phases.iter().map(|phase| self.packed_phase_len(phase)).sum();
+        let group: usize = self.tables.phases.iter().map(|phase| self.packed_phase_len(phase)).sum();
         if self.geometry.is_depthwise() { 0 } else { self.geometry.groups * group }
     }
     fn packed_grad_len(&self) -> usize {
-        let len = gemm::packed_len(self.kernel, self.pixels.len(), self.geometry.filters());
+        let len = gemm::packed_len(self.kernel, self.tables.pixels.len(), self.geometry.filters());
         if self.geometry.is_depthwise() { 0 } else { len }
     }
 
     /// Scratch of one thread, in whole cache lines.
     fn forward_worker_len(&self) -> usize {
-        (self.block * self.input.copy_len()).max(1).next_multiple_of(LINE)
+        (self.block * self.tables.input.copy_len()).max(1).next_multiple_of(LINE)
     }
     fn backward_worker_len(&self) -> usize {
-        let copies = self.block * (self.input.copy_len() + self.grad.copy_len());
+        let copies = self.block * (self.tables.input.copy_len() + self.tables.grad.copy_len());
         (self.packed_grad_len() + copies).max(1).next_multiple_of(LINE)
     }
 
@@ -153,19 +120,19 @@ impl Conv2d {
     /// x (images, H, W, C) to y (images, OH, OW, F), at most `block` images.
     fn forward_block(&self, x: &[f32], weight: Weight<'_>, y: &mut [f32], copy: &mut [f32]) {
         let Geometry { input, output, groups, .. } = self.geometry;
-        let x = self.input.copy(x, copy);
+        let x = self.tables.input.copy(x, copy);
         let rows = y.len() / output.c;
         let store = Store { accumulate: false, relu: self.activation == Activation::Relu };
         if self.geometry.is_depthwise() {
-            let left = Left { data: x, rows: &self.pixels[..rows], cols: &self.taps };
-            let right = PerChannel { data: weight.plain, rows: &self.weight_rows, bias: weight.bias };
-            let out = Out { data: y, rows: &self.output_rows[..rows] };
+            let left = Left { data: x, rows: &self.tables.pixels[..rows], cols: &self.tables.taps };
+            let right = PerChannel { data: weight.plain, rows: &self.tables.weight_rows, bias: weight.bias };
+            let out = Out { data: y, rows: &self.tables.output_rows[..rows] };
             depthwise::multiply(left, right, output.c, out, store);
         }
         for (group, packed) in weight.packed.chunks_exact(self.packed_weight_len()).enumerate() {
             let (channel, filter) = (group * input.c / groups, group * output.c / groups);
-            let left = Left { data: &x[channel..], rows: &self.pixels[..rows], cols: &self.taps };
-            let out = Out { data: &mut y[filter..], rows: &self.output_rows[..rows] };
+            let left = Left { data: &x[channel..], rows: &self.tables.pixels[..rows], cols: &self.tables.taps };
+            let out = Out { data: &mut y[filter..], rows: &self.tables.output_rows[..rows] };
             gemm::multiply(self.kernel, left, packed, self.geometry.filters(), out, store);
         }
         if self.activation != Activation::Relu {
@@ -190,7 +157,7 @@ impl Layer for Conv2d {
         for (group, packed) in packed.chunks_exact_mut(self.packed_weight_len()).enumerate() {
             let filters = group * self.geometry.filters();
             let right =
-                Right { data: &weight[filters..], rows: &self.weight_rows, step: 1, n: self.geometry.filters() };
+                Right { data: &weight[filters..], rows: &self.tables.weight_rows, step: 1, n: self.geometry.filters() };
             gemm::pack_parallel(self.kernel, right, bias.map(|bias| &bias[filters..]), packed);
         }
 
@@ -212,9 +179,14 @@ impl Layer for Conv2d {
         let weight = io.params[0].f32();
         if !grad_input.is_empty() && !self.geometry.is_depthwise() {
             let mut rest = &mut *packed;
-            for (phase, group) in self.phases.iter().flat_map(|phase| (0..groups).map(move |group| (phase, group))) {
+            for (phase, group) in
+                self.tables.phases.iter().flat_map(|phase| (0..groups).map(move |group| (phase, group)))
+            {
                 let (packed, after) = rest.split_at_mut(self.packed_phase_len(phase));
-                phase.pack(self.kernel, &self.geometry, &weight[group * self.geometry.filters()..], packed);
+                // Transposed: columns are channels, which lie F apart.
+                let (data, n) = (&weight[group * self.geometry.filters()..], self.geometry.channels());
+                let right = Right { data, rows: &phase.weights, step: self.geometry.output.c, n };
+                gemm::pack_parallel(self.kernel, right, None, packed);
                 rest = after;
             }
         }
@@ -311,7 +283,7 @@ impl Shared<'_> {
                     dy.chunks_exact(output.c).for_each(|row| bias.iter_mut().zip(row).for_each(|(sum, dy)| *sum += dy));
                 }
                 let (packed, copies) = job.workers.split_at_mut(layer.packed_grad_len());
-                let (input_copy, grad_copy) = copies.split_at_mut(layer.block * layer.input.copy_len());
+                let (input_copy, grad_copy) = copies.split_at_mut(layer.block * layer.tables.input.copy_len());
                 layer.weight_block(x, dy, weight, first != images.start, input_copy, packed);
                 if !job.dx.is_empty() {
                     layer.data_block(dy, self.weight, &mut job.dx[inputs], grad_copy);
@@ -358,21 +330,21 @@ impl Conv2d {
         packed: &mut [f32],
     ) {
         let Geometry { input, output, groups, .. } = self.geometry;
-        let x = self.input.copy(x, copy);
+        let x = self.tables.input.copy(x, copy);
         let pixels = dy.len() / output.c;
-        let rows = &self.output_rows[..pixels];
+        let rows = &self.tables.output_rows[..pixels];
         let store = Store { accumulate, relu: false };
         if self.geometry.is_depthwise() {
-            let left = Left { data: x, rows: &self.taps, cols: &self.pixels[..pixels] };
-            let out = Out { data: weight, rows: &self.weight_rows };
+            let left = Left { data: x, rows: &self.tables.taps, cols: &self.tables.pixels[..pixels] };
+            let out = Out { data: weight, rows: &self.tables.weight_rows };
             return depthwise::multiply(left, PerChannel { data: dy, rows, bias: None }, output.c, out, store);
         }
         for group in 0..groups {
             let (channel, filter) = (group * input.c / groups, group * output.c / groups);
             let right = Right { data: &dy[filter..], rows, step: 1, n: self.geometry.filters() };
             gemm::pack(self.kernel, right, None, packed);
-            let left = Left { data: &x[channel..], rows: &self.taps, cols: &self.pixels[..pixels] };
-            let out = Out { data: &mut weight[filter..], rows: &self.weight_rows };
+            let left = Left { data: &x[channel..], rows: &self.tables.taps, cols: &self.tables.pixels[..pixels] };
+            let out = Out { data: &mut weight[filter..], rows: &self.tables.weight_rows };
             gemm::multiply(self.kernel, left, packed, self.geometry.filters(), out, store);
         }
     }
@@ -381,9 +353,9 @@ impl Conv2d {
     fn data_block(&self, dy: &[f32], weight: Weight<'_>, dx: &mut [f32], copy: &mut [f32]) {
         let Geometry { input, output, groups, .. } = self.geometry;
         let images = dx.len() / input.len();
-        let dy = self.grad.copy(dy, copy);
+        let dy = self.tables.grad.copy(dy, copy);
         let mut packed = weight.packed;
-        for phase in &self.phases {
+        for phase in &self.tables.phases {
             let rows = phase.input_rows.len() / self.block * images;
             if self.geometry.is_depthwise() {
                 let left = Left { data: dy, rows: &phase.pixels[..rows], cols: &phase.taps };
@@ -401,44 +373,4 @@ impl Conv2d {
             }
         }
     }
-}
-
-impl Phase {
-    /// Of the input pixels (first_h + i * sh, first_w + j * sw). Pixel ih meets the taps kh = (ih + before) % sh + t * sh
-    /// under the output (ih + before) / sh - t: the last of them sees the first row of dy, so the kernel runs backwards.
-    pub fn new(geometry: &Geometry, grad: &Padded, block: usize, first_h: usize, first_w: usize) -> Phase {
-        let Geometry { input, output, rows, columns, .. } = *geometry;
-        let (kh, kw) = ((first_h + rows.before) % rows.stride, (first_w + columns.before) % columns.stride);
-        let count = |size: usize, first: usize, stride: usize| size.saturating_sub(first).div_ceil(stride);
-        let (taps_h, taps_w) = (count(rows.size, kh, rows.stride), count(columns.size, kw, columns.stride));
-
-        let (mut pixels, mut input_rows) = (Vec::new(), Vec::new());
-        let counts = (count(input.h, first_h, rows.stride), count(input.w, first_w, columns.stride));
-        for (image, i, j) in each(block, counts.0, counts.1) {
-            let (ih, iw) = (first_h + i * rows.stride, first_w + j * columns.stride);
-            input_rows.push(offset(((image * input.h + ih) * input.w + iw) * input.c));
-            // With no taps at all the product is zero and this place is never read.
-            let h = (grad.top + (ih + rows.before) / rows.stride + 1).saturating_sub(taps_h.max(1));
-            let w = (grad.left + (iw + columns.before) / columns.stride + 1).saturating_sub(taps_w.max(1));
-            pixels.push(grad.at(image, h, w, 0));
-        }
-        let (mut taps, mut weights) = (Vec::new(), Vec::new());
-        for (i, j, f) in each(taps_h, taps_w, geometry.filters()) {
-            taps.push(grad.at(0, i, j, f));
-            let (h, w) = (kh + (taps_h - 1 - i) * rows.stride, kw + (taps_w - 1 - j) * columns.stride);
-            weights.push(offset((h * columns.size + w) * geometry.channels() * output.c + f));
-        }
-        Phase { pixels, taps, weights, input_rows }
-    }
-
-    /// Packs the weight transposed: columns are channels, which lie F apart.
-    fn pack(&self, kernel: &Kernel, geometry: &Geometry, weight: &[f32], packed: &mut [f32]) {
-        let right = Right { data: weight, rows: &self.weights, step: geometry.output.c, n: geometry.channels() };
-        gemm::pack_parallel(kernel, right, None, packed);
-    }
-}
-
-/// All (a, b, c) below the three bounds, the last running fastest.
-pub fn each(a: usize, b: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
-    (0..a).flat_map(move |i| (0..b).flat_map(move |j| (0..c).map(move |k| (i, j, k))))
 }

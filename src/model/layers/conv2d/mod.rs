@@ -6,6 +6,7 @@ mod bf16;
 mod cpu;
 mod depthwise;
 mod padded;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod winograd;
