@@ -1,6 +1,8 @@
 //! `trainer bench-step`: what it counts, and that its stopwatch does not change what is computed.
 
-use assert_cmd::Command;
+#[path = "common/program.rs"]
+mod program;
+
 use lockstep::config;
 use lockstep::device::{Arena, Place};
 use lockstep::model::Pass;
@@ -8,6 +10,7 @@ use lockstep::model::net::{Net, Options};
 use lockstep::model::precision::Precision;
 use lockstep::model::spec::NetSpec;
 use lockstep::model::stopwatch::Stopwatch;
+use program::program;
 use serde_json::Value as Json;
 use std::fs;
 use std::path::PathBuf;
@@ -132,13 +135,6 @@ fn bench(before: &[&str], config: &PathBuf, after: &[&str]) -> Json {
     let output = command.args(after).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).unwrap()
-}
-
-/// Without any launcher's variables.
-fn program() -> Command {
-    let mut command = Command::cargo_bin("trainer").unwrap();
-    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path))).timeout(Duration::from_secs(300));
-    command
 }
 
 fn config() -> (TempDir, PathBuf) {

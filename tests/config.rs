@@ -1,10 +1,14 @@
 //! Mistakes that a user makes, and what the program says to them: one clear message, exit code 2, or 3 where the data is
 //! at fault. And what is no mistake: the experiments in configs/.
 
+#[path = "common/program.rs"]
+mod program;
+
 use assert_cmd::Command;
 use lockstep::config;
 use lockstep::model::params::ParamTable;
 use lockstep::model::spec::NetSpec;
+use program::program;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -12,9 +16,7 @@ use std::path::Path;
 const QUICKSTART: &str = include_str!("../configs/quickstart.toml");
 
 fn trainer(args: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("trainer").unwrap();
-    // Whatever launcher the tests run under, and RAYON_NUM_THREADS: none of it is the program's business here.
-    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+    let mut command = program();
     command.args(args);
     command
 }

@@ -1,11 +1,14 @@
 //! Whole runs on folders of photographs: equal bits whatever the ranks and workers, through interruptions, and around files
 //! that are no images; and runs on made-up images.
 
+#[path = "common/runs.rs"]
+mod runs;
+
 use assert_cmd::Command;
+use runs::{program, summary};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 use tempfile::TempDir;
 
 /// 54 training images are 3.4 steps of 16.
@@ -33,13 +36,6 @@ type = "sgd"
 lr = 0.01
 "#;
 
-fn program() -> Command {
-    let mut command = Command::cargo_bin("trainer").unwrap();
-    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-    command.timeout(Duration::from_secs(300));
-    command
-}
-
 /// A generated folder of 60 images of 3 classes, 54 of them for training.
 fn pictures(folder: &TempDir) -> PathBuf {
     let path = folder.path().join("pictures");
@@ -49,14 +45,8 @@ fn pictures(folder: &TempDir) -> PathBuf {
 }
 
 fn trainer(out: &Path, data: &Path, ranks: usize, settings: &[&str]) -> Command {
-    let config = out.with_extension("toml");
-    fs::write(&config, CONFIG).unwrap();
-    let mut command = program();
-    command.args(["-n", &ranks.to_string(), "--config"]).arg(config).arg("--out").arg(out);
+    let mut command = runs::trainer(CONFIG, out, ranks, settings);
     command.arg("--set").arg(format!("data.path={}", data.display()));
-    for setting in settings {
-        command.args(["--set", setting]);
-    }
     command
 }
 
@@ -64,7 +54,7 @@ fn trainer(out: &Path, data: &Path, ranks: usize, settings: &[&str]) -> Command 
 fn run(folder: &TempDir, name: &str, data: &Path, ranks: usize, settings: &[&str]) -> Value {
     let out = folder.path().join(name);
     trainer(&out, data, ranks, settings).assert().success();
-    serde_json::from_str(&fs::read_to_string(out.join("summary.json")).unwrap()).unwrap()
+    summary(&out)
 }
 
 #[test]

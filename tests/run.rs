@@ -1,11 +1,14 @@
 //! Whole runs: equal bits whatever the ranks and the transport, and through every interruption.
 
+#[path = "common/runs.rs"]
+mod runs;
+
 use assert_cmd::Command;
+use runs::{program, summary};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 use tempfile::TempDir;
 
 /// 150 training samples are 4.7 steps of 32, so every epoch ends with a short one; validation, dropout, batch statistics
@@ -60,35 +63,16 @@ bucket_mib = 0.001
 every_steps = 1
 "#;
 
-/// The program without any launcher's variables and without RAYON_NUM_THREADS, under which the tests may run.
-fn program() -> Command {
-    let mut command = Command::cargo_bin("trainer").unwrap();
-    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-    command
-}
-
 fn trainer(out: &Path, ranks: usize, settings: &[&str]) -> Command {
-    let config = out.with_extension("toml");
-    fs::write(&config, CONFIG).unwrap();
-    let mut command = program();
-    command.args(["-n", &ranks.to_string(), "--config"]).arg(config).arg("--out").arg(out);
-    for setting in settings {
-        command.args(["--set", setting]);
-    }
-    command.timeout(Duration::from_secs(300));
-    command
+    runs::trainer(CONFIG, out, ranks, settings)
 }
 
 /// What `trainer eval` says.
 fn eval(out: &Path, checkpoint: &Path, ranks: usize, more: &[&str]) -> String {
     let mut command = program();
     command.args(["-n", &ranks.to_string(), "eval", "--config"]).arg(out.with_extension("toml"));
-    let output = command.arg("--checkpoint").arg(checkpoint).args(more).timeout(Duration::from_secs(300)).unwrap();
+    let output = command.arg("--checkpoint").arg(checkpoint).args(more).unwrap();
     String::from_utf8(output.stdout).unwrap()
-}
-
-fn summary(out: &Path) -> Value {
-    serde_json::from_str(&fs::read_to_string(out.join("summary.json")).unwrap()).unwrap()
 }
 
 fn digest(out: &Path) -> String {

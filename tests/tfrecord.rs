@@ -1,10 +1,11 @@
 //! Whole runs on TFRecord files: the program packs a set, and trains on what it has packed.
 
-use assert_cmd::Command;
-use serde_json::Value;
+#[path = "common/runs.rs"]
+mod runs;
+
+use runs::{program, summary};
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 const CONFIG: &str = r#"
 [run]
@@ -33,13 +34,6 @@ lr = 0.1
 momentum = 0.9
 "#;
 
-fn program() -> Command {
-    let mut command = Command::cargo_bin("trainer").unwrap();
-    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-    command.timeout(Duration::from_secs(300));
-    command
-}
-
 /// Packs the set of `CONFIG` and returns the configuration that trains on it.
 fn pack(folder: &Path) -> String {
     let config = folder.join("shapes.toml");
@@ -56,18 +50,9 @@ fn pack(folder: &Path) -> String {
     format!("{before}{section}{shared}{}", &rest[rest.find("[batch]").unwrap()..])
 }
 
-fn summary(out: &Path) -> Value {
-    serde_json::from_str(&fs::read_to_string(out.join("summary.json")).unwrap()).unwrap()
-}
-
 /// Trains and returns the digest of the weights.
 fn train(out: &Path, config: &str, ranks: usize, settings: &[&str]) -> String {
-    let file = out.with_extension("toml");
-    fs::write(&file, config).unwrap();
-    let mut command = program();
-    command.args(["-n", &ranks.to_string(), "--config"]).arg(file).arg("--out").arg(out);
-    settings.iter().for_each(|setting| _ = command.args(["--set", setting]));
-    command.assert().success();
+    runs::trainer(config, out, ranks, settings).assert().success();
     summary(out)["weights_digest"].as_str().unwrap().to_owned()
 }
 

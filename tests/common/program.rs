@@ -1,0 +1,12 @@
+//! The program as tests call it.
+
+use assert_cmd::Command;
+use std::time::Duration;
+
+/// Without any launcher's variables and without RAYON_NUM_THREADS, under which the tests may run.
+pub fn program() -> Command {
+    let mut command = Command::cargo_bin("trainer").unwrap();
+    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
+    command.timeout(Duration::from_secs(300));
+    command
+}
