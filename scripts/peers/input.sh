@@ -16,7 +16,7 @@ side=224
 
 find_bench='
 import json, sys
-built = (json.loads(line) for line in sys.stdin)
+built = [json.loads(line) for line in sys.stdin]
 print(next(b["executable"] for b in built if b.get("executable") and b["target"]["name"] == "input"))'
 bench=$(cargo build --release --bench input --message-format json 2>/dev/null | "$PYTHON" -c "$find_bench")
 results=$(mktemp)
