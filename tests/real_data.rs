@@ -82,3 +82,39 @@ fn photographs_of_imagenet_are_read() {
         assert!((10..245).contains(&mean), "a mean of {mean} is no photograph's");
     }
 }
+
+/// Ten photographs of ten classes, each in both parts: the narrow AlexNet learns them by heart, from decoded pixels through
+/// augmentation, LRN and dropout to the last layer.
+#[test]
+fn a_narrow_alexnet_fits_photographs() {
+    let Some(path) = folder("imagenet-sample") else { return };
+    let work = tempfile::tempdir().unwrap();
+    let mut photographs: Vec<PathBuf> = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).collect();
+    photographs.retain(|file| file.extension().is_some_and(|extension| extension == "JPEG"));
+    photographs.sort();
+    for file in &photographs[..10] {
+        for part in ["train", "test"] {
+            let class = work.path().join(part).join(file.file_stem().unwrap());
+            std::fs::create_dir_all(&class).unwrap();
+            std::fs::copy(file, class.join("photograph.jpg")).unwrap();
+        }
+    }
+
+    let out = work.path().join("out");
+    let mut command = Command::cargo_bin("trainer").unwrap();
+    command.args(["-n", "2", "--config", "configs/alexnet-cifar10.toml", "--out"]).arg(&out);
+    command.arg("--set").arg(format!("data.path={}", work.path().display()));
+    for setting in [
+        "batch.global=10",
+        "optimizer.lr=0.01",
+        "run.epochs=400",
+        "run.target_accuracy=1.0",
+        "eval.every_epochs=25",
+        "checkpoint.every_epochs=400",
+    ] {
+        command.args(["--set", setting]);
+    }
+    command.timeout(Duration::from_secs(300)).current_dir(env!("CARGO_MANIFEST_DIR")).assert().success();
+    let summary = std::fs::read_to_string(out.join("summary.json")).unwrap();
+    assert!(summary.contains(r#""stopped_by": "target_accuracy""#), "{summary}");
+}

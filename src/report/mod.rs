@@ -14,8 +14,8 @@ pub use summary::{Ending, StoppedBy, Summary};
 use crate::error::Result;
 use budget::{Budget, Category};
 use metrics::Metrics;
-pub(crate) use progress::print;
 use progress::{Bar, Rates, epoch_of};
+pub(crate) use progress::{Scores, print};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -175,24 +175,20 @@ impl Report {
 
     /// After an evaluation.
     pub fn evaluated(&mut self, evaluation: &Evaluation) -> Result<()> {
-        let (loss, accuracy) = (evaluation.loss(), evaluation.accuracy());
         let (set, latest) = match evaluation.set {
             Set::Validation => ("validation", &mut self.validation),
             Set::Test => ("test", &mut self.test),
         };
         *latest = Some(*evaluation);
         let epoch = epoch_of(evaluation.epoch, self.setup.epochs);
-        self.say(format_args!(
-            "{epoch}  step {}  {set}: loss {loss:.4}  accuracy {accuracy:.4}",
-            self.step_of(evaluation.step)
-        ));
+        self.say(format_args!("{epoch}  step {}  {set}: {}", self.step_of(evaluation.step), evaluation.scores()));
         self.metrics.write(&metrics::Eval {
             kind: "eval",
             set,
             step: evaluation.step,
             epoch: evaluation.epoch,
-            loss,
-            accuracy,
+            loss: evaluation.loss(),
+            accuracy: evaluation.accuracy(),
             samples: evaluation.samples,
         })
     }
@@ -222,6 +218,9 @@ impl Report {
 }
 
 impl Evaluation {
+    pub(crate) fn scores(&self) -> Scores {
+        Scores { loss: self.loss(), accuracy: self.accuracy() }
+    }
     pub fn loss(&self) -> f64 {
         self.loss_sum / self.samples as f64
     }

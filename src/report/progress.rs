@@ -24,6 +24,25 @@ pub(super) fn is_terminal() -> bool {
     std::io::stdout().is_terminal() && std::io::stderr().is_terminal()
 }
 
+/// How well the net does.
+pub(crate) struct Scores {
+    pub loss: f64,
+    pub accuracy: f64,
+}
+
+impl fmt::Display for Scores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Scores { loss, accuracy } = self;
+        // That of a run that diverges would be a long row of digits.
+        if *loss < 1e5 {
+            write!(f, "loss {loss:.4}")?
+        } else {
+            write!(f, "loss {loss:.3e}")?
+        }
+        write!(f, "  accuracy {accuracy:.4}")
+    }
+}
+
 /// Averages over the samples since some moment, from all ranks; shares are of rank 0's training time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rates {
@@ -37,9 +56,8 @@ pub(super) struct Rates {
 
 impl fmt::Display for Rates {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Rates { loss, accuracy, samples_per_second, .. } = self;
-        let speed = HumanCount(*samples_per_second as u64);
-        write!(f, "loss {loss:.4}  accuracy {accuracy:.4}  {speed} samples/s")?;
+        let Rates { loss, accuracy, samples_per_second, .. } = *self;
+        write!(f, "{}  {} samples/s", Scores { loss, accuracy }, HumanCount(samples_per_second as u64))?;
         let percent = |share: f64| (100.0 * share).round();
         let [communication, waiting, data] = [self.communication, self.waiting, self.data].map(percent);
         write!(f, "  comm {communication} %  wait {waiting} %  data {data} %")

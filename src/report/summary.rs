@@ -1,7 +1,7 @@
 //! `summary.json`: how a run ended, in one object.
 
 use super::budget::{Category, Merged};
-use super::{Evaluation, Report};
+use super::{Evaluation, Report, Scores};
 use crate::atomic_file;
 use crate::error::{Context, Kind, Result};
 use indicatif::HumanCount;
@@ -120,7 +120,7 @@ impl fmt::Display for Summary {
         ];
         for (set, loss, accuracy) in sets {
             if let (Some(loss), Some(accuracy)) = (loss, accuracy) {
-                writeln!(f, "{set:<10}  loss {loss:.4}  accuracy {accuracy:.4}")?;
+                writeln!(f, "{set:<10}  {}", Scores { loss, accuracy })?;
             }
         }
         let speed = HumanCount(self.samples_per_second as u64);

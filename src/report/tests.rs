@@ -114,3 +114,11 @@ fn a_resumed_run_goes_on_in_the_same_file() {
     let steps: Vec<_> = records(folder.path()).iter().map(|r| r["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [2, 4, 6, 8]);
 }
+
+#[test]
+fn scores_stay_short_where_a_run_diverges() {
+    let shown = |loss| Scores { loss, accuracy: 0.25 }.to_string();
+    assert_eq!(shown(0.123_46), "loss 0.1235  accuracy 0.2500");
+    assert_eq!(shown(5.583e25), "loss 5.583e25  accuracy 0.2500");
+    assert_eq!(shown(f64::NAN), "loss NaN  accuracy 0.2500");
+}

@@ -92,13 +92,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
 }
 
 fn print(evaluation: &Evaluation) {
-    report::print(format_args!(
-        "{:?}: loss {:.4}  accuracy {:.4}  ({} samples)",
-        evaluation.set,
-        evaluation.loss(),
-        evaluation.accuracy(),
-        evaluation.samples
-    ));
+    report::print(format_args!("{:?}: {}  ({} samples)", evaluation.set, evaluation.scores(), evaluation.samples));
 }
 
 /// Meets the other ranks, watches them while `work` runs on this rank's thread pool, and takes leave of them.
