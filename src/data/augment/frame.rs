@@ -73,7 +73,8 @@ impl Framing {
             Crop::Centre => 0,
         };
         let mut offset = |scaled: usize, size: usize| {
-            let play = (scaled + 2 * padding).saturating_sub(size);
+            // Beyond that no draw reaches: an image a million times as wide as it is high.
+            let play = (scaled + 2 * padding).saturating_sub(size).min(u32::MAX as usize - 1);
             match self.crop {
                 Crop::Random { .. } => i64::from(rng.below(play as u32 + 1)) - padding as i64,
                 Crop::Centre => i64::from(rng.below(1)) + play as i64 / 2,

@@ -14,9 +14,11 @@ use crate::config::raw::ImageFolder;
 use crate::data::encoded::EncodedImages;
 use crate::data::files;
 use crate::error::{Context, Error, Kind, Result};
+use rustix::fs::OFlags;
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 const LABELS: &str = "labels.csv";
@@ -45,37 +47,74 @@ struct Labelled {
     path: PathBuf,
 }
 
+/// How a folder says which images are of which class.
+enum Form {
+    Parts { train: String, test: Option<String> },
+    Table(PathBuf),
+    Classes,
+    Prefixes,
+}
+
+impl Form {
+    /// The one that the configuration asks for, else the first that fits.
+    fn of(folder: &ImageFolder, listing: &[String]) -> Result<Form> {
+        let root = &folder.path;
+        if let Some(labels) = &folder.labels {
+            return match folder.train_folder.is_some() || folder.test_folder.is_some() {
+                true => Err(Error::usage("give data.labels, or data.train_folder and data.test_folder: not both")),
+                false => Ok(Form::Table(root.join(labels))),
+            };
+        }
+        let given_or_found = |given: &Option<String>, usual: &[&str]| {
+            let found = || usual.iter().find(|name| root.join(name).is_dir()).map(|name| name.to_string());
+            given.clone().or_else(found)
+        };
+        if let Some(train) = given_or_found(&folder.train_folder, &["train"]) {
+            return Ok(Form::Parts { train, test: given_or_found(&folder.test_folder, &["val", "test"]) });
+        }
+        if folder.test_folder.is_some() {
+            return Err(Error::usage(format!(
+                "data.test_folder is given and {} has no folder `train`; give data.train_folder too",
+                root.display()
+            )));
+        }
+        if listing.iter().any(|name| name == LABELS) {
+            return Ok(Form::Table(root.join(LABELS)));
+        }
+        let images = listing.iter().filter(|name| is_image(Path::new(name))).count();
+        if images == 0 {
+            return Ok(Form::Classes);
+        }
+        for name in listing.iter().filter(|name| !hidden(name) && root.join(name).is_dir()) {
+            let mut within = Vec::new();
+            collect(root, Path::new(name), DEPTH, &mut within)?;
+            if !within.is_empty() {
+                let root = root.display();
+                tracing::warn!("{root}: its folders are the classes; {images} images beside them are left aside");
+                return Ok(Form::Classes);
+            }
+        }
+        Ok(Form::Prefixes)
+    }
+}
+
 /// Lists the files of `[data] path`. None of them is opened, so a file may still turn out to be no image.
 pub fn find(folder: &ImageFolder, max_bytes: u64) -> Result<Found> {
     let root = &folder.path;
     let listing = files::list(root)?;
-    let given_or_found = |given: &Option<String>, usual: &[&str]| {
-        let found = || usual.iter().find(|name| root.join(name).is_dir()).map(|name| name.to_string());
-        given.clone().or_else(found)
-    };
-    let train = given_or_found(&folder.train_folder, &["train"]);
-    let test = given_or_found(&folder.test_folder, &["val", "test"]);
     let new = |(classes, files)| FolderImages { root: root.clone(), classes, files, most: max_bytes.saturating_add(1) };
-    if let Some(train) = train {
-        let (classes, files) = class_folders(root, Path::new(&train))?;
-        let Some(test) = test else { return Ok(Found::Whole(new((classes, files)))) };
-        let tested = with_labels_of(&classes, class_folders(root, Path::new(&test))?, &root.join(test))?;
-        return Ok(Found::Parts { train: new((classes.clone(), files)), test: new((classes, tested)) });
-    }
-    if folder.test_folder.is_some() {
-        return Err(Error::usage(format!(
-            "data.test_folder is given and {} has no folder `train`; give data.train_folder too",
-            root.display()
-        )));
-    }
-    if let Some(labels) = folder.labels.clone().or_else(|| listing.contains(&LABELS.to_owned()).then(|| LABELS.into()))
-    {
-        return Ok(Found::Whole(new(listed(&root.join(labels))?)));
-    }
-    if listing.iter().any(|name| is_image(Path::new(name))) {
-        return Ok(Found::Whole(new(prefixed(root, &listing)?)));
-    }
-    Ok(Found::Whole(new(class_folders(root, Path::new(""))?)))
+    let whole = match Form::of(folder, &listing)? {
+        Form::Parts { train, test: Some(test) } => {
+            let (classes, files) = class_folders(root, Path::new(&train))?;
+            let tested = with_labels_of(&classes, class_folders(root, Path::new(&test))?, &root.join(test))?;
+            return Ok(Found::Parts { train: new((classes.clone(), files)), test: new((classes, tested)) });
+        }
+        Form::Parts { train, test: None } => class_folders(root, Path::new(&train))?,
+        Form::Table(table) => listed(&table)?,
+        Form::Classes => class_folders(root, Path::new(""))?,
+        Form::Prefixes => prefixed(root, &listing)?,
+    };
+    Ok(Found::Whole(new(whole)))
 }
 
 /// Names of the classes, and the files.
@@ -86,7 +125,13 @@ fn class_folders(root: &Path, part: &Path) -> Result<Listing> {
     let folder = root.join(part);
     let names = files::list(&folder)?;
     let (mut classes, mut files, mut others) = (Vec::new(), Vec::new(), 0);
-    for name in names.iter().filter(|name| !name.starts_with('.') && folder.join(name).is_dir()) {
+    for name in names.iter().filter(|name| !hidden(name)) {
+        if name.contains(char::REPLACEMENT_CHARACTER) {
+            return Err(Error::data(format!("{}: `{name}` is not named in UTF-8; rename it", folder.display())));
+        }
+        if !folder.join(name).is_dir() {
+            continue;
+        }
         let mut paths = Vec::new();
         others += collect(root, &part.join(name), DEPTH, &mut paths)?;
         if !paths.is_empty() {
@@ -118,12 +163,17 @@ fn collect(root: &Path, below: &Path, depth: usize, paths: &mut Vec<PathBuf>) ->
     for entry in fs::read_dir(&folder).or_kind(Kind::Data, doing())? {
         let entry = entry.or_kind(Kind::Data, doing())?;
         let path = below.join(entry.file_name());
-        if entry.file_type().or_kind(Kind::Data, doing())?.is_dir() {
+        let mut kind = entry.file_type().or_kind(Kind::Data, doing())?;
+        if kind.is_symlink() {
+            let target = || format!("following the link {}", root.join(&path).display());
+            kind = fs::metadata(root.join(&path)).or_kind(Kind::Data, target())?.file_type();
+        }
+        if kind.is_dir() {
             if depth == 0 {
-                return Err(Error::data(format!("{} is nested too deep", folder.display())));
+                return Err(Error::data(format!("{} is nested too deep, or in itself by a link", folder.display())));
             }
             others += collect(root, &path, depth - 1, paths)?;
-        } else if is_image(&path) {
+        } else if kind.is_file() && is_image(&path) {
             paths.push(path);
         } else {
             others += 1;
@@ -132,10 +182,14 @@ fn collect(root: &Path, below: &Path, depth: usize, paths: &mut Vec<PathBuf>) ->
     Ok(others)
 }
 
+fn hidden(name: &str) -> bool {
+    name.starts_with('.')
+}
+
 fn is_image(path: &Path) -> bool {
-    let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-    !hidden && ["jpg", "jpeg", "png"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+    !hidden(&name) && ["jpg", "jpeg", "png"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
 /// The test files with the numbers that their classes have in training.
@@ -174,6 +228,10 @@ fn listed(table: &Path) -> Result<Listing> {
     let mut lines = Vec::new();
     for record in reader.records() {
         let record = record.or_kind(Kind::Data, doing())?;
+        if record[file].is_empty() || record[class].is_empty() {
+            let line = record.position().map_or(0, |position| position.line());
+            return Err(Error::data(format!("{}, line {line}: it names no file or no class", table.display())));
+        }
         lines.push((record[class].to_owned(), PathBuf::from(&record[file])));
     }
     match lines.is_empty() {
@@ -225,8 +283,14 @@ impl EncodedImages for FolderImages {
     fn read(&self, index: usize, bytes: &mut Vec<u8>) -> Result<()> {
         bytes.clear();
         let path = self.path(index);
-        let read = File::open(&path).and_then(|file| file.take(self.most).read_to_end(bytes));
-        read.map(|_| ()).or_kind(Kind::Data, format_args!("reading {}", path.display()))
+        let doing = || format!("reading {}", path.display());
+        // Opening a pipe would wait for who writes into it; a file does not know this flag.
+        let no_wait = OFlags::NONBLOCK.bits() as i32;
+        let file = OpenOptions::new().read(true).custom_flags(no_wait).open(&path).or_kind(Kind::Data, doing())?;
+        if !file.metadata().or_kind(Kind::Data, doing())?.is_file() {
+            return Err(Error::data(format!("{} is no file", path.display())));
+        }
+        file.take(self.most).read_to_end(bytes).map(|_| ()).or_kind(Kind::Data, doing())
     }
     fn name(&self, index: usize) -> String {
         self.path(index).display().to_string()

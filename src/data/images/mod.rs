@@ -74,11 +74,16 @@ impl Images {
     }
 
     fn decode(&self, image: &mut Image) -> Result<(), String> {
-        let (bytes, most) = (image.encoded.len(), self.max_bytes);
-        if bytes as u64 > most {
-            return Err(format!("it has more than the {most} bytes that data.max_image_bytes allows"));
-        }
+        self.check_length(&image.encoded)?;
         decode::decode(image, self.channels, self.max_pixels)
+    }
+
+    fn check_length(&self, encoded: &[u8]) -> Result<(), String> {
+        let most = self.max_bytes;
+        match encoded.len() as u64 > most {
+            true => Err(format!("it has more than the {most} bytes that data.max_image_bytes allows")),
+            false => Ok(()),
+        }
     }
 }
 
@@ -109,7 +114,9 @@ impl Dataset for Images {
         }
     }
     fn read_encoded(&self, index: usize, bytes: &mut Vec<u8>) -> Result<bool> {
-        self.source.read(index, bytes).map(|()| true)
+        self.source.read(index, bytes)?;
+        let named = |reason| Error::data(format!("{}: {reason}", self.source.name(index)));
+        self.check_length(bytes).map_err(named).map(|()| true)
     }
     fn class_names(&self) -> Vec<String> {
         self.source.classes().to_vec()

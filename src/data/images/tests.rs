@@ -73,8 +73,10 @@ fn a_damaged_image_ends_the_run_or_is_said_to_be_damaged() {
     assert!(matches!(set.read(1, &mut image), Ok(Reading::Whole)));
 
     let shared = DataShared { max_image_bytes: 60, ..shared };
-    let Reading::Damaged(reason) = images(&shared, 3, 2).unwrap().read(1, &mut image).unwrap() else {
-        panic!("too long")
-    };
+    let limited = images(&shared, 3, 2).unwrap();
+    let Reading::Damaged(reason) = limited.read(1, &mut image).unwrap() else { panic!("too long") };
     assert!(reason.to_string().contains("more than the 60 bytes that data.max_image_bytes allows"), "{reason}");
+    // What is packed is the whole file or nothing.
+    let error = limited.read_encoded(1, &mut Vec::new()).unwrap_err().to_string();
+    assert!(error.starts_with("file 1: it has more than the 60 bytes"), "{error}");
 }

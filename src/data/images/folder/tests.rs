@@ -1,5 +1,7 @@
 use super::*;
 use crate::data::files::tests::message;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
 use tempfile::TempDir;
 
 fn folder(files: &[&str]) -> TempDir {
@@ -83,6 +85,54 @@ fn a_folder_without_a_test_part_is_one_set_in_each_of_its_forms() {
     assert_eq!(told(&whole(&ImageFolder { labels: Some("other.csv".into()), ..section(&table) })), expected);
 }
 
+/// A stray picture does not hide the class folders, a stray folder without pictures does not hide the files.
+#[test]
+fn what_lies_beside_the_images_is_left_aside() {
+    let classes = folder(&["cover_page.png", "a/1.jpg", "b/2.jpg"]);
+    assert_eq!(told(&whole(&section(&classes))), (vec!["a", "b"], labelled(&[(0, "a/1.jpg"), (1, "b/2.jpg")])));
+
+    let named = folder(&["n01_a.JPEG", "docs/notes.txt"]);
+    assert_eq!(told(&whole(&section(&named))), (vec!["n01"], labelled(&[(0, "n01_a.JPEG")])));
+}
+
+#[test]
+fn links_are_followed_and_what_is_no_file_is_left_aside() {
+    let elsewhere = folder(&["more/2.jpg"]);
+    let images = folder(&["a/1.jpg"]);
+    let class = images.path().join("a");
+    symlink(elsewhere.path().join("more"), class.join("more")).unwrap();
+    let pipe = class.join("pipe.jpg");
+    mkfifo(&pipe);
+    let found = whole(&section(&images));
+    let contents = ["1.jpg", "more/2.jpg"].map(|name| class.join(name).metadata().unwrap().len());
+    assert_eq!((found.len(), contents), (2, [7, 10]));
+    assert_eq!(told(&found).1, labelled(&[(0, "a/1.jpg"), (0, "more/2.jpg")]));
+
+    // Named in a table, it is an error, not a wait for who writes into it.
+    fs::write(images.path().join("labels.csv"), "file,class\na/pipe.jpg,x\n").unwrap();
+    let listed = whole(&section(&images));
+    assert!(message(listed.read(0, &mut Vec::new())).contains("pipe.jpg is no file"));
+
+    symlink(&class, class.join("itself")).unwrap();
+    fs::remove_file(images.path().join("labels.csv")).unwrap();
+    assert!(message(find(&section(&images), 1000)).contains("in itself by a link"));
+}
+
+fn mkfifo(path: &Path) {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+}
+
+#[test]
+fn a_table_that_is_asked_for_is_used() {
+    let folder = folder(&["train/a/1.jpg", "val/a/2.jpg", "x.jpg"]);
+    fs::write(folder.path().join("mine.csv"), "file,class\nx.jpg,red\n").unwrap();
+    let asked = ImageFolder { labels: Some("mine.csv".into()), ..section(&folder) };
+    assert_eq!(told(&whole(&asked)), (vec!["red"], labelled(&[(0, "x.jpg")])));
+    let both = ImageFolder { train_folder: Some("train".into()), ..asked };
+    assert!(find(&both, 1000).err().unwrap().to_string().contains("not both"));
+}
+
 #[test]
 fn folders_can_be_named() {
     let folder = folder(&["train/a/1.jpg", "mine/b/2.jpg", "other/b/3.jpg"]);
@@ -102,6 +152,10 @@ fn what_does_not_fit_is_explained() {
         error.contains("val has the class `b`, of which there is no training image; the training classes are a"),
         "{error}"
     );
+    let odd = folder(&["a/1.jpg"]);
+    let name = std::ffi::OsStr::from_bytes(b"caf\xe9");
+    fs::create_dir(odd.path().join(name)).unwrap();
+    assert!(message(find(&section(&odd), 1000)).contains("is not named in UTF-8"));
     let mut missing = section(&folder(&[]));
     missing.path = missing.path.join("not/there");
     assert!(message(find(&missing, 1000)).contains("opening the folder"));
@@ -110,6 +164,7 @@ fn what_does_not_fit_is_explained() {
         ("name,class\nx,1\n", "there is no column `file`; expected a first line `file,class`, found `name,class`"),
         ("file,class\n", "there is no line below"),
         ("file,class\na.jpg\n", "reading "),
+        ("file,class\na.jpg,x\na.jpg,\n", "line 3: it names no file or no class"),
     ] {
         let table = folder(&["a.jpg"]);
         fs::write(table.path().join("labels.csv"), text).unwrap();
