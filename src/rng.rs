@@ -213,6 +213,16 @@ mod tests {
     }
 
     #[test]
+    fn filling_a_range_gives_the_values_of_single_draws() {
+        for len in [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 7] {
+            let mut one = Rng::new(5, Purpose::Test, 3, 9);
+            let (mut other, mut values) = (one.clone(), vec![f32::NAN; len]);
+            other.fill_range(-0.5, 2.0, &mut values);
+            assert_eq!(values, (0..len).map(|_| one.range(-0.5, 2.0)).collect::<Vec<_>>(), "{len}");
+        }
+    }
+
+    #[test]
     fn streams_differ_by_every_part_of_their_name_and_have_the_right_moments() {
         let first = |seed, purpose, epoch, index| Rng::new(seed, purpose, epoch, index).next_u32();
         let base = first(1, Purpose::Init, 0, 0);
@@ -224,7 +234,8 @@ mod tests {
         let mut rng = Rng::new(7, Purpose::Test, 0, 0);
         let one_by_one: Vec<f32> = (0..100_000).map(|_| rng.normal()).collect();
         let mut filled = vec![0.0; 100_000];
-        rng.fill_normal(1.0, &mut filled);
+        rng.fill_normal(0.25, &mut filled);
+        filled.iter_mut().for_each(|draw| *draw *= 4.0);
         for draws in [one_by_one, filled] {
             // Expectations of a standard normal's powers; neighbours, and a block's halves, have nothing to do with each other.
             let mean = |f: &dyn Fn(usize) -> f32| (0..99_000).map(|i| f64::from(f(i))).sum::<f64>() / 99_000.0;

@@ -1,6 +1,8 @@
 //! `trainer bench-step`: where the time of a training step goes, by layer and phase.
 
 mod cost;
+#[cfg(test)]
+mod tests;
 
 use crate::model::precision::Precision;
 use crate::train::bench::Measured;

@@ -275,4 +275,29 @@ mod tests {
         spec.to_canonical(&arena, &mut back);
         assert_eq!(back, canonical);
     }
+
+    #[test]
+    fn initial_values_are_drawn_from_the_tensors_own_stream_in_canonical_order() {
+        let spec =
+            |layout, init| ParamSpec { name: "weight", shape: vec![5, 3, 4, 2], layout, init, role: Role::Trainable };
+        for number in [0, 4] {
+            let drawn = |fill: fn(&mut Rng, &mut [f32])| {
+                let mut values = vec![f32::NAN; 120];
+                fill(&mut Rng::new(9, Purpose::Init, number, 0), &mut values);
+                values
+            };
+            for (init, canonical) in [
+                (Init::Constant(0.5), vec![0.5; 120]),
+                (Init::Normal { std: 0.25 }, drawn(|rng, values| rng.fill_normal(0.25, values))),
+                (Init::Uniform { bound: 0.5 }, drawn(|rng, values| rng.fill_range(-0.5, 0.5, values))),
+            ] {
+                for layout in [Layout::Canonical, Layout::Hwio] {
+                    let (mut arena, mut found) = (vec![f32::NAN; 120], vec![f32::NAN; 120]);
+                    spec(layout, init).initialise(9, number, &mut arena);
+                    spec(layout, init).to_canonical(&arena, &mut found);
+                    assert_eq!(found, canonical, "{init:?} {layout:?} of tensor {number}");
+                }
+            }
+        }
+    }
 }

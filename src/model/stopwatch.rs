@@ -51,3 +51,22 @@ pub(super) enum Part {
     Backward,
     WeightsAlone,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_micro_batches_add_up_each_in_its_part() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let mut stopwatch = Stopwatch::new(3);
+        for (layer, part) in [(0, Part::WeightsAlone), (1, Part::Forward), (1, Part::Forward), (2, Part::Backward)] {
+            stopwatch.add(layer, part, Instant::now() - SECOND);
+        }
+        let [alone, forward, backward] = stopwatch.take()[..] else { panic!("three layers") };
+        let none = LayerTime::default();
+        assert!(alone.weights_alone >= SECOND && alone == LayerTime { weights_alone: alone.weights_alone, ..none });
+        assert!(forward.forward >= 2 * SECOND && forward == LayerTime { forward: forward.forward, ..none });
+        assert!(backward.backward >= SECOND && backward == LayerTime { backward: backward.backward, ..none });
+    }
+}

@@ -61,3 +61,37 @@ impl Weights {
         unsafe { self.bf16.slice_mut(Precision::Bf16.bytes_of(&elements)) }.into_bf16()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    /// Values that bf16 does not hold, more than a thread rounds at once.
+    #[test]
+    fn the_copy_follows_where_parameters_are_written_and_nowhere_else() {
+        let len = 10_007;
+        let weights = Weights::new(len, Precision::Bf16, Arena::host).unwrap();
+        let values: Vec<f32> = (0..len).map(|i| i as f32 * 0.37 - 1000.0).collect();
+        // SAFETY: there is no other thread.
+        unsafe { weights.f32.slice_mut(0..weights.f32.bytes()) }.into_f32().copy_from_slice(&values);
+        for (range, in_one_piece) in
+            [(3..3, true), (5..46, true), (9000..len, true), (40..8999, false), (0..len, false)]
+        {
+            // SAFETY: as above.
+            unsafe {
+                weights.bf16.slice_mut(0..weights.bf16.bytes()).into_bf16().fill(bf16::NAN);
+                match in_one_piece {
+                    true => weights.round(range.start, &values[range.clone()]),
+                    false => weights.round_all(range.clone()),
+                }
+            }
+            // SAFETY: as above.
+            let copy = unsafe { weights.bf16.slice(0..weights.bf16.bytes()) }.bf16();
+            for (i, (found, value)) in copy.iter().zip(&values).enumerate() {
+                let right = if range.contains(&i) { *found == bf16::from_f32(*value) } else { found.is_nan() };
+                assert!(right, "{i} of {range:?}: {found}");
+            }
+        }
+    }
+}

@@ -172,3 +172,16 @@ fn median(times: impl Iterator<Item = Duration>) -> Duration {
     times.sort();
     times[times.len() / 2]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_lies_in_the_middle() {
+        let median_of = |times: &[u64]| median(times.iter().map(|&time| Duration::from_millis(time)));
+        assert_eq!(median_of(&[7]), Duration::from_millis(7));
+        assert_eq!(median_of(&[9, 1, 5]), Duration::from_millis(5));
+        assert_eq!(median_of(&[4, 1, 9, 5]), Duration::from_millis(5));
+    }
+}

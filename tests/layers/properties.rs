@@ -71,6 +71,23 @@ fn a_batch_of_one_value_normalizes_to_the_bias() {
     assert_eq!(grads.inputs[0], [0.0, 0.0]);
 }
 
+/// As in PyTorch. Behind a ReLU without a mask, windows of zeros are common.
+#[test]
+fn of_equal_values_the_first_has_the_gradient() {
+    let image = Shape::new(4, 6, 25);
+    let mut subject = section("max_pool", "size = 2", &[image]).build(1);
+    let x = vec![vec![0.5; image.len()]];
+    let y = subject.forward(&training(1), &x, &[]);
+    let dy = values(y.len(), 9);
+    let found = &subject.backward(&training(1), &x, &y, &dy, &[]).inputs[0];
+    for (at, found) in found.iter().enumerate() {
+        let (h, w, channel) = (at / (6 * 25), at / 25 % 6, at % 25);
+        let first = h % 2 == 0 && w % 2 == 0;
+        let expected = if first { dy[(h / 2 * 3 + w / 2) * 25 + channel] } else { 0.0 };
+        assert_eq!(*found, expected, "channel {channel} of ({h}, {w})");
+    }
+}
+
 #[test]
 fn broken_values_are_passed_on() {
     let image = Shape::new(3, 3, 17);

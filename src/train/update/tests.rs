@@ -121,6 +121,7 @@ impl World {
         let options = Options { batch: 1, place: Place::Host, threads: 1, seed: 3, precision, training: true };
         let mut net = Net::with_weights(spec, &options, weights.clone()).unwrap();
         comm.barrier().unwrap();
+        assert_rounded(&net, &weights);
         let mut updater =
             Updater::new(&config.optimizer, net.table(), self.bucket_bytes, weights.clone(), &mut *comm).unwrap();
         if steps.start > 0 {
@@ -152,14 +153,19 @@ impl World {
         let tensors = reducer.with(|comm, updater| updater.export(&net, comm)).unwrap();
         assert_eq!(tensors.is_empty(), rank > 0);
         let params = net.params().to_vec();
-        // SAFETY: between steps nobody writes.
-        let rounded = unsafe { weights.bf16.slice(0..weights.bf16.bytes()) }.bf16();
-        let stale = params.iter().zip(rounded).position(|(param, rounded)| bf16::from_f32(*param) != *rounded);
-        assert_eq!((rounded.len(), stale), (len, None), "the copy in bf16");
+        assert_rounded(&net, &weights);
         // As long as a rank reads the one copy, none may be off to change it.
         reducer.with(|comm, _| comm.barrier()).unwrap();
         (params, tensors)
     }
+}
+
+/// The copy in bf16 is that of all parameters.
+fn assert_rounded(net: &Net, weights: &Weights) {
+    // SAFETY: between steps nobody writes.
+    let rounded = unsafe { weights.bf16.slice(0..weights.bf16.bytes()) }.bf16();
+    let stale = net.params().iter().zip(rounded).position(|(param, rounded)| bf16::from_f32(*param) != *rounded);
+    assert_eq!((rounded.len(), stale), (net.params().len(), None), "the copy in bf16");
 }
 
 fn tree_of(size: usize, step: u64, index: usize, terms: Terms) -> f32 {

@@ -90,6 +90,7 @@ fn blocks_of_rows_and_of_sums_join() {
     check(MC + 7, 33, 2 * KC + 1, (2 * KC + 1, 1), (33, 1), Store { accumulate: false, relu: true }, true);
     check(2 * MC, 9, KC + 5, (KC + 5, 1), (9, 1), Store { accumulate: true, relu: false }, false);
     check(13, 257, KC, (KC, 1), (257, 1), Store::default(), true);
+    check(13, 75, 2 * KC + 1, (2 * KC + 1, 1), (75, 1), Store { accumulate: false, relu: true }, false);
 }
 
 #[test]

@@ -211,11 +211,31 @@ fn all_three_products_equal_the_definition() {
 
 #[test]
 fn blocks_of_a_part_add_up() {
-    // An image fills a block, and 35 images are more than there are parts.
-    let case = case((96, 96, 4), "filters = 2\nkernel = 1");
-    let values = case.values(35);
-    let found = case.run(&values, 35, 35, 2);
-    let [_, _, dweight, dbias] = case.reference(&values, 35);
+    // 35 images are more than there are parts, and a block holds one of the first kind, two of the second.
+    for case in [
+        case((96, 96, 4), "filters = 2\nkernel = 1"),
+        case((8, 8, 120), "filters = 120\nkernel = 3\npadding = 1\ngroups = 120"),
+    ] {
+        let values = case.values(35);
+        let found = case.run(&values, 35, 35, 2);
+        let [y, dx, dweight, dbias] = case.reference(&values, 35);
+        assert_close("y", &case, &found.y, &y);
+        assert_close("dx", &case, &found.dx, &dx);
+        assert_close("dweight", &case, &found.dweight, &dweight);
+        assert_close("dbias", &case, &found.dbias, &dbias);
+    }
+}
+
+#[test]
+fn chunks_of_transformed_tiles_add_up() {
+    // A tile an image, and more of them than a chunk holds. The backward of tanh must go over each value once.
+    let keys = "filters = 16\nkernel = 3\npadding = 1\nactivation = \"tanh\"\nalgorithm = \"winograd\"";
+    let case = case((1, 2, 16), keys);
+    let values = case.values(2500);
+    let found = case.run(&values, 2500, 2500, 2);
+    let [y, dx, dweight, dbias] = case.reference(&values, 2500);
+    assert_close("y", &case, &found.y, &y);
+    assert_close("dx", &case, &found.dx, &dx);
     assert_close("dweight", &case, &found.dweight, &dweight);
     assert_close("dbias", &case, &found.dbias, &dbias);
 }

@@ -75,3 +75,24 @@ fn mask_values(draws: &[u32], threshold: u32, scale: f32, from: &[f32], to: &mut
         *to = keep(draw & 0xFFFF, *from);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_has_half_a_draw_of_its_samples_stream() {
+        for (values, layer) in [(1, 0), (7, 3), (512, 1), (1301, 2)] {
+            let x: Vec<f32> = (1..=3 * values).map(|i| i as f32).collect();
+            let mut y = vec![f32::NAN; x.len()];
+            Dropout::new(Shape::vector(values), 0.25, 11, layer).mask(70, &x, &mut y);
+            for (sample, (x, y)) in x.chunks(values).zip(y.chunks(values)).enumerate() {
+                let mut rng = Rng::new(11, Purpose::Dropout, layer as u32, 70 + sample as u64);
+                let halves =
+                    std::iter::repeat_with(|| rng.next_u32()).flat_map(|draw| [draw as u16, (draw >> 16) as u16]);
+                let expected = x.iter().zip(halves).map(|(x, half)| if half < 0x4000 { 0.0 } else { x * (4.0 / 3.0) });
+                assert!(y.iter().copied().eq(expected), "sample {sample} of {values} values in layer {layer}");
+            }
+        }
+    }
+}

@@ -117,7 +117,7 @@ fn all_three_products_equal_the_definition() {
         check(batch, batch + 3, inputs, units, Activation::None);
     }
     // More than one block of the weight in backward-data.
-    check(5, 5, 391, 197, Activation::Relu);
+    check(5, 5, 197, 391, Activation::Relu);
 }
 
 #[test]

@@ -139,7 +139,7 @@ fn backward_block(
     let [squares, s, xs, dys, shares] = lines;
     // The block's neighbours have shares in its gradient: they need their own s, and it their neighbours.
     let near = dx.len() + 2 * r;
-    load(x, start, 2 * r, near, squares, |x| x * x);
+    load(x, start, 2 * r, dx.len(), squares, |x| x * x);
     add_neighbours(r, squares, s, near);
     load(x, start, r, dx.len(), xs, |x| x);
     load(dy, start, r, dx.len(), dys, |dy| dy);
@@ -189,5 +189,90 @@ fn add_neighbours(r: usize, values: &Line, sums: &mut Line, len: usize) {
 fn mask(x: &[f32], dx: &mut [f32]) {
     for (dx, x) in dx.iter_mut().zip(x) {
         *dx = if *x > 0.0 { *dx } else { 0.0 };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Slice, SliceMut};
+
+    const KEYS: Lrn = Lrn { depth_radius: 5, bias: 1.5, alpha: 0.2, beta: 0.75 };
+    const PIXELS: usize = 3;
+
+    /// y and dx of one pixel by the formulas, in f64.
+    fn definition(layer: &Cpu, x: &[f32], dy: &[f32]) -> [Vec<f64>; 2] {
+        let Lrn { depth_radius, bias, alpha, beta } = layer.keys;
+        let [bias, alpha, beta] = [bias, alpha, beta].map(f64::from);
+        let [x, dy] = [x, dy].map(|values| values.iter().map(|&value| f64::from(value)).collect::<Vec<_>>());
+        let sum = |i: usize, f: &dyn Fn(usize) -> f64| {
+            (i.saturating_sub(depth_radius)..x.len().min(i + depth_radius + 1)).map(f).sum::<f64>()
+        };
+        let s: Vec<f64> = (0..x.len()).map(|i| bias + alpha * sum(i, &|j| x[j] * x[j])).collect();
+        let gradient = |i: usize| {
+            let shares = sum(i, &|j| dy[j] * x[j] * s[j].powf(-beta - 1.0));
+            dy[i] * s[i].powf(-beta) - 2.0 * alpha * beta * x[i] * shares
+        };
+        let masked = |i: usize| layer.masks_input && x[i] <= 0.0;
+        [
+            (0..x.len()).map(|i| x[i] * s[i].powf(-beta)).collect(),
+            (0..x.len()).map(|i| if masked(i) { 0.0 } else { gradient(i) }).collect(),
+        ]
+    }
+
+    fn check(mut layer: Cpu) {
+        let values = |seed: usize| {
+            (0..PIXELS * layer.channels).map(|i| ((i * 37 + seed * 101) % 211) as f32 / 105.0 - 1.0).collect::<Vec<_>>()
+        };
+        let (x, mut dy) = (values(1), values(2));
+        let expected = x.chunks(layer.channels).zip(dy.chunks(layer.channels));
+        let expected: Vec<_> = expected.map(|(x, dy)| definition(&layer, x, dy)).collect();
+
+        let (mut y, mut dx) = (vec![f32::NAN; x.len()], vec![f32::NAN; x.len()]);
+        let pass = Pass { batch: PIXELS, training: true, first_sample: 0, share: 1.0 };
+        let forward = Forward {
+            inputs: &[x[..].into()],
+            output: (&mut y[..]).into(),
+            params: &[],
+            params_bf16: &[],
+            saved: SliceMut::empty(),
+            scratch: SliceMut::empty(),
+        };
+        layer.forward(&pass, forward).unwrap();
+        let backward = Backward {
+            inputs: &[x[..].into()],
+            output: Slice::empty(),
+            grad_output: (&mut dy[..]).into(),
+            grad_inputs: &mut [(&mut dx[..]).into()],
+            params: &[],
+            params_bf16: &[],
+            grad_params: &mut [],
+            saved: Slice::empty(),
+            scratch: SliceMut::empty(),
+        };
+        layer.backward(&pass, backward).unwrap();
+
+        let Cpu { keys, channels, masks_input } = layer;
+        for (number, (what, found)) in [("y", y), ("dx", dx)].into_iter().enumerate() {
+            let expected = expected.iter().flat_map(|pixel| &pixel[number]);
+            for (at, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+                assert!(
+                    (f64::from(found) - expected).abs() < 2e-6,
+                    "{what} of channel {} of {channels} is {found}, expected {expected}, for {keys:?}, masks {masks_input}",
+                    at % channels
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_of_channels_join() {
+        for channels in [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 13] {
+            for depth_radius in [0, 5, MAX_RADIUS] {
+                check(Cpu { keys: Lrn { depth_radius, ..KEYS }, channels, masks_input: false });
+            }
+            check(Cpu { keys: Lrn { beta: 0.6, ..KEYS }, channels, masks_input: false });
+            check(Cpu { keys: KEYS, channels, masks_input: true });
+        }
     }
 }
