@@ -119,6 +119,7 @@ mod tests {
     use crate::config::raw::{Data, DataShared, Format};
     use crate::data::{Reading, Target, open};
     use crate::model::Shape;
+    use std::ops::Range;
     use std::sync::Arc;
 
     fn open_format(format: Format) -> Sets {
@@ -141,6 +142,7 @@ mod tests {
 
     fn assert_same(a: &dyn Dataset, b: &dyn Dataset) {
         assert_eq!((a.len(), a.shape(), a.classes()), (b.len(), b.shape(), b.classes()));
+        assert_eq!(a.class_names(), b.class_names());
         let (mut left, mut right) = (Image::default(), Image::default());
         for index in 0..a.len() {
             a.read(index, &mut left).unwrap();
@@ -166,6 +168,11 @@ mod tests {
             let packed_again = reopen(folder.path());
             assert_same(&*sets.train, &*packed_again.train);
             assert_same(&*sets.test, &*packed_again.test);
+            if let Sharding::Files(_) = sharding {
+                let files = packed_again.train.layout().unwrap().files;
+                let [least, most] = [files.iter().map(Range::len).min(), files.iter().map(Range::len).max()];
+                assert!(most.unwrap() - least.unwrap() <= 1, "{files:?}");
+            }
 
             for (packed, part, files, counts) in [
                 (&packed[0], "train", files[0], (0..10).map(|class| 4 + usize::from(class < 7)).collect()),
@@ -197,6 +204,15 @@ mod tests {
         let before = inode();
         reopen(folder.path());
         assert_eq!(inode(), before);
+    }
+
+    #[test]
+    fn a_class_name_that_is_not_one_line_is_refused() {
+        assert_eq!(lines(&["cat".into(), "sea lion".into()]).unwrap(), "cat\nsea lion\n");
+        for name in ["", "a\nb", "a\rb", "behind "] {
+            let error = lines(&["cat".into(), name.into()]).unwrap_err().to_string();
+            assert!(error.contains(&format!("the class name {name:?} cannot stand in a line")), "{error}");
+        }
     }
 
     /// A set that cannot be read to its end.

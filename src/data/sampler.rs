@@ -149,6 +149,7 @@ mod tests {
     use crate::data::memory::InMemory;
     use crate::error::Result;
     use crate::model::Shape;
+    use std::collections::{BTreeSet, VecDeque};
 
     /// A set with these labels, in files of these sizes.
     struct Filed {
@@ -242,6 +243,30 @@ mod tests {
         assert!(first_files.len() >= 4, "{first_files:?}");
     }
 
+    /// Takes one of the `window` that are held at random; the first of them moves to its place, and the next comes in.
+    fn buffered(sequence: Vec<u32>, window: usize, mut rng: Rng) -> Vec<u32> {
+        let mut ahead = sequence.into_iter();
+        let mut buffer: VecDeque<u32> = ahead.by_ref().take(window).collect();
+        let mut order = Vec::new();
+        while !buffer.is_empty() {
+            let drawn = rng.below(buffer.len() as u32) as usize;
+            buffer.swap(0, drawn);
+            order.extend(buffer.pop_front());
+            buffer.extend(ahead.next());
+        }
+        order
+    }
+
+    #[test]
+    fn a_window_draws_as_a_shuffle_buffer_of_its_size_does() {
+        let sizes = [7, 0, 5, 11, 1];
+        for (number, window) in (0..).zip([1, 2, 3, 9, 22, 23]) {
+            let sequence = shuffled(&filed(&sizes, 1), 4, number);
+            let expected = buffered(sequence, window, Rng::new(4, Purpose::Shuffle, number, 0));
+            assert_eq!(shuffled(&filed(&sizes, window), 4, number), expected, "a window of {window}");
+        }
+    }
+
     /// An epoch is the same whether others came before it in the same sampler or not.
     #[test]
     fn an_epoch_does_not_depend_on_those_before() {
@@ -303,6 +328,18 @@ mod tests {
             draws.dedup();
             assert_eq!(draws.len(), 26, "two draws of one sample have different rounds");
         }
+    }
+
+    /// An epoch draws four of each class, so every third begins with a new order of the class of six.
+    #[test]
+    fn each_cycle_through_a_class_has_its_own_order() {
+        let set = labelled(2, &[0, 0, 0, 0, 0, 0, 1, 1]);
+        let first_four = |cycle: u32| {
+            let (order, _) = epoch(&set, raw::Sampler::Balanced, 9, 3 * cycle);
+            order.into_iter().filter(|&index| index < 6).collect::<BTreeSet<u32>>()
+        };
+        let seen: BTreeSet<BTreeSet<u32>> = (0..20).map(first_four).collect();
+        assert!(seen.len() > 5, "{} of the 15 ways", seen.len());
     }
 
     /// The classes must come mixed: over many epochs each position sees every class about as often.

@@ -51,16 +51,19 @@ mod tests {
 
     #[test]
     fn an_image_is_a_function_of_seed_part_and_index() {
-        let read = |set: &dyn Dataset, index| {
+        let read_over = |before: u8, set: &dyn Dataset, index| {
             let mut image = Image::default();
+            image.reshape(Shape::new(4, 5, 3)).fill(before);
             set.read(index, &mut image).unwrap();
             image.bytes().to_vec()
         };
+        let read = |set: &dyn Dataset, index| read_over(7, set, index);
         let shape = Shape::new(3, 5, 3);
         let sets = open([10, 4], 7, shape, 1);
         let image = read(&*sets.train, 8);
         assert_eq!((image.len(), sets.train.label(8), sets.test.len()), (shape.len(), 1, 4));
         assert_eq!(image, read(&*open([9, 1], 7, shape, 1).train, 8));
+        assert_eq!(image, read_over(8, &*sets.train, 8), "no byte is left from the image before");
         assert_ne!(image, read(&*sets.train, 1));
         assert_ne!(image, read(&*sets.test, 8));
         assert_ne!(image, read(&*open([10, 4], 7, shape, 2).train, 8));

@@ -197,6 +197,47 @@ fn all_draws_depend_on_seed_epoch_and_sample_alone() {
     }
 }
 
+/// As `drawn`, with a lighting: it comes last.
+#[test]
+fn window_flip_and_lighting_are_drawn_in_this_order() {
+    let steps = [Augment::Lighting { std: 0.1 }, HorizontalFlip {}, RandomCrop { padding: 3 }];
+    let shape = Shape::new(6, 4, 3);
+    let augmenter = native(&steps, &set(shape, 1)).unwrap();
+    for epoch in 0..20 {
+        let mut rng = Rng::new(SEED, Purpose::Augment, epoch, 4);
+        let _corner = [0; 2].map(|_| rng.below(7));
+        let mirrored = rng.below(2) == 1;
+        let lighting = [0; 3].map(|_| 0.1 * rng.normal());
+        let draw = augmenter.draw(shape, SEED, epoch, 4);
+        assert_eq!((draw.mirrored, draw.lighting), (mirrored, Some(lighting)), "epoch {epoch}");
+    }
+}
+
+/// A worker's buffers go from sample to sample; what was in them must not show.
+#[test]
+fn a_used_workspace_changes_nothing() {
+    let part = Augment::RandomResizedCrop { scale: [0.08, 1.0], ratio: [0.75, 1.33], filter: raw::Filter::Bilinear };
+    let augmenter = Augmenter::new(&[part, Augment::Lighting { std: 0.1 }], &Sizes, Shape::new(6, 6, 3)).unwrap();
+    let (mut image, mut workspace) = (Image::default(), Workspace::default());
+    for (epoch, index) in (0..4).flat_map(|epoch| [2, 0, 1].map(|index| (epoch, index))) {
+        Sizes.read(index as usize, &mut image).unwrap();
+        let mut out = vec![f32::NAN; augmenter.output().len()];
+        augmenter.apply(&image, &mut workspace, &mut out, (SEED, epoch, index.into())).unwrap();
+        assert_eq!(out, applied(&augmenter, &image, epoch, index), "epoch {epoch}, image {index}");
+    }
+}
+
+#[test]
+fn images_are_resized_by_the_filter_that_is_asked_for() {
+    let (mut image, input) = (Image::default(), Shape::new(6, 6, 3));
+    Sizes.read(2, &mut image).unwrap();
+    let resize = |filter| Augment::Resize { shorter: 7, filter };
+    let part = |filter| Augment::RandomResizedCrop { scale: [0.5, 1.0], ratio: [0.75, 1.33], filter };
+    let out = |step| applied(&Augmenter::new(&[step], &Sizes, input).unwrap(), &image, 0, 2);
+    assert_ne!(out(resize(raw::Filter::Bilinear)), out(resize(raw::Filter::Lanczos3)));
+    assert_ne!(out(part(raw::Filter::Bilinear)), out(part(raw::Filter::Lanczos3)));
+}
+
 /// The shift of a channel is the same for all of its pixels; over many draws its covariance is that of ImageNet's colours,
 /// times the variance of the multiples.
 #[test]
@@ -263,6 +304,10 @@ fn given_statistics_are_used_and_steps_that_contradict_each_other_are_refused() 
         ),
         (vec![given(&[0.5], &[0.5])], "1 means and 1 standard deviations; model.input has 3 channels"),
         (vec![NORMALIZE, Augment::Lighting { std: 0.1 }], "comes first"),
+        (
+            vec![Augment::Normalize { statistics: raw::Statistics::TrainingSet, mean: Some(vec![0.5; 3]), std: None }],
+            "give both or neither",
+        ),
     ] {
         let error = check(&steps, None, input).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
@@ -270,6 +315,14 @@ fn given_statistics_are_used_and_steps_that_contradict_each_other_are_refused() 
     let small = Some(Shape::new(4, 4, 3));
     assert!(check(&[], small, input).unwrap_err().to_string().contains("write input = [4, 4, 3], or add a resize"));
     check(&[resize(8)], small, input).unwrap();
+    for (step, shape, input, expected) in [
+        (resize(8), None, Shape::new(6, 9, 3), "no 6x9 can be cut; use at least 9"),
+        (Augment::Lighting { std: 0.1 }, None, Shape::new(8, 8, 1), "lighting, which is of colours"),
+        (resize(8), Some(Shape::new(4, 4, 5)), Shape::new(8, 8, 5), "resizes images of 5 channels; at most 4 can be"),
+    ] {
+        let error = check(&[step], shape, input).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
     check(&[], None, input).unwrap();
     assert!(check(&[resize(8)], Some(Shape::new(4, 4, 1)), input).unwrap_err().to_string().contains("write input"));
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::data::class_counts;
 use crate::error::Kind;
 
 /// Files of an eight-pixel PNG each, but for number 2, which ends early.
@@ -72,6 +73,8 @@ fn a_damaged_image_ends_the_run_or_is_said_to_be_damaged() {
     assert!(reason.to_string().starts_with("file 2: not a whole PNG: "), "{reason}");
     assert!(matches!(set.read(1, &mut image), Ok(Reading::Whole)));
 
+    let shared = DataShared { max_image_bytes: picture(1).len() as u64, ..shared };
+    assert!(matches!(images(&shared, 3, 2).unwrap().read(1, &mut image), Ok(Reading::Whole)), "just short enough");
     let shared = DataShared { max_image_bytes: 60, ..shared };
     let limited = images(&shared, 3, 2).unwrap();
     let Reading::Damaged(reason) = limited.read(1, &mut image).unwrap() else { panic!("too long") };
@@ -79,4 +82,34 @@ fn a_damaged_image_ends_the_run_or_is_said_to_be_damaged() {
     // What is packed is the whole file or nothing.
     let error = limited.read_encoded(1, &mut Vec::new()).unwrap_err().to_string();
     assert!(error.starts_with("file 1: it has more than the 60 bytes"), "{error}");
+}
+
+/// Of two classes of ten images, a test set has its share of each, the training set the others.
+#[test]
+fn a_folder_without_a_test_part_is_split() {
+    let folder = tempfile::tempdir().unwrap();
+    for (index, class) in (0..20).map(|index| (index, ["a", "b"][index % 2])) {
+        let class = folder.path().join(class);
+        std::fs::create_dir_all(&class).unwrap();
+        std::fs::write(class.join(format!("{index}.png")), picture(index)).unwrap();
+    }
+    let opened = |test: f64| {
+        let section: ImageFolder = toml::from_str(&format!("path = {:?}\ntest = {test}", folder.path())).unwrap();
+        open(&section, &DataShared::default(), Target { input: Shape::new(2, 4, 1), outputs: 2 }, 3).unwrap()
+    };
+    let Sets { train, test } = opened(0.2);
+    assert_eq!((class_counts(&*train), class_counts(&*test)), (vec![8; 2], vec![2; 2]));
+    let mut image = Image::default();
+    let mut first_bytes = Vec::new();
+    for (set, index) in [&train, &test].into_iter().flat_map(|set| (0..set.len()).map(move |index| (set, index))) {
+        set.read(index, &mut image).unwrap();
+        first_bytes.push(image.bytes()[0]);
+    }
+    let mut expected: Vec<u8> = (0..20usize).map(|index| (index * 50) as u8).collect();
+    first_bytes.sort();
+    expected.sort();
+    assert_eq!(first_bytes, expected, "every image is in one of them");
+
+    let Sets { train, test } = opened(0.01);
+    assert_eq!((train.len(), test.len()), (20, 20), "no image falls to the test set, so both are all");
 }

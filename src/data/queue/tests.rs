@@ -157,7 +157,8 @@ fn a_position_at_the_end_of_an_epoch_goes_on_with_the_next_and_one_beyond_is_ref
 fn evaluation_reads_every_sample_once_in_order_without_augmentation() {
     let mut indices = Vec::new();
     for rank in 0..3 {
-        for (_, part, labels, images) in collect(DataQueue::eval(slow(50), loader(3, 2), 8, rank, 3).unwrap()) {
+        for (place, part, labels, images) in collect(DataQueue::eval(slow(50), loader(3, 2), 8, rank, 3).unwrap()) {
+            assert_eq!(place[3..], [part[0] as usize, part.len()]);
             assert!(part.len() <= 8 && labels.len() == part.len());
             for (&index, image) in part.iter().zip(images.chunks_exact(SHAPE.len())) {
                 let plain: Vec<f32> = (0..SHAPE.len()).map(|at| f32::from(byte(index as usize, at)) / 255.0).collect();
@@ -201,6 +202,19 @@ fn workers_never_run_ahead_of_the_bound_and_buffers_go_round() {
         assert!(set.reads.load(Relaxed) <= (taken + prefetch) * 8);
     }
     assert!(buffers.len() <= prefetch + 1, "{} buffers", buffers.len());
+}
+
+#[test]
+fn workers_prepare_as_many_batches_ahead_as_they_may() {
+    let (prefetch, set) = (5, slow(400));
+    let queue =
+        DataQueue::train(set.clone(), loader(1, prefetch), batching(8, None, 0, 1), Position::default(), 1).unwrap();
+    let start = std::time::Instant::now();
+    while set.reads.load(Relaxed) < prefetch * 8 {
+        assert!(start.elapsed() < Duration::from_secs(60), "{} samples were read", set.reads.load(Relaxed));
+        std::thread::yield_now();
+    }
+    drop(queue);
 }
 
 /// Full, empty, in the middle of a read, ended: dropping returns. A hang here is what the test runner's limit catches.
@@ -316,49 +330,75 @@ fn a_class_without_a_whole_image_ends_the_run() {
     assert!(error.contains("no image of class 5 can stand in") && error.contains(".jpg: no image"), "{error}");
 }
 
-/// One sample waits until all others of its batch are done, which only other workers can do.
+/// Eight samples, one of which waits until all others are done, which only other workers can do.
+struct Waiting {
+    slowest: usize,
+    done: AtomicUsize,
+    outcome: fn(usize) -> Result<Reading>,
+}
+
+impl Waiting {
+    /// So large that a worker takes them on one by one.
+    const SHAPE: Shape = Shape::new(256, 256, 1);
+
+    /// One batch of all, by two workers.
+    fn queue(slowest: usize, outcome: fn(usize) -> Result<Reading>) -> DataQueue {
+        let set = Arc::new(Waiting { slowest, done: AtomicUsize::new(0), outcome });
+        let augmenter = Augmenter::new(&[], &*set, Waiting::SHAPE).unwrap();
+        DataQueue::eval(set, Loader { augmenter, ..loader(2, 1) }, 8, 0, 1).unwrap()
+    }
+}
+
+impl Dataset for Waiting {
+    fn len(&self) -> usize {
+        8
+    }
+    fn shape(&self) -> Option<Shape> {
+        Some(Waiting::SHAPE)
+    }
+    fn classes(&self) -> usize {
+        1
+    }
+    fn label(&self, _: usize) -> u32 {
+        0
+    }
+    fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
+        let start = std::time::Instant::now();
+        while index == self.slowest && self.done.load(Relaxed) < 7 {
+            assert!(start.elapsed() < Duration::from_secs(60), "the others wait for this one");
+            std::thread::yield_now();
+        }
+        image.reshape(Waiting::SHAPE).fill(index as u8);
+        self.done.fetch_add(1, Relaxed);
+        (self.outcome)(index)
+    }
+}
+
 #[test]
 fn a_sample_that_takes_long_holds_up_no_other_of_its_batch() {
-    struct Waiting {
-        shape: Shape,
-        done: AtomicUsize,
+    let mut queue = Waiting::queue(0, |_| Ok(Reading::Whole));
+    let images = queue.next().unwrap().unwrap().images.chunks_exact(Waiting::SHAPE.len());
+    assert!(images.enumerate().all(|(index, image)| image[9] == index as f32 / 255.0));
+}
+
+#[test]
+fn of_several_errors_the_first_samples_is_told_whenever_it_came() {
+    for slowest in [0, 3] {
+        let mut queue = Waiting::queue(slowest, |index| Err(Error::data(format!("image {index}"))));
+        let error = queue.next().map(|_| ()).unwrap_err().to_string();
+        assert!(error.starts_with("sample 0, wanted"), "the last to fail is {slowest}: {error}");
     }
-    impl Dataset for Waiting {
-        fn len(&self) -> usize {
-            8
-        }
-        fn shape(&self) -> Option<Shape> {
-            Some(self.shape)
-        }
-        fn classes(&self) -> usize {
-            1
-        }
-        fn label(&self, _: usize) -> u32 {
-            0
-        }
-        fn read(&self, index: usize, image: &mut Image) -> Result<Reading> {
-            let start = std::time::Instant::now();
-            while index == 0 && self.done.load(Relaxed) < 7 {
-                assert!(start.elapsed() < Duration::from_secs(60), "the others wait for this one");
-                std::thread::yield_now();
-            }
-            image.reshape(self.shape).fill(index as u8);
-            self.done.fetch_add(1, Relaxed);
-            Ok(Reading::Whole)
-        }
+}
+
+#[test]
+fn damaged_images_are_left_out_in_whatever_order_they_are_found() {
+    for slowest in [0, 3, 5] {
+        let mut queue = Waiting::queue(slowest, |index| match index {
+            2 | 5 => Ok(Reading::Whole),
+            _ => Ok(Reading::Damaged(Error::data("no image"))),
+        });
+        let batch = queue.next().unwrap().unwrap();
+        assert_eq!(batch.indices, [2, 5], "the last to be read is {slowest}");
+        assert!(batch.images.chunks_exact(Waiting::SHAPE.len()).map(|image| image[9]).eq([2.0 / 255.0, 5.0 / 255.0]));
     }
-    let shape = Shape::new(256, 256, 1);
-    let set = Arc::new(Waiting { shape, done: AtomicUsize::new(0) });
-    let augmenter = Augmenter::new(&[], &*set, shape).unwrap();
-    let loader = Loader {
-        augmenter,
-        seed: SEED,
-        workers: 2,
-        prefetch: 1,
-        sampler: raw::Sampler::Shuffle,
-        skipped: Arc::default(),
-    };
-    let mut queue = DataQueue::eval(set, loader, 8, 0, 1).unwrap();
-    let batch = queue.next().unwrap().unwrap();
-    assert!(batch.images.chunks_exact(shape.len()).enumerate().all(|(index, image)| image[9] == index as f32 / 255.0));
 }

@@ -292,7 +292,7 @@ mod tests {
     }
 
     /// Old writers put an integer into a field of its own, `value = 1` with wire type 0, and Google's merge rule lets
-    /// a message come in pieces.
+    /// a message come in pieces. Of several values for one key, or several kinds in one feature, the last counts.
     #[test]
     fn unpacked_integers_and_unknown_fields_are_read() {
         let int64_list = [1 << 3, 42];
@@ -301,6 +301,13 @@ mod tests {
         let features = [&[1 << 3 | 2, entry.len() as u8][..], &entry, &[9 << 3 | 5, 1, 2, 3, 4]].concat();
         let example = [&[7 << 3, 1, 1 << 3 | 2, features.len() as u8][..], &features].concat();
         assert_eq!(integer(&example, "k"), Ok(42));
-        assert_eq!(integer(&[&example[..], &example[2..]].concat(), "k"), Ok(42));
+        let mut other = example[2..].to_vec();
+        *other.iter_mut().find(|byte| **byte == 42).unwrap() = 43;
+        assert_eq!(integer(&[&example[..], &other].concat(), "k"), Ok(43));
+
+        let kinds = [&[1 << 3 | 2, 0][..], &feature].concat();
+        let entry = [&[1 << 3 | 2, 1, b'k', 2 << 3 | 2, 6][..], &kinds].concat();
+        let features = [&[1 << 3 | 2, entry.len() as u8][..], &entry].concat();
+        assert_eq!(integer(&[&[1 << 3 | 2, features.len() as u8][..], &features].concat(), "k"), Ok(42));
     }
 }

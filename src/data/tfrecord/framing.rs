@@ -174,6 +174,8 @@ mod tests {
         for length in 0..21 {
             assert!(unframe(&framed(b"first")[..length]).is_err(), "cut to {length}");
         }
+        let longer = [&framed(b"first")[..], b"more"].concat();
+        assert_eq!(unframe(&longer).unwrap_err(), "its header says 5 bytes of data, its index 9");
     }
 
     /// A length with a right CRC that no file holds: refused before anything of that size is made.

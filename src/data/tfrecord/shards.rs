@@ -135,7 +135,7 @@ mod tests {
         let tfds = ["mnist-train.tfrecord-00000-of-00001", "mnist-test.tfrecord-00000-of-00001", "features.json"];
         assert_eq!(found(&tfds, None, None).unwrap(), [[tfds[0].to_owned()], [tfds[1].to_owned()]]);
 
-        let plain = ["train.tfrecords", "train.tfrecords.index", "train.txt", "val.tfrecords", "retrain.tfrecords"];
+        let plain = ["train.tfrecords", "train.tfrecords.index", "train.txt", "Val.tfrecords", "retrain.tfrecords"];
         assert_eq!(found(&plain, None, None).unwrap(), [[plain[0].to_owned()], [plain[3].to_owned()]]);
     }
 
@@ -147,6 +147,11 @@ mod tests {
         let error = found(&names, Some("tain/*"), None).unwrap_err();
         assert!(error.contains("data.train_files = \"tain/*\" matches no file"), "{error}");
         assert!(error.contains("held, train"), "{error}");
+
+        let root = folder(&["set[1]/train.a", "set[1]/val.b", "set1/train.a"]);
+        let set = root.path().join("set[1]");
+        let expected = [[set.join("train.a")], [set.join("val.b")]];
+        assert_eq!(find(&set, Some("train*"), Some("val*")).unwrap(), expected, "the folder's name is no pattern");
     }
 
     #[test]

@@ -99,14 +99,19 @@ fn records_are_numbered_through_the_files_and_files_may_be_empty() {
         assert_eq!(pixels(&*set, index).unwrap()[1], byte(in_file, 1), "sample {index}");
     }
     assert_eq!(set.layout().unwrap(), Layout { files: vec![0..2, 2..2, 2..5], window: 10_000 });
+
+    let records = Parts::open(&config(folder.path(), RAW)).unwrap().train.records;
+    assert!(records.name(3).ends_with("train-00002-of-00003, record 1"), "{}", records.name(3));
+    let (error, second) = (records.error(3, "bad").to_string(), self::records(&[2]).len());
+    assert!(error.ends_with(&format!("train-00002-of-00003, record 1 at byte {second}: bad")), "{error}");
 }
 
 #[test]
 fn names_of_classes_come_from_a_file() {
-    let files = [("train.tfrecord", &records(&[0, 1])[..]), ("test.tfrecord", &records(&[3]))];
+    let files = [("train.tfrecord", &records(&[0, 1])[..]), ("test.tfrecord", &records(&[2]))];
     let unnamed = folder(&files);
     assert!(
-        message(open_raw(unnamed.path())).contains("test.tfrecord, record 0 at byte 0: label 3; with data.label_base")
+        message(open_raw(unnamed.path())).contains("test.tfrecord, record 0 at byte 0: label 2; with data.label_base")
     );
 
     let beside = folder(&[&files[..], &[("classes.txt", b"cat\ndog\nsea lion\nemu\n")]].concat());
@@ -191,11 +196,13 @@ fn a_stale_or_damaged_index_is_made_anew() {
     let train = || open_raw(folder.path()).map(|sets| labels(&*sets.train)).unwrap();
     assert_eq!(train(), [0, 1, 2]);
     let path = folder.path().join("train.tfrecord");
-    fs::write(&path, records(&[2, 1, 0])).unwrap();
     // Files written at about the same time can have the same time.
     let later = std::time::SystemTime::now() + std::time::Duration::from_secs(60);
-    fs::File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
-    assert_eq!(train(), [2, 1, 0], "another file of the same size");
+    for (labels, time) in [([1, 0, 2], later), ([2, 1, 0], later + std::time::Duration::from_nanos(1))] {
+        fs::write(&path, records(&labels)).unwrap();
+        fs::File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+        assert_eq!(train(), labels.map(|label| label as u32), "another file of the same size");
+    }
 
     let good = fs::read(index_of(folder.path())).unwrap();
     for at in 0..good.len() {
@@ -208,6 +215,9 @@ fn a_stale_or_damaged_index_is_made_anew() {
         fs::write(index_of(folder.path()), &good[..length]).unwrap();
         assert_eq!(train(), [2, 1, 0], "cut to {length}");
     }
+    let wrong = [index::Entry { length: 1, label: 1 }; 3];
+    index::store(&path, &path.metadata().unwrap(), "image/class/label", &wrong).unwrap();
+    assert_eq!(train(), [2, 1, 0], "lengths that do not add up to the file's");
     assert_eq!(fs::read(index_of(folder.path())).unwrap(), good);
 
     let other = config(folder.path(), &format!("{RAW}label = \"another\""));
@@ -239,4 +249,24 @@ fn ranks_that_index_at_the_same_time_find_the_same() {
     });
     let expected: Vec<u32> = (0..12).flat_map(|i| vec![i % 3; 20 + i as usize]).collect();
     assert!(found.iter().all(|labels| *labels == expected));
+}
+
+/// Other programs read the label and the name of the class from where TensorFlow's data sets have them.
+#[test]
+fn a_written_record_has_the_features_of_tensorflows_data_sets() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("train.tfrecord");
+    let mut shard = writer::ShardWriter::create(folder.path(), "mark").unwrap();
+    let images = [(&b"first"[..], 3, "sea lion"), (b"second", 0, "cat")];
+    images.iter().for_each(|(image, label, class)| shard.write(writer::ENCODED, image, *label, class).unwrap());
+    shard.name(&path).unwrap();
+    let file = fs::read(path).unwrap();
+    let mut scanner = framing::Scanner::new(&file[..], file.len() as u64);
+    for (image, label, class) in images {
+        let data = scanner.next().unwrap().unwrap();
+        assert_eq!(example::bytes(data, "image/encoded").unwrap(), image);
+        assert_eq!(example::integer(data, "image/class/label"), Ok(label.into()));
+        assert_eq!(example::bytes(data, "image/class/text").unwrap(), class.as_bytes());
+    }
+    assert_eq!(scanner.next(), Ok(None));
 }

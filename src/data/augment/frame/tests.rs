@@ -63,6 +63,9 @@ fn a_window_of_the_source_is_the_crop_of_the_resized_image() {
         (Shape::new(61, 40, 3), Shape::new(17, 19, 3), 23, raw::Filter::Lanczos3),
         (Shape::new(9, 11, 1), Shape::new(20, 20, 1), 24, raw::Filter::Lanczos3),
         (Shape::new(9, 11, 3), Shape::new(20, 14, 3), 20, raw::Filter::Bilinear),
+        // No channel is an alpha, not the last of two or four either.
+        (Shape::new(31, 23, 2), Shape::new(11, 12, 2), 14, raw::Filter::Bilinear),
+        (Shape::new(23, 31, 4), Shape::new(12, 11, 4), 14, raw::Filter::Lanczos3),
     ] {
         let source = picture(shape);
         let framing = Framing { filter, ..framing(Scaling::Shorter(side), Crop::Random { padding: 3 }) };
@@ -114,6 +117,15 @@ fn an_image_of_the_right_size_is_taken_as_it_is() {
     assert_eq!((window.top, window.left, window.height), (5.0, 0.0, 10.0), "the middle");
 }
 
+/// The longer side is rounded down, as torchvision does it.
+#[test]
+fn the_shorter_side_becomes_what_is_asked_for_and_the_ratio_stays() {
+    let scaled = |h, w| framing(Scaling::Shorter(256), Crop::Centre).scaled(Shape::new(h, w, 3), Shape::new(9, 9, 3));
+    assert_eq!(scaled(171, 100), (437, 256), "437.76");
+    assert_eq!(scaled(100, 171), (256, 437));
+    assert_eq!(scaled(500, 375), (341, 256), "341.33");
+}
+
 #[test]
 fn evaluation_takes_the_middle_of_the_covering_image() {
     let (source, input) = (Shape::new(300, 400, 3), Shape::new(224, 224, 3));
@@ -130,20 +142,20 @@ fn evaluation_takes_the_middle_of_the_covering_image() {
     assert_eq!(tall.scaled(Shape::new(333, 1, 3), Shape::new(7, 7, 3)), (2331, 7));
 }
 
-/// With a ratio of 1 and a square source no draw is refused: area and place are uniform.
+/// With a ratio of 1 and parts that are no higher than the source no draw is refused: area and place are uniform.
 #[test]
 fn parts_have_uniform_area_and_place() {
-    let (source, input) = (Shape::new(1000, 1000, 3), Shape::new(8, 8, 3));
-    let square = framing(Scaling::RandomPart { area: [0.1, 0.9], ratio: [1.0, 1.0] }, Crop::Centre);
+    let (source, input) = (Shape::new(800, 1000, 3), Shape::new(8, 8, 3));
+    let square = framing(Scaling::RandomPart { area: [0.1, 0.6], ratio: [1.0, 1.0] }, Crop::Centre);
     let (mut areas, mut places) = (Vec::new(), Vec::new());
     for number in 0..20_000 {
         let window = square.draw(source, input, &mut rng(number));
-        areas.push(window.height * window.width / 1e6);
-        places.push(window.top / (1000.0 - window.height));
+        areas.push(window.height * window.width / 8e5);
+        places.push(window.top / (800.0 - window.height));
         places.push(window.left / (1000.0 - window.width));
-        assert!(window.top + window.height <= 1000.0 && window.left + window.width <= 1000.0);
+        assert!(window.top + window.height <= 800.0 && window.left + window.width <= 1000.0);
     }
-    for (values, [low, high]) in [(&mut areas, [0.1, 0.9]), (&mut places, [0.0, 1.0])] {
+    for (values, [low, high]) in [(&mut areas, [0.1, 0.6]), (&mut places, [0.0, 1.0])] {
         values.sort_by(f64::total_cmp);
         for (number, value) in values.iter().enumerate() {
             let uniform = low + (high - low) * (number as f64 + 0.5) / values.len() as f64;
@@ -155,7 +167,7 @@ fn parts_have_uniform_area_and_place() {
 #[test]
 fn the_logarithm_of_the_ratio_is_uniform_and_what_never_fits_becomes_the_middle() {
     let input = Shape::new(8, 8, 3);
-    let part = framing(Scaling::RandomPart { area: [0.1, 0.2], ratio: [0.5, 2.0] }, Crop::Centre);
+    let part = framing(Scaling::RandomPart { area: [0.1, 0.2], ratio: [0.25, 1.0] }, Crop::Centre);
     let mut logs: Vec<f64> = (0..10_000)
         .map(|number| {
             let window = part.draw(Shape::new(1000, 1000, 3), input, &mut rng(number));
@@ -164,7 +176,7 @@ fn the_logarithm_of_the_ratio_is_uniform_and_what_never_fits_becomes_the_middle(
         .collect();
     logs.sort_by(f64::total_cmp);
     for (number, log) in logs.iter().enumerate() {
-        assert!((log - (2.0 * number as f64 / 10_000.0 - 1.0)).abs() < 0.05, "quantile {number} is {log}");
+        assert!((log - (2.0 * number as f64 / 10_000.0 - 2.0)).abs() < 0.05, "quantile {number} is {log}");
     }
     for (source, expected) in [
         (Shape::new(10, 1000, 3), [0.0, 493.0, 10.0, 13.0]),
@@ -175,4 +187,17 @@ fn the_logarithm_of_the_ratio_is_uniform_and_what_never_fits_becomes_the_middle(
         let window = large.draw(source, input, &mut rng(0));
         assert_eq!([window.top, window.left, window.height, window.width], expected, "{source}");
     }
+}
+
+/// Of areas from 0.5 to 1 and ratios from 0.5 to 2, a part fits with probability 2 (1 - ln 2) / ln 2 - 1, or 0.443. All ten
+/// draws fail with probability 0.0029; then the whole image is taken.
+#[test]
+fn a_part_that_does_not_fit_is_drawn_again() {
+    let part = framing(Scaling::RandomPart { area: [0.5, 1.0], ratio: [0.5, 2.0] }, Crop::Centre);
+    let whole = |number: &u64| {
+        let window = part.draw(Shape::new(1000, 1000, 3), Shape::new(8, 8, 3), &mut rng(*number));
+        (window.height, window.width) == (1000.0, 1000.0)
+    };
+    let count = (0..10_000).filter(whole).count();
+    assert!((10..46).contains(&count), "{count} of 10,000, about 29 were expected");
 }

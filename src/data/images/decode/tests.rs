@@ -159,6 +159,49 @@ fn orientation_comes_from_the_exif_of_a_jpeg_and_nonsense_is_upright() {
     }
 }
 
+/// A PNG's chunk: length, type, data, checksum.
+fn chunk(kind: &[u8; 4], data: &[u8]) -> Vec<u8> {
+    let said = [&kind[..], data].concat();
+    [&(data.len() as u32).to_be_bytes()[..], &said, &crc(&said).to_be_bytes()].concat()
+}
+
+/// The file with more chunks behind its header, which ends at byte 33.
+fn with_chunks(png: &[u8], chunks: &[Vec<u8>]) -> Vec<u8> {
+    [&png[..33], &chunks.concat(), &png[33..]].concat()
+}
+
+#[test]
+fn orientation_comes_from_the_exif_of_a_png() {
+    let file = png_file(3, 2, ColorType::Grayscale, BitDepth::Eight, &[1, 2, 3, 4, 5, 6]);
+    let turned = with_chunks(&file, &[chunk(b"eXIf", &exif_orientation(6, true))]);
+    let image = decoded(turned, 1, PLENTY).unwrap();
+    assert_eq!((image.shape(), image.bytes()), (Shape::new(3, 2, 1), &[4, 1, 5, 2, 6, 3][..]));
+}
+
+/// Of an animation the first frame is the image; here it is 2x1 of 3x2 pixels.
+#[test]
+fn a_first_frame_that_leaves_pixels_open_is_refused() {
+    let mut file = png_file(2, 1, ColorType::Grayscale, BitDepth::Eight, &[1, 2]);
+    let header = [&3u32.to_be_bytes()[..], &2u32.to_be_bytes(), &file[24..29]].concat();
+    file.splice(8..33, chunk(b"IHDR", &header));
+    let one_frame = chunk(b"acTL", &[1u32, 0].map(u32::to_be_bytes).concat());
+    // Number, width, height, left, top; then a delay of 0/1 s, and what becomes of the frame.
+    let frame = [&[0u32, 2, 1, 0, 0].map(u32::to_be_bytes).concat()[..], &[0, 0, 0, 1, 0, 0]].concat();
+    let error = decoded(with_chunks(&file, &[one_frame, chunk(b"fcTL", &frame)]), 1, PLENTY).err().unwrap();
+    assert!(error.contains("frame"), "{error}");
+}
+
+/// A thumbnail in the header has an end-of-image marker of its own.
+#[test]
+fn the_end_of_a_thumbnail_is_not_the_end_of_the_image() {
+    let exif = [&exif_orientation(1, true)[..], &[0xFF, 0xD8, 0xFF, 0xD9]].concat();
+    let mut file = jpeg_file(16, 8, JpegColour::Luma, &[&[30], &[200]], Some(&exif));
+    decoded(file.clone(), 1, PLENTY).unwrap();
+    file.truncate(file.len() - 2);
+    let error = decoded(file, 1, PLENTY).err().unwrap();
+    assert!(error.contains("not a whole JPEG"), "{error}");
+}
+
 fn photograph() -> Vec<u8> {
     let mut file = Vec::new();
     let pixels: Vec<u8> = (0..61 * 47 * 3).map(|at| (at * at / 7 + at * 31) as u8).collect();

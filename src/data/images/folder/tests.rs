@@ -49,6 +49,7 @@ fn train_and_test_folders_share_the_numbers_of_the_classes() {
             "train/cat/deep/er/c.jpeg",
             "train/cat/notes.txt",
             "train/.x/h.jpg",
+            "train/cat/._c.jpeg",
             "train/empty/readme",
             &dog,
         ]);
