@@ -185,6 +185,32 @@ fn the_experiments_load_and_have_the_parameters_that_they_promise() {
     assert!(seen >= 4);
 }
 
+/// `torchvision.models.alexnet().state_dict()`: names, shapes, and nothing else, so that checkpoints load there and back.
+/// scripts/alexnet_torchvision.py compares what the two compute.
+#[test]
+fn alexnet_owt_has_torchvisions_tensors() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/alexnet-owt.toml");
+    let config = config::load(Path::new(path), &[]).unwrap_or_else(|error| panic!("{error}"));
+    let table = ParamTable::new(&NetSpec::new(&config.model).unwrap());
+    let mut found: Vec<(String, Vec<usize>)> =
+        table.params.iter().map(|param| (param.name.clone(), param.spec.shape.clone())).collect();
+    let weights: [(&str, &[usize]); 8] = [
+        ("classifier.1", &[4096, 9216]),
+        ("classifier.4", &[4096, 4096]),
+        ("classifier.6", &[1000, 4096]),
+        ("features.0", &[64, 3, 11, 11]),
+        ("features.10", &[256, 256, 3, 3]),
+        ("features.3", &[192, 64, 5, 5]),
+        ("features.6", &[384, 192, 3, 3]),
+        ("features.8", &[256, 384, 3, 3]),
+    ];
+    let tensors = weights.iter().flat_map(|(layer, shape)| {
+        [(format!("{layer}.bias"), vec![shape[0]]), (format!("{layer}.weight"), shape.to_vec())]
+    });
+    found.sort();
+    assert_eq!(found, tensors.collect::<Vec<_>>());
+}
+
 #[test]
 fn a_mistake_is_told_once_not_by_every_rank() {
     let file = file(&QUICKSTART.replace("lr = 0.1", "lr = -0.1"));
