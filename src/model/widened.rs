@@ -64,10 +64,7 @@ impl Layer for Widened {
         let output_len = self.inferred.output.len();
         for (samples, pass, saved) in self.blocks(pass) {
             let mut scratch = Scratch(io.scratch.f32());
-            let inputs: [Slice; MAX_INPUTS] = array::from_fn(|i| match io.inputs.get(i) {
-                Some(input) => Slice::from(&*scratch.widened(*input, &samples, self.inputs[i])),
-                None => Slice::empty(),
-            });
+            let inputs = scratch.inputs(io.inputs, &samples, &self.inputs);
             let output = scratch.take(samples.len() * output_len);
             let block = Forward {
                 inputs: &inputs[..self.inputs.len()],
@@ -87,10 +84,7 @@ impl Layer for Widened {
         let output_len = self.inferred.output.len();
         for (samples, pass, saved) in self.blocks(pass) {
             let mut scratch = Scratch(io.scratch.f32());
-            let inputs: [Slice; MAX_INPUTS] = array::from_fn(|i| match io.inputs.get(i) {
-                Some(input) => Slice::from(&*scratch.widened(*input, &samples, self.inputs[i])),
-                None => Slice::empty(),
-            });
+            let inputs = scratch.inputs(io.inputs, &samples, &self.inputs);
             let output = Slice::from(&*scratch.widened(io.output, &samples, output_len));
             let grad_output = SliceMut::from(scratch.widened(io.grad_output.as_slice(), &samples, output_len));
             let mut grads: [&mut [f32]; MAX_INPUTS] = array::from_fn(|i| match io.grad_inputs.get(i) {
@@ -132,6 +126,14 @@ impl<'a> Scratch<'a> {
         let (taken, rest) = std::mem::take(&mut self.0).split_at_mut(in_lines(len));
         self.0 = rest;
         &mut taken[..len]
+    }
+
+    /// Some samples of each input, of as many values as `lens` says.
+    fn inputs(&mut self, inputs: &[Slice<'_>], samples: &Range<usize>, lens: &[usize]) -> [Slice<'a>; MAX_INPUTS] {
+        array::from_fn(|i| match inputs.get(i) {
+            Some(input) => Slice::from(&*self.widened(*input, samples, lens[i])),
+            None => Slice::empty(),
+        })
     }
 
     /// Some samples of an activation of `len` values each; nothing of one that is not there.
