@@ -152,7 +152,7 @@ def normalization(case):
 
     lrn("lrn_alexnet", [3, 2, 14])
     lrn("lrn_strong", [2, 3, 9], depth_radius=2, bias=1.0, alpha=0.5)
-    lrn("lrn_across_blocks", [1, 2, 200], depth_radius=4, alpha=0.2)
+    lrn("lrn_across_blocks", [1, 2, 300], depth_radius=4, alpha=0.2)
     lrn("lrn_power", [2, 2, 7], depth_radius=1, alpha=0.3, beta=0.6)
 
     def batch_norm(name, shape, training=True, momentum=0.1, epsilon=1e-5, **keys):
