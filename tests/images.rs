@@ -133,3 +133,25 @@ fn a_plain_folder_just_works() {
     let summary = run(&folder, "flat-run", &flat, 1, &["data.augment=[]", "data.test=0.25"]);
     assert!(summary["test_accuracy"].is_number(), "{summary}");
 }
+
+/// With more outputs than classes, and one class smaller than the others: `plan` and training alike.
+#[test]
+fn balance_is_among_the_classes_that_occur() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = pictures(&folder);
+    for entry in fs::read_dir(data.join("train/class-0001")).unwrap().skip(4) {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    let plain = run(&folder, "plain", &data, 1, &[]);
+    for setting in ["loss.class_weights=balanced", "data.sampler=balanced"] {
+        let mut plan = program();
+        plan.args(["plan", "--np", "2", "--config"]).arg(folder.path().join("plain.toml"));
+        plan.arg("--set").arg(format!("data.path={}", data.display())).args(["--set", setting]).assert().success();
+
+        let one = run(&folder, &format!("1-{setting}"), &data, 1, &[setting]);
+        let two = run(&folder, &format!("2-{setting}"), &data, 2, &[setting]);
+        assert_eq!(one["weights_digest"], two["weights_digest"], "{setting}");
+        assert_ne!(one["weights_digest"], plain["weights_digest"], "{setting} changes nothing");
+        assert!(one["train_loss"].as_f64().is_some_and(|loss| loss.is_finite() && loss > 0.0), "{setting}: {one}");
+    }
+}
