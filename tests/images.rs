@@ -103,6 +103,22 @@ fn a_damaged_image_stops_the_run_by_name_or_is_skipped_and_counted() {
 }
 
 #[test]
+fn a_test_set_without_a_whole_image_is_said_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = pictures(&folder);
+    for class in fs::read_dir(data.join("val")).unwrap() {
+        for image in fs::read_dir(class.unwrap().path()).unwrap() {
+            fs::write(image.unwrap().path(), "no image").unwrap();
+        }
+    }
+    let settings = ["data.on_bad_image=skip", "run.steps=1"];
+    let failed = trainer(&folder.path().join("run"), &data, 2, &settings).assert().code(3);
+    let text = String::from_utf8_lossy(&failed.get_output().stderr).into_owned();
+    assert!(text.contains("every one of the 6 images of the test set is damaged"), "{text}");
+    assert!(text.contains("repair or replace these files"), "{text}");
+}
+
+#[test]
 fn any_configuration_runs_without_data_on_made_up_images() {
     let folder = tempfile::tempdir().unwrap();
     let settings = ["data.format=synthetic", "data.train=64", "data.test=16"];
