@@ -105,13 +105,26 @@ fn plan_refuses_what_training_refuses() {
         ("loss.class_weights=[1, 2]", "class_weights has 2 values, but there are 10 classes"),
         ("optimizer={ type = \"adadelta\", lr = 1, rho = 1.1 }", "optimizer.rho is 1.1"),
         ("model.input=[28, 28, 1]", "the images of this data set are 32x32x3"),
-        ("schedule.warmup_epochs=9", "but the run ends after"),
     ] {
         for command in [&["plan", "--np", "2"][..], &["-n", "2"]] {
             let error = refusal(&[command, &["--config", config, "--set", set]].concat());
             assert!(error.contains(words), "`{words}` is not in:\n{error}");
         }
     }
+}
+
+/// A configuration can be tried for a few steps as it is.
+#[test]
+fn a_run_within_its_warm_up_is_warned_of_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/quickstart.toml");
+    let mut command = trainer(&["-n", "2", "--config", config, "--out", folder.path().to_str().unwrap()]);
+    let sets = ["run.steps=2", "schedule.warmup_epochs=9", "batch.global=16", "data.train=64", "data.test=16"];
+    let output = command.args(sets.iter().flat_map(|set| ["--set", set])).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let warnings: Vec<&str> = said.lines().filter(|line| line.contains("but the run ends after 2")).collect();
+    assert!(warnings.len() == 1 && warnings[0].starts_with("warning: the warm-up takes"), "{said}");
 }
 
 #[test]

@@ -103,6 +103,22 @@ fn a_damaged_image_stops_the_run_by_name_or_is_skipped_and_counted() {
 }
 
 #[test]
+fn a_test_set_without_a_whole_image_is_said_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = pictures(&folder);
+    for class in fs::read_dir(data.join("val")).unwrap() {
+        for image in fs::read_dir(class.unwrap().path()).unwrap() {
+            fs::write(image.unwrap().path(), "no image").unwrap();
+        }
+    }
+    let settings = ["data.on_bad_image=skip", "run.steps=1"];
+    let failed = trainer(&folder.path().join("run"), &data, 2, &settings).assert().code(3);
+    let text = String::from_utf8_lossy(&failed.get_output().stderr).into_owned();
+    assert!(text.contains("every one of the 6 images of the test set is damaged"), "{text}");
+    assert!(text.contains("repair or replace these files"), "{text}");
+}
+
+#[test]
 fn any_configuration_runs_without_data_on_made_up_images() {
     let folder = tempfile::tempdir().unwrap();
     let settings = ["data.format=synthetic", "data.train=64", "data.test=16"];
@@ -132,4 +148,26 @@ fn a_plain_folder_just_works() {
     }
     let summary = run(&folder, "flat-run", &flat, 1, &["data.augment=[]", "data.test=0.25"]);
     assert!(summary["test_accuracy"].is_number(), "{summary}");
+}
+
+/// With more outputs than classes, and one class smaller than the others: `plan` and training alike.
+#[test]
+fn balance_is_among_the_classes_that_occur() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = pictures(&folder);
+    for entry in fs::read_dir(data.join("train/class-0001")).unwrap().skip(4) {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    let plain = run(&folder, "plain", &data, 1, &[]);
+    for setting in ["loss.class_weights=balanced", "data.sampler=balanced"] {
+        let mut plan = program();
+        plan.args(["plan", "--np", "2", "--config"]).arg(folder.path().join("plain.toml"));
+        plan.arg("--set").arg(format!("data.path={}", data.display())).args(["--set", setting]).assert().success();
+
+        let one = run(&folder, &format!("1-{setting}"), &data, 1, &[setting]);
+        let two = run(&folder, &format!("2-{setting}"), &data, 2, &[setting]);
+        assert_eq!(one["weights_digest"], two["weights_digest"], "{setting}");
+        assert_ne!(one["weights_digest"], plain["weights_digest"], "{setting} changes nothing");
+        assert!(one["train_loss"].as_f64().is_some_and(|loss| loss.is_finite() && loss > 0.0), "{setting}: {one}");
+    }
 }

@@ -28,7 +28,7 @@ fn open(format: Format, input: Shape, outputs: usize) -> Sets {
 fn trains(config: &str, path: &Path) {
     let out = tempfile::tempdir().unwrap();
     let mut command = Command::cargo_bin("trainer").unwrap();
-    command.args(["-n", "2", "--config", config, "--set", "run.steps=4", "--set", "schedule.warmup_epochs=0"]);
+    command.args(["-n", "2", "--config", config, "--set", "run.steps=4"]);
     command.arg("--set").arg(format!("data.path={}", path.display())).arg("--out").arg(out.path());
     command.timeout(Duration::from_secs(300)).current_dir(env!("CARGO_MANIFEST_DIR")).assert().success();
 }

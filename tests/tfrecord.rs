@@ -119,3 +119,14 @@ fn ranks_and_interruptions_do_not_change_a_bit() {
         assert_eq!(train(&pieces, &config, 4, settings), whole, "in pieces, {settings:?}");
     }
 }
+
+#[test]
+fn an_emptied_file_is_named_once_and_the_others_are_trained_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = pack(folder.path());
+    fs::write(folder.path().join("packed/train-00001-of-00003"), "").unwrap();
+    let run = runs::trainer(&config, &folder.path().join("run"), 2, &["run.epochs=1"]).assert().success();
+    let said = String::from_utf8_lossy(&run.get_output().stderr).into_owned();
+    let warnings: Vec<&str> = said.lines().filter(|line| line.contains("packed/train-00001-of-00003")).collect();
+    assert!(warnings.len() == 1 && warnings[0].starts_with("warning: 1 of 3 TFRecord files are empty"), "{said}");
+}

@@ -129,16 +129,16 @@ impl Batch {
     }
 }
 
-/// Weights that give every class the same say: samples / (classes * samples of the class).
-pub fn balanced_class_weights(dataset: &dyn Dataset) -> Result<Vec<f32>> {
+/// Weights that give every class that occurs the same say: samples / (classes that occur * samples of the class). The
+/// others' is 0: a model may have more outputs than there are classes, and a class may be all test images.
+pub fn balanced_class_weights(dataset: &dyn Dataset) -> Vec<f32> {
     let counts = class_counts(dataset);
-    let balanced = |(class, &count): (usize, &usize)| match count {
-        0 => Err(Error::data(format!(
-            "class {class} has no training sample, so it has no balanced weight; give `class_weights` as a list"
-        ))),
-        count => Ok((dataset.len() as f64 / (counts.len() as f64 * count as f64)) as f32),
+    let occurring = counts.iter().filter(|&&count| count > 0).count() as f64;
+    let balanced = |&count: &usize| match count {
+        0 => 0.0,
+        count => (dataset.len() as f64 / (occurring * count as f64)) as f32,
     };
-    counts.iter().enumerate().map(balanced).collect()
+    counts.iter().map(balanced).collect()
 }
 
 /// Samples of each class.

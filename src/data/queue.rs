@@ -176,7 +176,7 @@ impl DataQueue {
                  not the set that the checkpoint was made with"
             )));
         }
-        let sampler = Sampler::new(&*dataset, loader.sampler, loader.seed)?;
+        let sampler = Sampler::new(&*dataset, loader.sampler, loader.seed);
         let training = Training::new(sampler, batching, epochs, start);
         DataQueue::start(dataset, loader, Box::new(training), batching.largest(), OnDamage::StandIn)
     }

@@ -8,15 +8,14 @@
 //! one stood. But here the buffer is the page cache: a sample is read when its position comes, at most `window` records
 //! before its place in the sequence, and nothing but its index is held until then.
 //!
-//! **Balanced**, every class as often as any other, to one, in an epoch of as many positions as there are samples. Positions
-//! are numbered through all epochs, and number t belongs to class t mod C; the k-th of a class takes member k mod M of the
-//! class's M, in the (k div M)-th random order of them. So nothing is used again before all of its class were used, over
+//! **Balanced**, every class that has samples as often as any other, to one, in an epoch of as many positions as there are
+//! samples. Positions are numbered through all epochs, and number t belongs to class t mod C, of the C that occur; the k-th of
+//! a class takes member k mod M of the class's M, in the (k div M)-th random order of them. So nothing is used again before all of its class were used, over
 //! the borders of epochs too, and any epoch can be computed without those before it. At last the epoch is shuffled. It
 //! costs a draw a position, and for each class one order of its members or more.
 
 use super::{Dataset, order};
 use crate::config::raw;
-use crate::error::{Error, Result};
 use crate::rng::{Purpose, Rng};
 use std::ops::Range;
 
@@ -45,19 +44,20 @@ enum Way {
 
 /// What is drawn from in a balanced epoch.
 struct Classes {
+    /// Of each class that has any.
     members: Vec<Vec<u32>>,
     /// Members of one class in the order of their cycle.
     cycle: Vec<u32>,
 }
 
 impl Sampler {
-    pub fn new(dataset: &dyn Dataset, sampler: raw::Sampler, seed: u64) -> Result<Sampler> {
+    pub fn new(dataset: &dyn Dataset, sampler: raw::Sampler, seed: u64) -> Sampler {
         let way = match (sampler, dataset.layout()) {
-            (raw::Sampler::Balanced, _) => Way::Balanced(Classes::of(dataset)?),
+            (raw::Sampler::Balanced, _) => Way::Balanced(Classes::of(dataset)),
             (raw::Sampler::Shuffle, Some(layout)) if layout.window < dataset.len() => Way::Window(layout),
             (raw::Sampler::Shuffle, _) => Way::Whole,
         };
-        Ok(Sampler { seed, way, order: vec![0; dataset.len()], rounds: vec![0; dataset.len()] })
+        Sampler { seed, way, order: vec![0; dataset.len()], rounds: vec![0; dataset.len()] }
     }
 
     /// Positions of an epoch.
@@ -102,19 +102,14 @@ fn windowed(layout: &mut Layout, order: &mut [u32], seed: u64, epoch: u32) {
 }
 
 impl Classes {
-    fn of(dataset: &dyn Dataset) -> Result<Classes> {
+    fn of(dataset: &dyn Dataset) -> Classes {
         let mut members = vec![Vec::new(); dataset.classes()];
         for index in 0..dataset.len() {
             members[dataset.label(index) as usize].push(index as u32);
         }
-        if let Some(class) = members.iter().position(Vec::is_empty) {
-            return Err(Error::data(format!(
-                "class {class} has no training sample, so data.sampler = \"balanced\" cannot give it its share; use \
-                 \"shuffle\", or a set with samples of every class"
-            )));
-        }
+        members.retain(|members| !members.is_empty());
         let largest = members.iter().map(Vec::len).max().unwrap_or(0);
-        Ok(Classes { members, cycle: Vec::with_capacity(largest) })
+        Classes { members, cycle: Vec::with_capacity(largest) }
     }
 
     fn draw(&mut self, order: &mut [u32], rounds: &mut [u32], seed: u64, epoch: u32) {
@@ -194,7 +189,7 @@ mod tests {
     }
 
     fn epoch(set: &dyn Dataset, sampler: raw::Sampler, seed: u64, epoch: u32) -> (Vec<u32>, Vec<u32>) {
-        let mut sampler = Sampler::new(set, sampler, seed).unwrap();
+        let mut sampler = Sampler::new(set, sampler, seed);
         sampler.begin(epoch);
         (sampler.indices(0..set.len()).to_vec(), sampler.rounds(0..set.len()).to_vec())
     }
@@ -274,7 +269,7 @@ mod tests {
             (filed(&[40, 30, 50], 9), raw::Sampler::Shuffle),
             (labelled(3, &[0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 0]), raw::Sampler::Balanced),
         ] {
-            let mut sampler = Sampler::new(&set, way, 7).unwrap();
+            let mut sampler = Sampler::new(&set, way, 7);
             for number in [0, 1, 5, 2] {
                 sampler.begin(number);
                 let positions = 0..sampler.positions();
@@ -354,9 +349,16 @@ mod tests {
         assert!(zeros.iter().all(|count| (330..470).contains(count)), "{zeros:?}");
     }
 
+    /// The order is that of a set whose classes are only those that occur.
     #[test]
     fn a_class_without_samples_has_no_share() {
-        let error = Sampler::new(&labelled(3, &[0, 2]), raw::Sampler::Balanced, 0).err().unwrap();
-        assert!(error.to_string().contains("class 1 has no training sample"), "{error}");
+        let (gaps, dense) = (labelled(1000, &[1, 4, 4, 4, 7, 7]), labelled(3, &[0, 1, 1, 1, 2, 2]));
+        for number in 0..5 {
+            let found = epoch(&gaps, raw::Sampler::Balanced, 6, number);
+            assert_eq!(found, epoch(&dense, raw::Sampler::Balanced, 6, number));
+            let mut classes: Vec<u32> = found.0.iter().map(|&index| gaps.label(index as usize)).collect();
+            classes.sort();
+            assert_eq!(classes, [1, 1, 4, 4, 7, 7], "epoch {number}");
+        }
     }
 }

@@ -50,7 +50,8 @@ impl Shape {
         let epoch = plan.steps_per_epoch as f64;
         let after_warmup = || {
             let total = plan.total_steps.expect("config::rules asks for the run's length");
-            (total - plan.warmup_steps).max(1) as f64
+            // None are left where the run ends within its warm-up.
+            total.saturating_sub(plan.warmup_steps).max(1) as f64
         };
         match config {
             ScheduleShape::Constant {} => Shape::Constant,

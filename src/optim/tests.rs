@@ -244,3 +244,24 @@ fn warmup_rises_linearly_and_then_the_shape_begins() {
     let found: Vec<f32> = [0, 9, 19, 20, 60, 100].iter().map(|&step| schedule.lr(step)).collect();
     assert_close(&found, &[3.2 / 20.0, 1.6, 3.2, 3.2, 1.6, 0.0], "warm-up to 4 x 0.8");
 }
+
+/// Of every shape: the rate rises as if the run went on.
+#[test]
+fn a_run_that_ends_within_its_warm_up_has_the_rates_of_a_longer_one() {
+    use ScheduleShape::*;
+    for shape in [
+        Constant {},
+        Step { gamma: 0.5, every_epochs: Some(2.5), at_epochs: None },
+        Step { gamma: 0.5, every_epochs: None, at_epochs: Some(vec![3.0]) },
+        Exponential { gamma: 0.25 },
+        Polynomial { power: 2.0, end_lr: 0.08 },
+        Cosine { end_lr: 0.08 },
+    ] {
+        let rates = |total| {
+            let schedule = schedule(shape.clone(), ScheduleShared::default(), 20, total);
+            [0, 4, 9].map(|step| schedule.lr(step))
+        };
+        assert_close(&rates(10), &[0.04, 0.2, 0.4], "20 steps of warm-up in a run of 10");
+        assert_eq!(rates(10), rates(100), "{shape:?}");
+    }
+}

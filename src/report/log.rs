@@ -9,6 +9,9 @@ use tracing_subscriber::fmt::FmtContext;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::registry::LookupSpan;
 
+/// The target of a warning that every rank has reason to give: only rank 0's is shown.
+pub const SAID_ONCE: &str = "said once";
+
 /// Sends the `tracing` events of this process to stderr. `verbosity` 0 shows warnings, and on rank 0 also what a user
 /// wants to know once; 1 adds debugging and 2 everything; below 0 only errors remain. The first call counts.
 pub fn init(verbosity: i8, rank: usize) {
@@ -19,11 +22,14 @@ pub fn init(verbosity: i8, rank: usize) {
         1 => LevelFilter::DEBUG,
         2.. => LevelFilter::TRACE,
     };
-    let builder = tracing_subscriber::fmt().with_max_level(level).with_writer(|| Stderr).event_format(PlainLines);
+    let builder =
+        tracing_subscriber::fmt().with_max_level(level).with_writer(|| Stderr).event_format(PlainLines { rank });
     let _ = tracing::subscriber::set_global_default(builder.finish());
 }
 
-struct PlainLines;
+struct PlainLines {
+    rank: usize,
+}
 
 impl<S, N> FormatEvent<S, N> for PlainLines
 where
@@ -31,6 +37,9 @@ where
     N: for<'a> FormatFields<'a> + 'static,
 {
     fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        if self.rank != 0 && event.metadata().target() == SAID_ONCE {
+            return Ok(());
+        }
         writer.write_str(match *event.metadata().level() {
             Level::ERROR => "error: ",
             Level::WARN => "warning: ",

@@ -58,6 +58,15 @@ pub enum Set {
     Test,
 }
 
+impl Set {
+    pub fn name(self) -> &'static str {
+        match self {
+            Set::Validation => "validation",
+            Set::Test => "test",
+        }
+    }
+}
+
 /// Sums over one pass through a set, from all ranks.
 #[derive(Clone, Copy, Debug)]
 pub struct Evaluation {
@@ -175,9 +184,10 @@ impl Report {
 
     /// After an evaluation.
     pub fn evaluated(&mut self, evaluation: &Evaluation) -> Result<()> {
-        let (set, latest) = match evaluation.set {
-            Set::Validation => ("validation", &mut self.validation),
-            Set::Test => ("test", &mut self.test),
+        let set = evaluation.set.name();
+        let latest = match evaluation.set {
+            Set::Validation => &mut self.validation,
+            Set::Test => &mut self.test,
         };
         *latest = Some(*evaluation);
         let epoch = epoch_of(evaluation.epoch, self.setup.epochs);

@@ -66,7 +66,10 @@ impl Evaluator {
         let [loss_sum, correct, samples] = sums;
         if samples == 0.0 {
             return Err(Error::data(format!(
-                "no image of the {set:?} set is whole, so there is nothing to evaluate on"
+                "every one of the {} images of the {} set is damaged, so there is nothing to evaluate on; the warnings \
+                 above name them: repair or replace these files, or give another set",
+                dataset.len(),
+                set.name()
             )));
         }
         Ok(Evaluation {

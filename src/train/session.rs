@@ -57,6 +57,11 @@ pub fn train(
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
     agreement::check(config, &*parts.train, &mut *comm)?;
+    if rank.world.rank == 0
+        && let Some(warning) = plan.cut_warmup()
+    {
+        tracing::warn!("{warning}");
+    }
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
         0 => resume::find(&options.resume, &checkpoints, config, |state| learner.fits(state))?,

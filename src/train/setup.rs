@@ -144,7 +144,7 @@ pub fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss>
             Some(weights.clone())
         }
         raw::Loss::SoftmaxCrossEntropy { class_weights: Some(raw::ClassWeights::Balanced(_)), .. } => {
-            Some(data::balanced_class_weights(train)?)
+            Some(data::balanced_class_weights(train))
         }
         _ => None,
     };

@@ -39,7 +39,10 @@ pub fn open(config: &Tfrecord, shared: &DataShared, target: Target) -> Result<Se
     let Parts { train, test } = Parts::open(config)?;
     let set = |part: Labelled| -> Result<Arc<dyn Dataset>> {
         Ok(match config.raw {
-            Some([h, w, c]) => Arc::new(Raw { part, shape: Shape::new(h, w, c) }),
+            Some([h, w, c]) => {
+                let classes = part.classes.len().max(target.outputs);
+                Arc::new(Raw { part, shape: Shape::new(h, w, c), classes })
+            }
             None => Arc::new(Images::new(Arc::new(Encoded(part)), shared, target)?),
         })
     };
@@ -187,6 +190,8 @@ impl EncodedImages for Encoded {
 struct Raw {
     part: Labelled,
     shape: Shape,
+    /// As of encoded images, at least the model's outputs.
+    classes: usize,
 }
 
 impl Dataset for Raw {
@@ -197,7 +202,7 @@ impl Dataset for Raw {
         Some(self.shape)
     }
     fn classes(&self) -> usize {
-        self.part.classes.len()
+        self.classes
     }
     fn label(&self, index: usize) -> u32 {
         self.part.labels[index]

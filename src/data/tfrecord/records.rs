@@ -4,6 +4,7 @@ use super::framing::{self, OVERHEAD};
 use super::index::{self, Entry};
 use crate::data::files;
 use crate::error::{Context, Error, Kind, Result};
+use crate::report::log::SAID_ONCE;
 use rayon::prelude::*;
 use std::fs::{File, TryLockError};
 use std::ops::Range;
@@ -53,7 +54,24 @@ impl Records {
             let (count, first) = (records.labels.len(), records.shards[0].path.display());
             return Err(Error::data(format!("{first} and its like hold {count} records; 1 to 2^32 can be read")));
         }
+        records.warn_of_empty();
         Ok(records)
+    }
+
+    /// A set may have a file without a record, but so does a copy that was cut off at once.
+    fn warn_of_empty(&self) {
+        let empty = self.files().zip(&self.shards).filter(|(records, _)| records.is_empty());
+        let names: Vec<String> = empty.map(|(_, shard)| shard.path.display().to_string()).collect();
+        if !names.is_empty() {
+            tracing::warn!(
+                target: SAID_ONCE,
+                "{} of {} TFRecord files are empty, and the run goes on with the others; if they should hold records, \
+                 fetch them again: {}",
+                names.len(),
+                self.shards.len(),
+                files::summary(&names)
+            );
+        }
     }
 
     pub fn len(&self) -> usize {

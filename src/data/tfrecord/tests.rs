@@ -123,6 +123,20 @@ fn names_of_classes_come_from_a_file() {
     assert!(message(open_with(&config(beside.path(), &named))).contains("few.txt: line 3 is empty"));
 }
 
+/// Whether images are encoded or raw; what is too few is refused with the model.
+#[test]
+fn a_model_may_have_more_outputs_than_there_are_classes() {
+    let folder = folder(&[("train.tfrecord", &records(&[0, 1])), ("test.tfrecord", &records(&[1]))]);
+    for keys in [RAW, ""] {
+        for (outputs, classes) in [(1, 2), (2, 2), (10, 10)] {
+            let target = Target { input: Shape::new(2, 3, 3), outputs };
+            let sets = open(&config(folder.path(), keys), &DataShared::default(), target).unwrap();
+            assert_eq!([sets.train.classes(), sets.test.classes()], [classes; 2], "{outputs} outputs, keys {keys:?}");
+            assert_eq!(sets.train.class_names(), ["0", "1"]);
+        }
+    }
+}
+
 /// One damaged training file; the message has the file, the record, its place, and what is wrong.
 #[test]
 fn damage_has_one_clear_error() {
