@@ -439,6 +439,7 @@ fn checkpoint() -> Corpus {
         epoch: 0,
         samples: 96,
         best_accuracy: None,
+        data: None,
         tensors: vec![tensor("conv1.weight", &[4, 3, 3, 3]), tensor("conv1.bias", &[4]), tensor("scale", &[])],
     };
     let folder = tempfile::tempdir().unwrap();

@@ -133,6 +133,23 @@ fn any_configuration_runs_without_data_on_made_up_images() {
     command.assert().success();
 }
 
+#[test]
+fn going_on_with_other_data_is_warned_of_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (pictures(&folder), folder.path().join("run"));
+    let warnings = |steps: &str| {
+        let done = trainer(&out, &data, 2, &[steps]).assert().success();
+        let said = String::from_utf8_lossy(&done.get_output().stderr).into_owned();
+        said.lines().filter(|line| line.contains("was saved with another training set")).count()
+    };
+    assert_eq!(["run.steps=3", "run.steps=6"].map(warnings), [0, 0]);
+    // The same images under another name, which leaves the order and every number of the set as it was.
+    for part in ["train", "val"] {
+        fs::rename(data.join(part).join("class-0001"), data.join(part).join("class-0001b")).unwrap();
+    }
+    assert_eq!(["run.steps=7", "run.steps=8"].map(warnings), [1, 0]);
+}
+
 /// Without a word on sizes, on a flat folder whose classes are in the names, with more outputs than classes.
 #[test]
 fn a_plain_folder_just_works() {

@@ -150,12 +150,17 @@ pub fn class_counts(dataset: &dyn Dataset) -> Vec<usize> {
     counts
 }
 
-/// BLAKE3 of the set's size, shape, labels and files, by which ranks check that they read the same and in the same order.
+/// BLAKE3 of the set's size, shape, class names, labels and files, by which ranks check that they read the same and in the
+/// same order, and a resumed run that it goes on with the set it began with.
 pub fn fingerprint(dataset: &dyn Dataset) -> String {
     let [h, w, c] = dataset.shape().map_or([0; 3], Shape::lengths);
     let mut hasher = blake3::Hasher::new();
     for size in [dataset.len(), h, w, c, dataset.classes()] {
         hasher.update(&(size as u64).to_le_bytes());
+    }
+    for name in dataset.class_names() {
+        hasher.update(&(name.len() as u64).to_le_bytes());
+        hasher.update(name.as_bytes());
     }
     for index in 0..dataset.len() {
         hasher.update(&dataset.label(index).to_le_bytes());

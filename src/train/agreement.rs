@@ -3,7 +3,6 @@
 
 use crate::comm::{Communicator, chunk};
 use crate::config::raw::Config;
-use crate::data::{self, Dataset};
 use crate::device::SliceMut;
 use crate::error::{Error, Result};
 
@@ -13,13 +12,10 @@ const FACTS: [&str; 3] = ["version of the program", "configuration", "training s
 /// Words of a rank: one chunk of an all-gather.
 const WORDS: usize = 16;
 
-/// Fails on every rank, naming the ranks and what is different there, unless all agree. Collective.
-pub fn check(config: &Config, train: &dyn Dataset, comm: &mut dyn Communicator) -> Result<()> {
-    let facts = [
-        blake3::hash(env!("CARGO_PKG_VERSION").as_bytes()),
-        config.digest(),
-        blake3::hash(data::fingerprint(train).as_bytes()),
-    ];
+/// `fingerprint` is the training set's. Fails on every rank, naming the ranks and what is different there, unless all agree. Collective.
+pub fn check(config: &Config, fingerprint: &str, comm: &mut dyn Communicator) -> Result<()> {
+    let facts =
+        [blake3::hash(env!("CARGO_PKG_VERSION").as_bytes()), config.digest(), blake3::hash(fingerprint.as_bytes())];
     let mut words = vec![0.0; comm.size() * WORDS];
     let mine = chunk(words.len(), comm.size(), comm.rank());
     words[mine].copy_from_slice(&encode(&facts));

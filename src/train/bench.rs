@@ -10,7 +10,10 @@ use super::{Rank, agreement, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
-use crate::data::queue::{DataQueue, Position};
+use crate::data::{
+    self,
+    queue::{DataQueue, Position},
+};
 use crate::error::{Error, Kind, Result};
 use crate::model::net::Net;
 use crate::model::precision::Precision;
@@ -66,7 +69,7 @@ pub fn run(
     let transport = comm.transport();
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    agreement::check(config, &*parts.train, &mut *comm)?;
+    agreement::check(config, &data::fingerprint(&*parts.train), &mut *comm)?;
     let learner = setup::learner(config, &plan, &parts, comm)?;
     let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;
     let mut bench = Bench { rank, learner, queue, clock: Clock::start(), done: 0 };

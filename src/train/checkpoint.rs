@@ -51,6 +51,8 @@ pub struct State {
     pub samples: u64,
     /// Best evaluation accuracy so far, 0 to 1.
     pub best_accuracy: Option<f64>,
+    /// `data::fingerprint` of the training set; none in checkpoints of versions that did not keep it.
+    pub data: Option<String>,
     /// All parameters with their running statistics, and all of the optimizer's state; in the order of names once loaded.
     pub tensors: Vec<Tensor>,
 }
@@ -174,6 +176,9 @@ fn metadata_of(state: &State) -> HashMap<String, String> {
     if let Some(accuracy) = state.best_accuracy {
         metadata.insert("best_accuracy", accuracy.to_string());
     }
+    if let Some(data) = &state.data {
+        metadata.insert("data", data.clone());
+    }
     let said = metadata.iter().map(|(key, value)| (*key, value.as_str())).collect();
     let hash = hash_file(said, state.tensors.iter().map(Tensor::parts).collect());
     metadata.insert(HASH_KEY, hash);
@@ -214,6 +219,7 @@ fn decode(bytes: &[u8]) -> Result<State> {
         epoch: field(&metadata, "epoch")?,
         samples: field(&metadata, "samples")?,
         best_accuracy: metadata.get("best_accuracy").map(|_| field(&metadata, "best_accuracy")).transpose()?,
+        data: metadata.get("data").cloned(),
         tensors: views.iter().map(|(name, view)| decode_tensor(name, view)).collect::<Result<_>>()?,
     })
 }

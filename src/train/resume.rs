@@ -165,6 +165,7 @@ mod tests {
             epoch: 3,
             samples: 0x7fc0_0001,
             best_accuracy: Some(0.75),
+            data: None,
             tensors: Vec::new(),
         };
         let progress = decode(&encode(Some(&state)));

@@ -10,7 +10,7 @@ use super::{Options, Rank, agreement, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
-use crate::data::queue::DataQueue;
+use crate::data::{self, queue::DataQueue};
 use crate::device::SliceMut;
 use crate::error::{Error, Kind, Result};
 use crate::launch::signals::Signals;
@@ -27,6 +27,8 @@ pub struct Session<'a> {
     rank: &'a Rank,
     signals: &'a Signals,
     plan: Plan,
+    /// Of the training set.
+    fingerprint: String,
     learner: Learner,
     evaluator: Evaluator,
     queue: DataQueue,
@@ -56,7 +58,8 @@ pub fn train(
     let checkpoints = config.checkpoint.directory.clone().unwrap_or_else(|| directory.join("checkpoints"));
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    agreement::check(config, &*parts.train, &mut *comm)?;
+    let fingerprint = data::fingerprint(&*parts.train);
+    agreement::check(config, &fingerprint, &mut *comm)?;
     if rank.world.rank == 0
         && let Some(warning) = plan.cut_warmup()
     {
@@ -79,8 +82,9 @@ pub fn train(
             plan.global_batch
         );
     }
-    if let Some(path) = &saved {
+    if let Some((path, state)) = &found {
         rank.health.saved(path.display());
+        warn_of_other_data(path, state, &fingerprint);
     }
     let end = end_of(config, &progress);
     if let Some(end) = end
@@ -115,6 +119,7 @@ pub fn train(
         evaluator: setup::evaluator(&plan, &parts, &rank.world, loader.clone()),
         queue: setup::queue(config, &plan, &parts, &rank.world, loader, progress.position)?,
         plan,
+        fingerprint,
         learner,
         progress,
         clock,
@@ -244,6 +249,7 @@ impl Session<'_> {
                 epoch: u64::from(position.epoch),
                 samples: position.consumed as u64,
                 best_accuracy,
+                data: Some(self.fingerprint.clone()),
                 tensors,
             };
             let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
@@ -346,6 +352,17 @@ impl Session<'_> {
         if let Err(error) = report.finish(ending) {
             tracing::warn!("{error}");
         }
+    }
+}
+
+/// The position in the epoch means other samples in another set. Checkpoints of before it was kept say nothing.
+fn warn_of_other_data(path: &Path, state: &State, fingerprint: &str) {
+    if state.data.as_ref().is_some_and(|saved| saved != fingerprint) {
+        tracing::warn!(
+            "{} was saved with another training set: samples, classes or files have changed since; the run goes on with \
+             the set as it is now. If that is not meant, restore the data, or begin anew: --resume none",
+            path.display()
+        );
     }
 }
 

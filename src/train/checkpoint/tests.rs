@@ -16,6 +16,7 @@ fn state(step: u64) -> State {
         epoch: step / 100,
         samples: step * 64,
         best_accuracy: Some(0.1 + 0.2),
+        data: Some("fingerprint".to_string()),
         tensors: vec![
             tensor("bn.running_mean", &[5]),
             tensor("conv1.weight", &[4, 3, 3, 3]),
@@ -23,6 +24,14 @@ fn state(step: u64) -> State {
             tensor("scale", &[]),
         ],
     }
+}
+
+#[test]
+fn one_without_the_data_s_fingerprint_is_accepted() {
+    let folder = tempfile::tempdir().unwrap();
+    let older = State { data: None, ..state(7) };
+    let path = save(folder.path(), 1, &older).unwrap();
+    assert_eq!(load(&path).unwrap(), older);
 }
 
 fn names(folder: &Path) -> Vec<String> {

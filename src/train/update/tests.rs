@@ -100,6 +100,7 @@ impl World {
             epoch: 0,
             samples: 0,
             best_accuracy: None,
+            data: None,
             tensors: tensors.swap_remove(0),
         };
         (params, state)
