@@ -140,7 +140,7 @@ pub fn json(run: &str, measured: &Measured<'_>) -> Value {
 
 /// The phases in which something is done.
 fn by_phase(costs: &[Cost; PHASES.len()]) -> Value {
-    let busy = PHASES.iter().zip(costs).filter(|(_, cost)| cost.seconds > 0.0);
+    let busy = PHASES.iter().zip(costs).filter(|(_, cost)| cost.is_any());
     let object = busy.map(|(phase, cost)| {
         let mut value = json!({ "ms": 1e3 * cost.seconds });
         if phase.computes() {

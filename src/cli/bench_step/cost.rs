@@ -39,6 +39,11 @@ pub struct Cost {
 }
 
 impl Cost {
+    /// Whether anything is done; it may have been too short to be measured.
+    pub fn is_any(&self) -> bool {
+        [self.seconds, self.flops, self.bytes].iter().any(|&count| count > 0.0)
+    }
+
     pub fn gflop_s(&self) -> Option<f64> {
         self.per_second(self.flops)
     }
