@@ -26,10 +26,12 @@ def main():
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
+    parser.add_argument("--apart", action=argparse.BooleanOptionalAction, default=True, help="also without communication")
     args = parser.parse_args()
+    args.apart &= args.ranks > 1
 
     parts = {"trainer": ours, "PyTorch": theirs}
-    if args.ranks > 1:
+    if args.apart:
         parts |= {"trainer apart": ours_apart, "PyTorch apart": theirs_apart}
     rates, parameters = {name: [] for name in parts}, set()
     for pair in range(1, args.pairs + 1):
@@ -92,7 +94,7 @@ def report(args, rates):
     header = ["date", "commit", "hardware", "config", "type", "batch a rank", "ranks", "trainer, images/s", "PyTorch", "ratio"]
     row = [*rows.provenance(), args.config, args.precision, str(args.batch), str(args.ranks)]
     row += [rows.cell(ours, 1), rows.cell(theirs, 1), rows.ratio(ours, theirs)]
-    if args.ranks > 1:
+    if args.apart:
         header += ["trainer / apart", "PyTorch / apart"]
         row += [rows.ratio(ours, rates["trainer apart"]), rows.ratio(theirs, rates["PyTorch apart"])]
     rows.show(header, row)
