@@ -101,7 +101,7 @@ impl Form {
 /// Lists the files of `[data] path`. None of them is opened, so a file may still turn out to be no image.
 pub fn find(folder: &ImageFolder, max_bytes: u64) -> Result<Found> {
     let root = &folder.path;
-    let listing = files::list(root)?;
+    let listing = files::list(root).map_err(|error| error.context("data.path is to be the folder of the images"))?;
     let new = |(classes, files)| FolderImages { root: root.clone(), classes, files, most: max_bytes.saturating_add(1) };
     let whole = match Form::of(folder, &listing)? {
         Form::Parts { train, test: Some(test) } => {

@@ -18,7 +18,7 @@ const TEST: Part = Part { name: "test", words: &["test", "validation", "val"], k
 /// The files of the training and of the test part, sorted: those that the patterns name, seen from the folder; without a
 /// pattern, those with the part's word in their name.
 pub fn find(folder: &Path, train: Option<&str>, test: Option<&str>) -> Result<[Vec<PathBuf>; 2]> {
-    let listing = list(folder)?;
+    let listing = list(folder).map_err(|error| error.context("data.path is to be the folder of the TFRecord files"))?;
     let find = |part: &Part, pattern: Option<&str>| match pattern {
         Some(pattern) => matching(folder, part, pattern, &listing),
         None => named(folder, part, &listing),

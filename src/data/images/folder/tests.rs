@@ -159,7 +159,7 @@ fn what_does_not_fit_is_explained() {
     assert!(message(find(&section(&odd), 1000)).contains("is not named in UTF-8"));
     let mut missing = section(&folder(&[]));
     missing.path = missing.path.join("not/there");
-    assert!(message(find(&missing, 1000)).contains("opening the folder"));
+    assert!(message(find(&missing, 1000)).contains("data.path is to be the folder of the images: opening "));
 
     for (text, expected) in [
         ("name,class\nx,1\n", "there is no column `file`; expected a first line `file,class`, found `name,class`"),
