@@ -108,7 +108,7 @@ pub struct Factors {
 
 impl Factors {
     /// f32 values of a sample.
-    pub fn len(self) -> usize {
+    pub fn values(self) -> usize {
         self.inputs + self.units
     }
 }

@@ -52,7 +52,7 @@ pub fn estimate(config: &Parallel, net: &NetSpec, plan: &Plan, hosts: usize, nor
         .map(|(node, factors)| {
             let values = factors.inputs * factors.units + factors.units;
             let gradient_bytes = (2.0 * others * (4 * values) as f64) as usize;
-            let factor_bytes = (others * (4 * factors.len() * plan.global_batch) as f64) as usize;
+            let factor_bytes = (others * (4 * factors.values() * plan.global_batch) as f64) as usize;
             let products = others * 2.0 * (values * plan.global_batch) as f64 / (OPERATIONS * threads);
             let (gradient_s, factors_s) = (gradient_bytes as f64 / link, factor_bytes as f64 / link + products);
             let chosen = hosts > 1
@@ -98,6 +98,9 @@ pub struct Leaves {
     len: usize,
 }
 
+/// Makes a tile from the samples of a leaf, how many they are and what was prepared of them.
+type OfLeaf<'a> = dyn Fn(usize, &[f32], &mut [f32]) + 'a;
+
 impl Leaves {
     /// This rank's memory for a micro-batch of `count` samples.
     pub fn next<'a>(&self, micro: usize, count: usize) -> SliceMut<'a> {
@@ -122,7 +125,7 @@ impl Exchange {
         let shape = net.nodes[node].inferred.factors.expect("only of layers with factors");
         let product = FromFactors::new(shape, plan.micro_batch);
         let (rank, size, micros) = (comm.rank(), comm.size(), plan.micros_per_rank);
-        let len = LINE + (plan.micro_batch * shape.len()).next_multiple_of(LINE);
+        let len = LINE + (plan.micro_batch * shape.values()).next_multiple_of(LINE);
         let memory = comm.allocate_replicated(size_of::<f32>() * size * micros * len)?;
         let count = size * micros;
         let depth = levels(size) + levels(micros) + 1;
@@ -232,7 +235,7 @@ impl Exchange {
 
     /// Leaves in the first tile the sum of `leaf(samples, prepared, tile)` over all leaves: over the micro-batches of a rank,
     /// and then over ranks.
-    fn sum(&self, tiles: &mut [f32], len: usize, leaf: &dyn Fn(usize, &[f32], &mut [f32])) {
+    fn sum(&self, tiles: &mut [f32], len: usize, leaf: &OfLeaf<'_>) {
         let (micros, prepared_len, tile_len) =
             (self.leaves.micros, self.product.prepared_len(), self.product.tile_len());
         let micro = |number: usize, tiles: &mut [f32]| match self.counts[number] {

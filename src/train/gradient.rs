@@ -170,7 +170,9 @@ impl Gradient {
         let arena = &arenas[depth];
         let mut sums = if last { work.flags } else { Sums::default() };
         if batch.count() == 0 {
-            leaves.iter().flatten().for_each(|leaves| drop(leaves.next(micro, 0)));
+            for leaves in leaves.iter().flatten() {
+                leaves.next(micro, 0);
+            }
             // SAFETY: nothing of this step has been started, and the last one is over.
             unsafe { arena.slice_mut(0..self.tail.end * size_of::<f32>()) }.f32().fill(0.0);
             write_tail(arena, &self.tail, sums);

@@ -56,9 +56,16 @@ struct Shard {
     mine: Range<usize>,
     /// Where the state of `mine` begins.
     state: usize,
-    /// Its gradient is made from factors: by which of the exchanges, and what each rank of rank 0's host then holds of the
-    /// state, which every host has.
-    exchange: Option<(usize, Vec<(usize, Range<usize>)>)>,
+    /// Its gradient is made from factors.
+    exchange: Option<Exchanged>,
+}
+
+/// How a bucket whose state every host holds is worked off and saved.
+struct Exchanged {
+    /// Its number among the exchanges.
+    number: usize,
+    /// The ranks of rank 0's host, and the elements of which each holds the state.
+    savers: Vec<(usize, Range<usize>)>,
 }
 
 /// What is reduced on its own.
@@ -95,7 +102,7 @@ impl Updater {
             let (mine, state) = (of(comm.rank()), held);
             held += mine.len();
             let savers = || hosts.members(hosts.of(0)).iter().map(|&rank| (rank, of(rank))).collect();
-            let exchange = exchange.map(|exchange| (exchange, savers()));
+            let exchange = exchange.map(|number| Exchanged { number, savers: savers() });
             shards.push(Shard { bucket: bucket.clone(), mine, state, exchange });
         }
         let arena = |_| Arena::host(held * size_of::<f32>()).map_err(|e| e.context("optimizer state"));
@@ -290,7 +297,7 @@ impl Updater {
                     match &shard.exchange {
                         None => drop(comm.all_gather(self.grads.slice_mut(bytes(&shard.bucket)))?),
                         // Rank 0 lacks what the others of its host hold.
-                        Some((_, savers)) => savers.iter().skip(1).try_for_each(|(saver, elements)| {
+                        Some(exchanged) => exchanged.savers.iter().skip(1).try_for_each(|(saver, elements)| {
                             comm.broadcast(self.grads.slice_mut(bytes(elements)), *saver).map(drop)
                         })?,
                     }
@@ -348,8 +355,8 @@ impl Work for Updater {
         let Some(shard) = self.shards.get(part) else {
             return comm.all_reduce(of(&self.grads, &self.table.tail));
         };
-        if let Some((exchange, _)) = shard.exchange {
-            return self.exchange(exchange, part, comm);
+        if let Some(Exchanged { number, .. }) = shard.exchange {
+            return self.exchange(number, part, comm);
         }
         let grads = of(&self.grads, &shard.bucket);
         if self.norms.is_some() {
