@@ -145,6 +145,15 @@ impl Link {
         Ok(())
     }
 
+    /// Whether the peer has closed, or its host said that it is gone; what it has still sent does not count.
+    pub fn has_ended(&self) -> bool {
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        match rustix::net::recv(&self.socket, &mut [0; 1][..], flags) {
+            Ok((_, count)) => count == 0,
+            Err(error) => error != Errno::AGAIN && error != Errno::INTR,
+        }
+    }
+
     pub fn is_unix(&self) -> bool {
         self.socket.domain().is_ok_and(|domain| domain == Domain::UNIX)
     }

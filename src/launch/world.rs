@@ -10,14 +10,17 @@ pub use meeting::Meeting;
 pub use variables::foreign_variables;
 
 use super::lifeline;
-use super::rendezvous::Control;
+use super::rendezvous::ways::{self, Interface};
+use super::rendezvous::{Control, Party};
+use crate::config::raw::Parallel;
 use crate::error::{Error, Result};
 use meeting::socket_name;
 use std::fmt;
 use std::time::Duration;
 use variables::Var;
 
-/// How long the ranks of a world may take to find each other: launchers start nodes one after another.
+/// How long the ranks of a world may take to find each other, unless `[parallel] timeout` is less: launchers start nodes one
+/// after another.
 const MEETING_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// This process among the ranks.
@@ -109,22 +112,23 @@ impl World {
         )))
     }
 
-    /// Meets the other ranks. Two stars: one to set up collectives, one for the watch.
-    pub fn connect(&self) -> Result<(Control, Control)> {
+    /// Meets the other ranks. Two stars: one to set up collectives, one for the watch. `parallel` chooses the interface and
+    /// how long to wait.
+    pub fn connect(&self, parallel: &Parallel) -> Result<(Control, Control)> {
         let World { rank, size, .. } = *self;
-        let star: Box<dyn Fn() -> Result<Control>> = match &self.meeting {
+        let interface = Interface::choose(parallel.interface.as_deref())?;
+        let timeout = MEETING_TIMEOUT.min(Duration::from_secs_f64(parallel.timeout));
+        let party = Party { rank, size, stars: 2, timeout };
+        let stars = match &self.meeting {
             Meeting::Inherited => return lifeline::receive_stars(rank, size),
-            Meeting::Alone => Box::new(|| Control::from_fds(0, 1, Vec::new())),
-            Meeting::Node { job } => {
-                let name = socket_name(job.as_deref())?;
-                Box::new(move || Control::abstract_unix(rank, size, &name, MEETING_TIMEOUT))
-            }
-            Meeting::Tcp { host, ports, .. } => {
-                Box::new(move || Control::tcp(rank, size, host, ports[0], MEETING_TIMEOUT))
-            }
-            Meeting::Folder { .. } | Meeting::Pmi { .. } => todo!(),
+            Meeting::Alone => vec![Control::from_fds(0, 1, Vec::new())?, Control::from_fds(0, 1, Vec::new())?],
+            Meeting::Node { job } => ways::at_socket(party, &socket_name(job.as_deref())?)?,
+            Meeting::Tcp { host, ports, job } => ways::at_ports(party, host, ports, job, &interface)?,
+            Meeting::Folder { folder, job } => ways::through_folder(party, folder, job, &interface)?,
+            Meeting::Pmi { fd } => ways::through_pmi(party, *fd, &interface)?,
         };
-        Ok((star()?, star()?))
+        let [first, second] = <[Control; 2]>::try_from(stars).expect("two stars were asked for");
+        Ok((first, second))
     }
 
     /// One process on its own.
