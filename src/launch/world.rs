@@ -2,7 +2,7 @@
 //!
 //! `World::from_env` is a pure function of the variables: `variables` reads who is who, `meeting` chooses where they meet.
 
-mod lists;
+pub(super) mod lists;
 mod meeting;
 mod variables;
 
