@@ -8,7 +8,7 @@ use super::ring::{Mesh, Operation, Ring};
 use crate::device::{Arena, SliceMut};
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::link::{self, Link};
-use crate::launch::rendezvous::Control;
+use crate::launch::rendezvous::{Control, host};
 use crate::launch::watch::Health;
 use rustix::event::epoll::{self, EventFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -244,9 +244,14 @@ fn listen(ipv6: bool, backlog: usize) -> std::io::Result<(Socket, u16)> {
 
 /// Connects to `peer` and says who comes.
 fn introduce(rank: usize, peer: usize, address: SocketAddr, token: u64, deadline: Instant) -> Result<Link> {
-    let what = format!("rank {rank} connecting to rank {peer} at {address}");
+    let what = format!("rank {rank} on {} connecting to rank {peer} at {address}", host());
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).or_kind(Kind::Internal, &what)?;
-    socket.connect_timeout(&address.into(), CONNECT).or_kind(Kind::PeerLost, &what)?;
+    socket.connect_timeout(&address.into(), CONNECT).map_err(|error| {
+        Error::peer_lost(format!(
+            "{what}: {error}. If a firewall is not the reason, the hosts share another network: name it with [parallel] \
+             interface"
+        ))
+    })?;
     let link = Link::new(peer, socket);
     let mut hello = [0; 12];
     hello[..8].copy_from_slice(&token.to_le_bytes());

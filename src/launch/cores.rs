@@ -14,6 +14,8 @@ use std::fs;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Seat {
     host: String,
+    /// Tells machines apart that call themselves the same: the kernel's boot id.
+    machine: String,
     /// Numbers of the cores to which it is bound.
     cores: BTreeSet<usize>,
     /// How many cores' time it is allowed, which a container can limit to less.
@@ -38,8 +40,8 @@ impl Seats {
 
     /// Threads for a rank: of every core that it may use, the part that is left to it by the others who may.
     pub fn threads(&self, rank: usize) -> usize {
-        let Seat { host, cores, quota, .. } = &self.seats[rank];
-        let neighbours: Vec<&Seat> = self.on(host).map(|(_, seat)| seat).collect();
+        let Seat { machine, cores, quota, .. } = &self.seats[rank];
+        let neighbours: Vec<&Seat> = self.on(machine).map(|(_, seat)| seat).collect();
         let sharers = |core: &usize| neighbours.iter().filter(|seat| seat.cores.contains(core)).count();
         let share: f64 = cores.iter().map(|core| 1.0 / sharers(core) as f64).sum();
         // A third of a core three times is a whole one.
@@ -62,13 +64,13 @@ impl Seats {
                 Launcher::None | Launcher::Lockstep | Launcher::Torchrun => return None,
             })
         };
-        self.seats.iter().find_map(|Seat { host, available, .. }| {
-            let ranks: Vec<usize> = self.on(host).map(|(rank, _)| rank).collect();
-            let used: BTreeSet<usize> = self.on(host).flat_map(|(_, seat)| seat.cores.iter().copied()).collect();
+        self.seats.iter().find_map(|Seat { host, machine, available, .. }| {
+            let ranks: Vec<usize> = self.on(machine).map(|(rank, _)| rank).collect();
+            let used: BTreeSet<usize> = self.on(machine).flat_map(|(_, seat)| seat.cores.iter().copied()).collect();
             if used.len() >= *available {
                 return None;
             }
-            let cores: usize = self.on(host).map(|(_, seat)| seat.cores.len()).sum();
+            let cores: usize = self.on(machine).map(|(_, seat)| seat.cores.len()).sum();
             let shared = if cores > used.len() { ", which they share" } else { "" };
             Some(format!(
                 "{launcher} lets ranks {ranks:?} on {host} use {} of {available} cores{shared}; start with {} to use all",
@@ -78,8 +80,8 @@ impl Seats {
         })
     }
 
-    fn on<'a>(&'a self, host: &'a str) -> impl Iterator<Item = (usize, &'a Seat)> + 'a {
-        self.seats.iter().enumerate().filter(move |(_, seat)| seat.host == host)
+    fn on<'a>(&'a self, machine: &'a str) -> impl Iterator<Item = (usize, &'a Seat)> + 'a {
+        self.seats.iter().enumerate().filter(move |(_, seat)| seat.machine == machine)
     }
 }
 
@@ -90,8 +92,10 @@ impl Seat {
         let job = std::env::var("SLURM_JOB_CPUS_PER_NODE").ok().filter(|_| launcher == Launcher::Slurm);
         // The least that the job has on any of its nodes: not too much on this one.
         let job = job.and_then(|counts| lists::counts(&counts).ok()?.into_iter().min());
+        let host = super::rendezvous::host().to_string();
         Ok(Seat {
-            host: super::rendezvous::host().to_string(),
+            machine: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_else(|_| host.clone()),
+            host,
             cores: (0..CpuSet::MAX_CPU).filter(|core| mask.is_set(*core)).collect(),
             quota,
             available: job.or_else(cores_of_cgroup).or_else(cores_of_host).unwrap_or(quota),
@@ -136,6 +140,7 @@ mod tests {
     fn seats(available: usize, ranks: &[(&str, &[usize])]) -> Seats {
         let seat = |&(host, cores): &(&str, &[usize])| Seat {
             host: host.to_string(),
+            machine: host.to_string(),
             cores: cores.iter().copied().collect(),
             quota: available,
             available,

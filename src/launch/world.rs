@@ -116,6 +116,9 @@ impl World {
     /// how long to wait.
     pub fn connect(&self, parallel: &Parallel) -> Result<(Control, Control)> {
         let World { rank, size, .. } = *self;
+        if rank == 0 {
+            tracing::debug!("{self}; they meet {}", self.meeting);
+        }
         let interface = Interface::choose(parallel.interface.as_deref())?;
         let timeout = MEETING_TIMEOUT.min(Duration::from_secs_f64(parallel.timeout));
         let party = Party { rank, size, stars: 2, timeout };

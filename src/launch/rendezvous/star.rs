@@ -61,7 +61,6 @@ pub fn gather(party: Party, token: u64, listener: Socket, place: &str) -> Result
     }
     let mut stars: Vec<Control> = stars.into_iter().map(|links| Control::new(0, size, links, timeout)).collect();
     stars.iter_mut().try_for_each(|star| star.broadcast(WELCOME).map(drop))?;
-    tracing::debug!("rank 0 on {} met {} peers at {place}", host(), size - 1);
     Ok(stars)
 }
 
