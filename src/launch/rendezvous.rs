@@ -320,7 +320,7 @@ fn accept(listener: &Socket, deadline: Instant) -> Result<Option<(Link, Hello)>>
         let patience = deadline.min(Instant::now() + Duration::from_secs(2));
         match link.read(&mut bytes, patience).ok().and_then(|()| Hello::from_bytes(&bytes)) {
             Some(hello) if link.write(&HEARD, patience).is_ok() => {
-                let _ = link.socket.set_tcp_nodelay(true);
+                prepare(&link);
                 return Ok(Some((link, hello)));
             }
             _ => tracing::warn!("something that is no rank connected to rank 0's port; dropped"),
@@ -342,7 +342,7 @@ fn join(
         let failure = match connect(deadline) {
             Ok(socket) => {
                 let link = Link::new(0, socket);
-                let _ = link.socket.set_tcp_nodelay(true);
+                prepare(&link);
                 match knock(&link, rank, size, deadline) {
                     Ok(()) => {
                         return match link.receive(deadline + GRACE)? {
@@ -363,6 +363,12 @@ fn join(
         }
         std::thread::sleep(RETRY);
     }
+}
+
+/// Little messages go at once, and a cut is noticed. Only TCP has these options, so a Unix socket's refusal means nothing.
+fn prepare(link: &Link) {
+    let _ = link.socket.set_tcp_nodelay(true);
+    let _ = link::end_when_cut(&link.socket);
 }
 
 /// Says hello and waits until it is heard.
