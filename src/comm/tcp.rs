@@ -86,7 +86,7 @@ struct Sockets {
 }
 
 struct Peer {
-    socket: Socket,
+    socket: Arc<Socket>,
     /// Whether the next call may succeed: set by epoll, cleared when a call says no.
     readable: bool,
     writable: bool,
@@ -146,6 +146,8 @@ impl Sockets {
             link::keep_alive(&socket)?;
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
             epoll::add(&epoll, &socket, epoll::EventData::new_u64(peer as u64), flags)?;
+            let socket = Arc::new(socket);
+            health.look_after(peer, &socket);
             peers[peer] = Some(Peer { socket, readable: true, writable: true });
         }
         Ok(Sockets { rank, size, peers, epoll, health })

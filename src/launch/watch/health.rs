@@ -1,8 +1,10 @@
 //! Every wait in the program goes through `Health::wait`: it ends when the awaited thing happens, when a peer is lost, or
 //! when the time-out of `[parallel]` has passed; and the others are told meanwhile who waits for what.
 
+use super::reach::Line;
 use super::table::Table;
 use crate::error::{Error, Kind, Result};
+use socket2::Socket;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,6 +48,8 @@ pub struct Health {
     checkpoint: Mutex<Option<String>>,
     /// The checkpoint is news to the other ranks.
     untold: AtomicBool,
+    /// Transports' connections that the watch looks after.
+    lines: Mutex<Vec<Line>>,
 }
 
 /// The wait that has lasted longest, of all threads that wait.
@@ -77,6 +81,7 @@ impl Health {
             peers: Mutex::new(None),
             checkpoint: Mutex::new(None),
             untold: AtomicBool::new(false),
+            lines: Mutex::new(Vec::new()),
         })
     }
 
@@ -90,6 +95,11 @@ impl Health {
     pub fn saved(&self, checkpoint: impl fmt::Display) {
         *lock(&self.checkpoint) = Some(checkpoint.to_string());
         self.untold.store(true, Relaxed);
+    }
+
+    /// From now on the watch looks whether the network still carries what this connection to `peer` sends.
+    pub fn look_after(&self, peer: usize, socket: &Arc<Socket>) {
+        lock(&self.lines).push(Line::new(peer, socket));
     }
 
     /// Ends all waits of this process with `error`; the first failure is kept.
@@ -201,6 +211,10 @@ impl Health {
         let waiting = lock(&self.waiting);
         let what = if waiting.threads > 0 { format!("{}, ", waiting.what) } else { String::new() };
         format!("{what}in {phase} of step {step}")
+    }
+
+    pub(super) fn lines(&self) -> MutexGuard<'_, Vec<Line>> {
+        lock(&self.lines)
     }
 
     pub(super) fn timeout(&self) -> Duration {

@@ -1,6 +1,7 @@
 //! What a rank knows of all ranks, and what it says about them. Pure: time is an argument.
 
 use super::health::Beat;
+use super::reach::CUT;
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
@@ -199,6 +200,18 @@ impl Table {
         )
     }
 
+    /// That `rank` is cut off, as rank `from` has found.
+    pub fn cut_off(&self, rank: usize, from: usize) -> String {
+        let host = |rank: usize| self.peers.get(rank).map_or("?", |peer| &peer.host);
+        format!(
+            "no acknowledgement from {} for {:.1} s: the network between it and {} is cut, or host {} is gone",
+            self.name(rank),
+            CUT.as_secs_f64(),
+            self.name(from),
+            host(rank)
+        )
+    }
+
     fn longest_wait(&self) -> Duration {
         self.peers.iter().map(|peer| peer.beat.waited).max().unwrap_or(Duration::ZERO)
     }
@@ -307,6 +320,15 @@ mod tests {
         table.note_late(now);
         assert_eq!(table.warning(now, "", Duration::from_secs(300)), None);
         assert_eq!(table.late(now), "");
+    }
+
+    #[test]
+    fn who_is_cut_off_is_named_with_both_ends() {
+        assert_eq!(
+            table(3, 4, Instant::now()).cut_off(2, 3),
+            "no acknowledgement from rank 2 (pid 102 on host node2) for 1.2 s: the network between it and rank 3 (pid 103 on \
+             host node3) is cut, or host node2 is gone"
+        );
     }
 
     #[test]

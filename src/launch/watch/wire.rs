@@ -2,6 +2,7 @@
 //! here blocks, and heartbeats allocate nothing: a stopped peer's socket fills up, and its heartbeats are then left out.
 
 use super::health::{Beat, Phase};
+use super::reach::Reach;
 use crate::launch::link::Link;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -15,6 +16,8 @@ pub enum Message {
     Late { rank: usize, beat: Beat, silent: Duration },
     /// Rank 0 tells: `rank` is gone without a word.
     Lost { rank: usize, beat: Beat, silent: Duration },
+    /// Rank 0 tells: the network carries nothing more to `rank`.
+    Cut { rank: usize },
     /// Rank 0 tells where the run could go on from.
     Saved { checkpoint: String },
     /// `rank` has ended: in order, or for a reason. From that rank to rank 0, from rank 0 to all.
@@ -35,6 +38,7 @@ impl Message {
             Message::Beat(beat) => (state(1, 0, beat, Duration::ZERO), &[][..]),
             Message::Late { rank, beat, silent } => (state(2, *rank, beat, *silent), &[][..]),
             Message::Lost { rank, beat, silent } => (state(3, *rank, beat, *silent), &[][..]),
+            Message::Cut { rank } => ([6, *rank as u64, 0, 0, 0, 0], &[][..]),
             Message::Ended { rank, reason } => {
                 let text = cut(reason.as_deref().unwrap_or_default());
                 ([4, *rank as u64, reason.is_some().into(), text.len() as u64, 0, 0], text)
@@ -71,6 +75,7 @@ impl Message {
             1 => Message::Beat(beat),
             2 => Message::Late { rank, beat, silent },
             3 => Message::Lost { rank, beat, silent },
+            6 => Message::Cut { rank },
             _ => return Err(Errno::BADMSG),
         };
         Ok(Some((message, HEADER)))
@@ -84,13 +89,15 @@ fn cut(text: &str) -> &[u8] {
 /// A link with what has come in part and what could not be sent yet.
 pub struct Stream {
     pub link: Link,
+    pub reach: Reach,
     inbox: Vec<u8>,
     outbox: Vec<u8>,
 }
 
 impl Stream {
     pub fn new(link: Link) -> Stream {
-        Stream { link, inbox: Vec::with_capacity(HEADER + MAX_TEXT), outbox: Vec::with_capacity(HEADER + MAX_TEXT) }
+        let space = || Vec::with_capacity(HEADER + MAX_TEXT);
+        Stream { link, reach: Reach::default(), inbox: space(), outbox: space() }
     }
 
     /// Sends what the socket takes now, and the rest with the next message. Heartbeats do not queue up. A link that is
@@ -141,6 +148,7 @@ mod tests {
             Message::Beat(beat),
             Message::Late { rank: 3, beat, silent },
             Message::Lost { rank: 7, beat: Beat { phase: Phase::Finish, ..beat }, silent },
+            Message::Cut { rank: 5 },
             Message::Ended { rank: 1, reason: Some("train.idx: no such file – ü".into()) },
             Message::Ended { rank: 2, reason: None },
             Message::Saved { checkpoint: "runs/x/step-30".into() },
