@@ -32,6 +32,8 @@ pub struct Beat {
     pub phase: Phase,
     /// How long it has been waiting for other ranks; zero: it is not.
     pub waited: Duration,
+    /// How long it has waited for other ranks in all its steps together.
+    pub waiting: Duration,
 }
 
 /// This rank's state as its peers see it, and what it knows of them. Shared by the training loop (which sets the phase),
@@ -39,6 +41,8 @@ pub struct Beat {
 pub struct Health {
     step: AtomicU64,
     phase: AtomicU8,
+    /// In all steps together, in microseconds.
+    waited_us: AtomicU64,
     waiting: Mutex<Waiting>,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
@@ -73,6 +77,7 @@ impl Health {
         Arc::new(Health {
             step: AtomicU64::new(0),
             phase: AtomicU8::new(Phase::Start as u8),
+            waited_us: AtomicU64::new(0),
             waiting: Mutex::new(Waiting { threads: 0, what: String::with_capacity(64), waited: Duration::ZERO }),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -89,6 +94,11 @@ impl Health {
     pub fn set(&self, step: u64, phase: Phase) {
         self.step.store(step, Relaxed);
         self.phase.store(phase as u8, Relaxed);
+    }
+
+    /// How long the training loop has waited for other ranks since it began, by which rank 0 finds the slow ones.
+    pub fn set_waiting(&self, total: Duration) {
+        self.waited_us.store(total.as_micros() as u64, Relaxed);
     }
 
     /// Where the run could go on from, for the message when a peer is lost. The watch tells it to the other ranks.
@@ -202,6 +212,7 @@ impl Health {
             step: self.step.load(Relaxed),
             phase: Phase::from_number(self.phase.load(Relaxed).into()).unwrap_or(Phase::Start),
             waited: lock(&self.waiting).waited,
+            waiting: Duration::from_micros(self.waited_us.load(Relaxed)),
         }
     }
 

@@ -7,13 +7,14 @@
 //! - A rank that ends says so: in order, or for what reason, and the peers give that reason.
 //! - A network that is cut closes nothing. The kernel knows that it gets no acknowledgements any more (`reach`): for the
 //!   star, over which heartbeats always go, and for the transports' connections, whose other ends rank 0 may still reach.
-//! - A rank that is silent (stopped, overloaded) or late is named in a warning. Only the time-out of a wait makes it an
-//!   error.
+//! - A rank that is silent (stopped, overloaded), late, or slower than the others is named in a warning. Only the time-out
+//!   of a wait makes it an error.
 //!
-//! Cost: 48 bytes to rank 0 and 48 back and a system call a connection, five times a second; the thread sleeps in between
+//! Cost: 56 bytes to rank 0 and 56 back and a system call a connection, five times a second; the thread sleeps in between
 //! and allocates nothing.
 
 mod health;
+mod pace;
 mod reach;
 mod table;
 mod wire;
@@ -262,7 +263,9 @@ impl Watcher {
     /// Ends this rank's waits, with what it did and where the run can go on.
     fn fail(&self, what: impl FnOnce(&Table) -> String) {
         let what = self.health.peers().as_ref().map(what).unwrap_or_default();
-        let (me, activity, hint) = (self.me, self.health.activity(), self.health.hint());
+        let (me, activity) = (self.me, self.health.activity());
+        // A peer's reason may have said it.
+        let hint = Some(self.health.hint()).filter(|hint| !what.contains(hint)).unwrap_or_default();
         self.health.fail(Error::peer_lost(format!("{what}; rank {me} was {activity}{hint}")));
     }
 

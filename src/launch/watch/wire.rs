@@ -1,4 +1,4 @@
-//! What goes over the links of the watch: six u64 (little-endian), then for some messages a text. Nothing
+//! What goes over the links of the watch: seven u64 (little-endian), then for some messages a text. Nothing
 //! here blocks, and heartbeats allocate nothing: a stopped peer's socket fills up, and its heartbeats are then left out.
 
 use super::health::{Beat, Phase};
@@ -24,7 +24,7 @@ pub enum Message {
     Ended { rank: usize, reason: Option<String> },
 }
 
-const NUMBERS: usize = 6;
+const NUMBERS: usize = 7;
 const HEADER: usize = NUMBERS * 8;
 /// Texts are cut to this many bytes.
 const MAX_TEXT: usize = 2048;
@@ -32,18 +32,19 @@ const MAX_TEXT: usize = 2048;
 impl Message {
     fn encode(&self, out: &mut Vec<u8>) {
         let state = |kind, rank: usize, beat: &Beat, silent: Duration| {
-            [kind, rank as u64, beat.step, beat.phase as u64, beat.waited.as_millis() as u64, silent.as_millis() as u64]
+            let [waited, waiting, silent] = [beat.waited, beat.waiting, silent].map(|time| time.as_micros() as u64);
+            [kind, rank as u64, beat.step, beat.phase as u64, waited, waiting, silent]
         };
         let (numbers, text) = match self {
             Message::Beat(beat) => (state(1, 0, beat, Duration::ZERO), &[][..]),
             Message::Late { rank, beat, silent } => (state(2, *rank, beat, *silent), &[][..]),
             Message::Lost { rank, beat, silent } => (state(3, *rank, beat, *silent), &[][..]),
-            Message::Cut { rank } => ([6, *rank as u64, 0, 0, 0, 0], &[][..]),
+            Message::Cut { rank } => ([6, *rank as u64, 0, 0, 0, 0, 0], &[][..]),
             Message::Ended { rank, reason } => {
                 let text = cut(reason.as_deref().unwrap_or_default());
-                ([4, *rank as u64, reason.is_some().into(), text.len() as u64, 0, 0], text)
+                ([4, *rank as u64, reason.is_some().into(), text.len() as u64, 0, 0, 0], text)
             }
-            Message::Saved { checkpoint } => ([5, 0, 1, cut(checkpoint).len() as u64, 0, 0], cut(checkpoint)),
+            Message::Saved { checkpoint } => ([5, 0, 1, cut(checkpoint).len() as u64, 0, 0, 0], cut(checkpoint)),
         };
         numbers.iter().for_each(|number| out.extend_from_slice(&number.to_le_bytes()));
         out.extend_from_slice(text);
@@ -56,7 +57,7 @@ impl Message {
         for (number, bytes) in numbers.iter_mut().zip(header.as_chunks::<8>().0) {
             *number = u64::from_le_bytes(*bytes);
         }
-        let [kind, rank, a, b, c, d] = numbers;
+        let [kind, rank, a, b, waited, waiting, silent] = numbers;
         let rank = usize::try_from(rank).map_err(|_| Errno::BADMSG)?;
         if kind == 4 || kind == 5 {
             let end = usize::try_from(b).ok().filter(|length| *length <= MAX_TEXT).ok_or(Errno::BADMSG)? + HEADER;
@@ -69,8 +70,8 @@ impl Message {
             return Ok(Some((message, end)));
         }
         let phase = Phase::from_number(b).ok_or(Errno::BADMSG)?;
-        let beat = Beat { step: a, phase, waited: Duration::from_millis(c) };
-        let silent = Duration::from_millis(d);
+        let [waited, waiting, silent] = [waited, waiting, silent].map(Duration::from_micros);
+        let beat = Beat { step: a, phase, waited, waiting };
         let message = match kind {
             1 => Message::Beat(beat),
             2 => Message::Late { rank, beat, silent },
@@ -142,7 +143,8 @@ mod tests {
     use crate::launch::link;
 
     fn messages() -> Vec<Message> {
-        let beat = Beat { step: 40, phase: Phase::AllReduce, waited: Duration::from_millis(1234) };
+        let (waited, waiting) = (Duration::from_millis(1234), Duration::from_micros(56_789));
+        let beat = Beat { step: 40, phase: Phase::AllReduce, waited, waiting };
         let silent = Duration::from_secs(3);
         vec![
             Message::Beat(beat),
