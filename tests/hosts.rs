@@ -74,6 +74,24 @@ fn a_run_on_several_hosts_ends_with_the_weights_of_one_host() {
 }
 
 #[test]
+fn readmes_commands_for_two_hosts_train() {
+    let Some(hosts) = Hosts::new(2) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let config = format!("{} --set run.steps=5 --out {}", config(&folder), out.display());
+    let commands = include_str!("../README.md").lines().filter(|line| line.contains(" MASTER_ADDR=10.0.0.1 "));
+    let start = |(host, command): (usize, &str)| {
+        let command = command.replace("10.0.0.1", &hosts::address(0)).replace("FILE", &config);
+        let command = command.replace(" trainer ", concat!(" ", env!("CARGO_BIN_EXE_trainer"), " "));
+        Launched::start(hosts.command(host, "/bin/sh").args(["-c", &command]))
+    };
+    let mut ranks: Vec<Launched> = commands.enumerate().map(start).collect();
+    let codes: Vec<i32> = ranks.iter_mut().map(Launched::wait).collect();
+    assert_eq!(codes, [0, 0], "{}", ranks.iter().map(Launched::output).collect::<String>());
+    assert_eq!(summary(&out)["world_size"], 2);
+}
+
+#[test]
 fn collectives_over_hosts_are_exact() {
     for (count, per_host, mbit) in [(2, 1, 1000), (2, 2, 10_000)] {
         let Some(hosts) = Hosts::new(count) else { return };
