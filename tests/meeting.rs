@@ -2,10 +2,13 @@
 
 #[allow(dead_code)]
 mod common;
+#[path = "common/hosts.rs"]
+mod hosts;
 #[allow(dead_code)]
 #[path = "common/shells.rs"]
 mod shells;
 
+use hosts::Hosts;
 use shells::{Shells, free_port};
 use std::fs;
 use std::net::TcpListener;
@@ -152,5 +155,51 @@ fn open_mpi_on_several_hosts_is_told_the_ways_to_meet() {
         for way in ["LOCKSTEP_RENDEZVOUS=file:", "MASTER_ADDR", "mpirun -x", "--features mpi"] {
             assert!(output.contains(way), "{output}");
         }
+    }
+}
+
+/// Each host is in two networks; over the first, nothing comes through.
+#[test]
+fn of_two_networks_the_one_that_is_named_is_used() {
+    let Some(hosts) = Hosts::new(2) else { return };
+    second_network(&hosts);
+    hosts.cut(0, 1);
+    let (shells, shared) = (Shells::new(2), tempfile::tempdir().unwrap());
+    let run = |choice: &str| {
+        shells.run(|rank, command| {
+            let mut inside = hosts.command(rank, env!("CARGO_BIN_EXE_trainer"));
+            inside.args(command.get_args()).args(["--set", "parallel.timeout=10", "--resume", "none"]);
+            inside.args(["--set", &format!("parallel.interface={choice}")]);
+            inside
+                .current_dir(shells.machine(rank))
+                .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            inside.env_remove("MASTER_ADDR").env_remove("MASTER_PORT");
+            inside.env("LOCKSTEP_RENDEZVOUS", format!("file:{}", shared.path().display()));
+            *command = inside;
+        })
+    };
+    for choice in ["eth1", "10.98.0.0/24"] {
+        let ranks = run(choice);
+        all_well(&ranks);
+        assert!(ranks[1].0.contains("debug: rank 1 on b (10.98.0.2) met rank 0 at 10.98.0.1:"), "{}", ranks[1].0);
+    }
+    let ranks = run("eth0");
+    for (output, code) in &ranks {
+        assert_eq!(*code, 4, "{output}");
+    }
+    assert!(ranks[0].0.contains("ranks [1] of 2 did not come to rank 0 on a at 10.99.0.1:"), "{}", ranks[0].0);
+    let words = ["rank 1 on b could not reach rank 0 at ", "10.99.0.1:", "timed out"];
+    words.iter().for_each(|words| assert!(ranks[1].0.contains(words), "{}", ranks[1].0));
+}
+
+/// A cable between the two hosts, beside the switch.
+fn second_network(hosts: &Hosts) {
+    let (a, b) = (hosts.namespace(0), hosts.namespace(1));
+    let ip =
+        |arguments: &[&str]| assert!(Command::new("ip").args(arguments).status().unwrap().success(), "{arguments:?}");
+    ip(&["link", "add", "eth1", "netns", &a, "type", "veth", "peer", "eth1", "netns", &b]);
+    for (host, address) in [(&a, "10.98.0.1/24"), (&b, "10.98.0.2/24")] {
+        ip(&["-n", host, "address", "add", address, "dev", "eth1"]);
+        ip(&["-n", host, "link", "set", "eth1", "up"]);
     }
 }

@@ -180,6 +180,7 @@ impl Session<'_> {
             return Err(self.not_finite(&sums, non_finite));
         }
         self.advance();
+        self.rank.health.set_waiting(self.clock.budget().spent(Category::Waiting));
         if let Some(report) = &mut self.report {
             let step = report::Step {
                 step: self.progress.step,
