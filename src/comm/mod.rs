@@ -64,6 +64,8 @@ pub fn connect_hosts(hosts: Hosts, mut control: Control, health: Arc<Health>) ->
 pub trait Communicator: Send {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
+    /// Which ranks share memory.
+    fn hosts(&self) -> Hosts;
     /// `"shm"`, `"tcp"`, `"shm+tcp"`.
     fn transport(&self) -> &'static str;
 
