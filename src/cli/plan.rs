@@ -21,7 +21,8 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
     let net = NetSpec::new(&config.model)?;
     let parts = Parts::open(config)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let plan = checked_plan(config, &net, &parts, Ranks { size: ranks, local_size: ranks.div_ceil(hosts), cores })?;
+    let plan =
+        checked_plan(config, &net, &parts, Ranks { size: ranks, threads: (cores / ranks.div_ceil(hosts)).max(1) })?;
     let params = ParamTable::new(&net);
     let memory = Memory { precision: config.run.precision, batch: plan.micro_batch };
 

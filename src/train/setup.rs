@@ -1,5 +1,7 @@
 //! From the configuration to what one rank trains with.
 
+use super::Rank;
+use super::agreement::{self, Fact};
 use super::eval::Evaluator;
 use super::factors::{self, Exchange};
 use super::gradient::Gradient;
@@ -77,12 +79,8 @@ pub fn sets(config: &Config, net: &NetSpec) -> Result<data::Sets> {
 
 /// The numbers of a run in this world, as `checked_plan`.
 pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
-    checked_plan(config, &NetSpec::new(&config.model)?, parts, ranks(world))
-}
-
-pub fn ranks(world: &World) -> Ranks {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Ranks { size: world.size, local_size: world.local_size, cores }
+    let ranks = Ranks { size: world.size, threads: rayon::current_num_threads() };
+    checked_plan(config, &NetSpec::new(&config.model)?, parts, ranks)
 }
 
 /// The numbers of a run. All that a configuration can get wrong is refused here, before anything takes memory or time:
@@ -91,6 +89,28 @@ pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks)
     let plan = Plan::new(config, ranks, parts.samples())?;
     loss(config, net, &*parts.train)?;
     Ok(plan)
+}
+
+/// Compares, over all ranks, what they are about to train with. `fingerprint` is the training set's. Collective.
+pub fn agree(
+    config: &Config,
+    parts: &Parts,
+    fingerprint: &str,
+    rank: &Rank,
+    comm: &mut dyn Communicator,
+) -> Result<()> {
+    let facts = [
+        Fact::configuration(config),
+        Fact::training_set(parts.train.len(), parts.train.classes(), fingerprint),
+        Fact::parameters(&ParamTable::new(&NetSpec::new(&config.model)?)),
+    ];
+    let agreed = agreement::check(&facts, rank.world.rank, |bytes| agreement::gather_bytes(comm, bytes));
+    if agreed.is_err() {
+        // Nobody leaves before all know why: a rank that is gone would be the others' error.
+        rank.health.ending();
+        let _ = comm.barrier();
+    }
+    agreed
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.

@@ -106,7 +106,7 @@ fn rank(config: &Config, hosts: Hosts, control: Control, made: &Mutex<BTreeMap<u
     let mut comm = connect_hosts(hosts, control, Health::new(Duration::from_secs(60))).unwrap();
     let net = NetSpec::new(&config.model).unwrap();
     let samples = Samples { train: 1000, validation: 0, test: 0 };
-    let plan = Plan::new(config, Ranks { size, local_size: size, cores: 1 }, samples).unwrap();
+    let plan = Plan::new(config, Ranks { size, threads: 1 }, samples).unwrap();
     let table = ParamTable::new(&net);
     let mut exchange = Exchange::new(0, &net, &table, &plan, &mut *comm).unwrap();
     for micro in 0..MICROS {
