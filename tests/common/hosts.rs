@@ -100,11 +100,11 @@ impl Hosts {
     }
 
     /// A program in a host, which sees that host's name and network. The process is the program itself from its start, so
-    /// signals to it reach it. Its environment is empty but for PATH.
+    /// signals to it reach it; it dies with the thread that starts it. Its environment is empty but for PATH.
     pub fn command(&self, host: usize, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("ip");
         command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-        let rename = "hostname \"$0\" && exec \"$@\"";
+        let rename = "hostname \"$0\" && exec setpriv --pdeathsig KILL \"$@\"";
         command.args(["netns", "exec", &self.namespace(host), "unshare", "--uts", "sh", "-c", rename, &name(host)]);
         command.arg(program.as_ref());
         command
