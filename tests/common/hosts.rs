@@ -33,16 +33,17 @@ impl Hosts {
         remove_left_behind();
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let hosts = Hosts { name: format!("{PREFIX}{}-{serial}", std::process::id()), count };
-        if let Err(reason) = run(&["ip", "netns", "add", &hosts.switch()]) {
-            eprintln!("skipped: no network namespaces (root and iproute2 make them): {reason}");
+        if let Err(reason) = hosts.build() {
+            eprintln!("skipped: root and iproute2 make hosts of network namespaces, but {reason}");
             return None;
         }
-        hosts.build().unwrap_or_else(|reason| panic!("{reason}"));
         Some(hosts)
     }
 
     fn build(&self) -> Result<(), String> {
         let switch = &self.switch();
+        run(&["tc", "-Version"])?;
+        run(&["ip", "netns", "add", switch])?;
         run(&["ip", "-n", switch, "link", "add", "bridge", "type", "bridge"])?;
         run(&["ip", "-n", switch, "link", "set", "bridge", "up"])?;
         for host in 0..self.count {
