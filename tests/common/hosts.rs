@@ -33,16 +33,17 @@ impl Hosts {
         remove_left_behind();
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let hosts = Hosts { name: format!("{PREFIX}{}-{serial}", std::process::id()), count };
-        if let Err(reason) = run(&["ip", "netns", "add", &hosts.switch()]) {
-            eprintln!("skipped: no network namespaces (root and iproute2 make them): {reason}");
+        if let Err(reason) = hosts.build() {
+            eprintln!("skipped: root and iproute2 make hosts of network namespaces, but {reason}");
             return None;
         }
-        hosts.build().unwrap_or_else(|reason| panic!("{reason}"));
         Some(hosts)
     }
 
     fn build(&self) -> Result<(), String> {
         let switch = &self.switch();
+        run(&["tc", "-Version"])?;
+        run(&["ip", "netns", "add", switch])?;
         run(&["ip", "-n", switch, "link", "add", "bridge", "type", "bridge"])?;
         run(&["ip", "-n", switch, "link", "set", "bridge", "up"])?;
         for host in 0..self.count {
@@ -100,11 +101,11 @@ impl Hosts {
     }
 
     /// A program in a host, which sees that host's name and network. The process is the program itself from its start, so
-    /// signals to it reach it. Its environment is empty but for PATH.
+    /// signals to it reach it; it dies with the thread that starts it. Its environment is empty but for PATH.
     pub fn command(&self, host: usize, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("ip");
         command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-        let rename = "hostname \"$0\" && exec \"$@\"";
+        let rename = "hostname \"$0\" && exec setpriv --pdeathsig KILL \"$@\"";
         command.args(["netns", "exec", &self.namespace(host), "unshare", "--uts", "sh", "-c", rename, &name(host)]);
         command.arg(program.as_ref());
         command

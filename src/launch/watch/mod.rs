@@ -141,8 +141,8 @@ impl Watcher {
             }
             last_round = now;
             if now >= next_beat {
-                self.look_for_cuts(now);
                 self.beat(now);
+                self.look_for_cuts(now);
                 next_beat = now + HEARTBEAT;
             }
             if let Some(reason) = self.shared.outcome.get() {

@@ -11,9 +11,10 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// How long bytes may be under way without an acknowledgement: time to send them again twice (after 0.2 and 0.6 s). With a
-/// heartbeat's interval until something is sent, and another until the watch looks, a cut is noticed within 2 s.
-pub const CUT: Duration = Duration::from_millis(1200);
+/// How long bytes may be under way without an acknowledgement. The kernel sends them again after 0.2, 0.6 and about 1.5 s, so
+/// an interruption of half a second is survived. With a heartbeat's interval until something is sent, and another until the
+/// watch looks, a cut is noticed within 2 s.
+pub const CUT: Duration = Duration::from_millis(1500);
 
 /// What is remembered of a connection from one look to the next.
 #[derive(Default)]
@@ -101,8 +102,8 @@ mod tests {
         assert_eq!(cut_at(|_| (false, 0)), None, "a closed window: nothing is under way, and nothing comes");
         assert_eq!(cut_at(|ms| (true, ms.saturating_sub(150))), None, "busy");
         assert_eq!(cut_at(|ms| (true, ms / 1000 * 1000)), None, "slow: an acknowledgement a second");
-        assert_eq!(cut_at(|ms| (ms >= 60_000, ms.min(50_000))), Some(61_400), "cut, and then something was sent");
-        assert_eq!(cut_at(|ms| (true, ms.min(60_000))), Some(61_400), "cut while busy");
+        assert_eq!(cut_at(|ms| (ms >= 60_000, ms.min(50_000))), Some(61_600), "cut, and then something was sent");
+        assert_eq!(cut_at(|ms| (true, ms.min(60_000))), Some(61_600), "cut while busy");
     }
 
     #[test]

@@ -380,7 +380,7 @@ mod tests {
     fn who_is_cut_off_is_named_with_both_ends() {
         assert_eq!(
             table(3, 4, Instant::now()).cut_off(2, 3),
-            "no acknowledgement from rank 2 (pid 102 on host node2) for 1.2 s: the network between it and rank 3 (pid 103 on \
+            "no acknowledgement from rank 2 (pid 102 on host node2) for 1.5 s: the network between it and rank 3 (pid 103 on \
              host node3) is cut, or host node2 is gone"
         );
     }
