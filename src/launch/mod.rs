@@ -1,6 +1,7 @@
 //! Who am I among the ranks (`world`), starting ranks (`spawn`), finding each other (`rendezvous`), watching each other
-//! (`watch`), and the wish to stop (`signals`).
+//! (`watch`), the wish to stop (`signals`), and the batch job around it all (`job`).
 
+pub mod job;
 pub mod lifeline;
 pub mod link;
 pub mod rendezvous;

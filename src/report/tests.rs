@@ -34,6 +34,7 @@ fn ending(clock: &Clock) -> Ending {
         weights_digest: "ab".repeat(32),
         budget: Merged::from_sum(&Merged::contribution(clock.budget(), 0, 1)),
         skipped_images: 3,
+        job_restarts: 1,
     }
 }
 
@@ -81,6 +82,7 @@ fn a_run_leaves_its_metrics_and_its_summary() {
         ("stopped_by", "epochs".into()),
         ("weights_digest", "ab".repeat(32).into()),
         ("exit_reason", "2 epochs are complete".into()),
+        ("job_restarts", 1.into()),
         ("exposed_communication", 0.0.into()),
     ] {
         assert_eq!(written[key], expected, "{key}");

@@ -12,6 +12,7 @@ mod norms;
 mod resume;
 mod session;
 pub(crate) mod setup;
+mod time_limit;
 mod update;
 
 pub use resume::Resume;
