@@ -53,10 +53,17 @@ pub fn receive_stars(rank: usize, size: usize) -> Result<(Control, Control)> {
     Ok((star()?, star()?))
 }
 
+/// Whether this process has said its last word.
+static SPOKEN: AtomicBool = AtomicBool::new(false);
+
+/// For the other ranks, where all end for the same reason: one of them says it.
+pub fn leave_it_to_rank_0() {
+    SPOKEN.store(true, Relaxed);
+}
+
 /// A process's last word: to the launcher if there is one, else to standard error. Only the first call counts, so that
 /// the main thread and the watch do not both speak.
 pub fn report(error: &Error) {
-    static SPOKEN: AtomicBool = AtomicBool::new(false);
     if SPOKEN.swap(true, Relaxed) {
         return;
     }

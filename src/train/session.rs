@@ -15,6 +15,7 @@ use crate::data::{self, queue::DataQueue};
 use crate::device::SliceMut;
 use crate::error::{Error, Kind, Result};
 use crate::launch::job::Job;
+use crate::launch::lifeline;
 use crate::launch::signals::Signals;
 use crate::launch::watch::Phase;
 use crate::report::budget::{Category, Clock, Merged};
@@ -310,7 +311,13 @@ impl Session<'_> {
                 job_restarts: self.job.restarts,
             })?;
         }
-        if end.goes_on() { Err(Error::new(Kind::Stopped, reason)) } else { Ok(()) }
+        if !end.goes_on() {
+            return Ok(());
+        }
+        if world.rank != 0 {
+            lifeline::leave_it_to_rank_0();
+        }
+        Err(Error::new(Kind::Stopped, reason))
     }
 
     /// By this rank.
