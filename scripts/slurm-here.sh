@@ -50,12 +50,14 @@ start() {
     await slurmd all_idle
 }
 
+# Ranks of a node meet by the number of their job, so two Slurms on one machine must not give the same numbers.
 write_conf() {
     local host base
     host=$(hostname -s)
     base=$(free_ports)
     cat <<CONF
 ClusterName=here
+FirstJobId=$(($$ * 10 + 1))
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 AuthInfo=socket=$folder/munge/socket
@@ -85,18 +87,18 @@ CONF
     echo "PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF"
 }
 
-# The first of a row of ports, below those that the system gives to clients, at which nobody listens.
+# The first of a row of ports, below those that the system gives to clients, at which nobody listens. Two scripts that
+# start at the same time look in different places.
 free_ports() {
     local base port
-    for _ in {1..50}; do
-        base=$((20000 + RANDOM % 12000))
+    for base in $(seq $((20000 + $$ % 1000 * 10)) 10 31000); do
         for port in $(seq "$base" $((base + nodes))); do
             ! (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || continue 2
         done
         echo "$base"
         return
     done
-    fail "no free ports from 20000 to 32000"
+    fail "no free ports below 31000"
 }
 
 # Starts a daemon that ends with this script, however that ends.

@@ -1,0 +1,20 @@
+//! Waiting for what a program under test does.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Far beyond what any part of a test takes on a slow machine.
+pub const WATCHDOG: Duration = Duration::from_secs(120);
+
+/// Polls until there is something, at most until the watchdog bites.
+#[track_caller]
+pub fn until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = poll() {
+            return found;
+        }
+        assert!(start.elapsed() < WATCHDOG, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
