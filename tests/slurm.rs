@@ -26,7 +26,7 @@ const ENDLESS: u64 = 1_000_000;
 const MORE: u64 = 20;
 
 #[test]
-fn a_job_that_is_requeued_and_preempted_ends_with_the_weights_of_an_undisturbed_run() {
+fn a_job_that_is_requeued_preempted_and_signalled_ends_with_the_weights_of_an_undisturbed_run() {
     let Some(cluster) = Cluster::start(1) else { return };
     let job = cluster.submit(&[SCRIPT, "--set", "checkpoint.every_steps=10"], "");
 
@@ -34,15 +34,19 @@ fn a_job_that_is_requeued_and_preempted_ends_with_the_weights_of_an_undisturbed_
     cluster.run("scontrol", &["requeue", &job.id]);
     job.is_queued_again(1, "SIGTERM");
 
-    let steps = job.newest_checkpoint();
     job.goes_on();
-    until("a later checkpoint", || (job.newest_checkpoint() > steps + 10).then_some(()));
+    job.trains();
     // Needs all CPUs, at once, and is more urgent.
     let other = cluster.submit(&["--partition=urgent", "--ntasks=4", "--wrap=true"], "");
     other.ends("COMPLETED", "0:0");
     job.is_queued_again(2, "SIGTERM");
 
-    job.finishes(2, &["--set", "checkpoint.every_steps=10"]);
+    job.goes_on();
+    job.trains();
+    cluster.run("scancel", &["--signal=USR1", &job.id]);
+    job.is_queued_again(3, "SIGUSR1");
+
+    job.finishes(3, &["--set", "checkpoint.every_steps=10"]);
 }
 
 #[test]
@@ -258,7 +262,8 @@ struct Job<'a> {
 impl Job<'_> {
     /// Waits until steps are being done.
     fn trains(&self) {
-        until("a second checkpoint", || (self.newest_checkpoint() >= 20).then_some(()));
+        let steps = self.newest_checkpoint();
+        until("a later checkpoint", || (self.newest_checkpoint() > steps + 10).then_some(()));
     }
 
     /// Waits until the job is in the queue again, with everything saved, for this reason.
