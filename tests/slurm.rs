@@ -17,6 +17,8 @@ use wait::until;
 
 const TRAINER: &str = env!("CARGO_BIN_EXE_trainer");
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/train.sbatch");
+/// For anything that a job does, in a minute's time limit too.
+const WATCHDOG: Duration = Duration::from_secs(180);
 /// In scripts/train.sbatch.
 const CONFIG: &str = "configs/quickstart.toml";
 

@@ -2,7 +2,7 @@
 
 mod wait;
 
-pub use wait::{WATCHDOG, until};
+pub use wait::until;
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
@@ -10,6 +10,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// Far beyond what any part of a test takes on a slow machine.
+pub const WATCHDOG: Duration = Duration::from_secs(120);
 
 /// A launcher, as a test sees it. Dropped, it is killed, and its ranks with it.
 pub struct Launched {

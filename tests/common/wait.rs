@@ -1,10 +1,8 @@
-//! Waiting for what a program under test does.
+//! Waiting for what a program under test does. The module above says how long at most.
 
+use super::WATCHDOG;
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// Far beyond what any part of a test takes on a slow machine.
-pub const WATCHDOG: Duration = Duration::from_secs(120);
 
 /// Polls until there is something, at most until the watchdog bites.
 #[track_caller]
