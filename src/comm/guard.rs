@@ -4,6 +4,7 @@
 //! still write into this rank's arenas. So the first error, of whatever operation or from the watch, is the answer to
 //! every later operation, and it ends this rank's other waits.
 
+use super::hosts::Hosts;
 use super::{Communicator, Update};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
@@ -36,6 +37,9 @@ impl Communicator for Guarded {
     fn size(&self) -> usize {
         self.comm.size()
     }
+    fn hosts(&self) -> Hosts {
+        self.comm.hosts()
+    }
     fn transport(&self) -> &'static str {
         self.comm.transport()
     }
@@ -44,6 +48,9 @@ impl Communicator for Guarded {
     }
     fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
         self.run(|comm| comm.allocate_replicated(bytes))
+    }
+    fn received(&self, len: usize, each: &mut dyn FnMut(Range<usize>)) {
+        self.comm.received(len, each);
     }
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(|comm| comm.all_reduce(data))

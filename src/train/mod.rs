@@ -5,6 +5,7 @@ mod agreement;
 pub mod bench;
 pub mod checkpoint;
 mod eval;
+pub(crate) mod factors;
 mod gradient;
 mod learner;
 mod logits;
@@ -13,7 +14,7 @@ mod resume;
 mod session;
 pub(crate) mod setup;
 mod time_limit;
-mod update;
+pub(crate) mod update;
 
 pub use resume::Resume;
 
