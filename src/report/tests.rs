@@ -68,7 +68,9 @@ fn a_run_leaves_its_metrics_and_its_summary() {
     assert_eq!((records[2]["set"].as_str(), records[2]["accuracy"].as_f64()), (Some("validation"), Some(0.9)));
 
     let written: Value = serde_json::from_slice(&fs::read(folder.path().join("summary.json")).unwrap()).unwrap();
-    assert_eq!(written, serde_json::to_value(&summary).unwrap());
+    // Through text on both sides: serde_json reads some numbers one last bit off.
+    let expected: Value = serde_json::from_str(&serde_json::to_string(&summary).unwrap()).unwrap();
+    assert_eq!(written, expected);
     for (key, expected) in [
         ("world_size", Value::from(2)),
         ("steps", 8.into()),
@@ -88,7 +90,7 @@ fn a_run_leaves_its_metrics_and_its_summary() {
         assert_eq!(written[key], expected, "{key}");
     }
     let speed = 512.0 / ending(&clock).budget.mean().training_seconds();
-    assert_eq!(written["samples_per_second"].as_f64(), Some(speed));
+    assert_eq!(summary.samples_per_second, speed);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "two files and nothing temporary");
 }
 
