@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test command. Needs Rust; installs the rest where it may: a C compiler for the linker and for BLAKE3's
-# assembly, rustfmt, clippy, shellcheck, iproute2 for hosts made of network namespaces. What is missing and cannot be installed is named and skipped, except the C
-# compiler. Tests that need a data set look into $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
+# assembly, rustfmt, clippy, shellcheck, iproute2 for hosts made of network namespaces, and for root Slurm. What is
+# missing and cannot be installed is named and skipped, except the C compiler. Tests that need a data set look into $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +13,7 @@ main() {
         step cargo fmt --check
     fi
     if have shellcheck || apt_install shellcheck; then
-        step shellcheck -x .ci/run scripts/*.sh scripts/*/*.sh
+        step shellcheck -x .ci/run scripts/*.sh scripts/*/*.sh scripts/*.sbatch
     fi
     if have python3 || skip python3; then
         step python3 -c 'import glob
@@ -21,6 +21,10 @@ for path in glob.glob("scripts/**/*.py", recursive=True): compile(open(path).rea
     fi
     if rust_component clippy clippy; then
         step cargo clippy --all-targets -- -D warnings
+    fi
+    # Without systemd its daemons are not started, and the tests start their own.
+    if [ "$(id -u)" = 0 ]; then
+        { have slurmctld && have slurmd && have munged; } || apt_install slurm-wlm munge || true
     fi
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
     { have ip && have tc; } || apt_install iproute2 || true

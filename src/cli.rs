@@ -4,6 +4,7 @@ mod bench_step;
 mod data;
 mod info;
 mod plan;
+mod slurm;
 
 use crate::comm;
 use crate::config;
@@ -60,6 +61,7 @@ pub enum Command {
     Eval(EvalArgs),
     BenchStep(BenchStepArgs),
     BenchComm(BenchCommArgs),
+    Slurm(slurm::SlurmArgs),
     /// Make and change data sets: pack, generate
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -170,6 +172,7 @@ pub fn run(cli: Cli) -> Result<u8> {
             cli.on_every_rank(|| bench_step(&config, args, cli.verbosity()))
         }
         Command::BenchComm(args) => cli.on_every_rank(|| bench_comm(args, cli.verbosity())),
+        Command::Slurm(args) => print(&slurm::script(args, cli.ranks)?),
         Command::Data(command) => print(&data::run(command)?),
         Command::Info => print(&info::describe()),
         Command::Schema => print(&format!("{:#}\n", config::schema())),

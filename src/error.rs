@@ -19,7 +19,7 @@ pub enum Kind {
     NonFinite = 5,
     /// Out of memory, or a device failed.
     Device = 6,
-    /// Stopped by a signal after a checkpoint: run again to go on.
+    /// Stopped by a signal, or ahead of the job's time limit, after a checkpoint: run again to go on.
     Stopped = 75,
 }
 

@@ -108,8 +108,9 @@ impl Plan {
     }
 }
 
-/// Without `micro`, every rank takes an equal part of the step in one piece; with it, an equal number of micro-batches.
-fn global_batch(batch: &BatchSize, ranks: usize) -> Result<usize> {
+/// Samples a step. Without `micro`, every rank takes an equal part of it in one piece; with it, an equal number of
+/// micro-batches. Fails, naming sizes that would fit, where that is not possible.
+pub fn global_batch(batch: &BatchSize, ranks: usize) -> Result<usize> {
     let global = match (batch.global, batch.local) {
         (Some(global), _) => global,
         (None, local) => {

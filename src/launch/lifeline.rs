@@ -53,8 +53,8 @@ pub fn receive_stars(rank: usize, size: usize) -> Result<(Control, Control)> {
     Ok((star()?, star()?))
 }
 
-/// A process's last word: to the launcher if there is one, else to standard error, unless rank 0 says it. Only the first call counts, so that
-/// the main thread and the watch do not both speak.
+/// A process's last word: to the launcher if there is one, else to standard error, unless rank 0 says it. Only the first
+/// call counts, so that the main thread and the watch do not both speak.
 pub fn report(error: &Error) {
     static SPOKEN: AtomicBool = AtomicBool::new(false);
     if SPOKEN.swap(true, Relaxed) {

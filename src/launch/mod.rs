@@ -1,7 +1,8 @@
 //! Who am I among the ranks (`world`), starting ranks (`spawn`), finding each other (`rendezvous`), watching each other
-//! (`watch`), the cores of each (`cores`), and the wish to stop (`signals`).
+//! (`watch`), the cores of each (`cores`), the wish to stop (`signals`), and the batch job around it all (`job`).
 
 pub mod cores;
+pub mod job;
 pub mod lifeline;
 pub mod link;
 pub mod rendezvous;

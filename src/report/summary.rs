@@ -18,8 +18,17 @@ pub enum StoppedBy {
     Steps,
     TargetAccuracy,
     MaxMinutes,
+    /// Of the batch job.
+    TimeLimit,
     Signal,
     Error,
+}
+
+impl StoppedBy {
+    /// Whether the run was interrupted with everything saved, and the same command goes on.
+    pub fn goes_on(self) -> bool {
+        matches!(self, StoppedBy::TimeLimit | StoppedBy::Signal)
+    }
 }
 
 /// What the training loop knows at the end.
@@ -35,6 +44,8 @@ pub struct Ending {
     pub budget: Merged,
     /// How often an image was passed over because it is damaged.
     pub skipped_images: u64,
+    /// How often the batch job was requeued before.
+    pub job_restarts: u64,
 }
 
 /// The fields of `summary.json`. Losses and accuracies are null where nothing was measured; times and rates are of this
@@ -68,6 +79,8 @@ pub struct Summary {
     pub slowest_rank_ms: Option<f64>,
     /// How often an image was passed over because it is damaged, in training and evaluation.
     pub skipped_images: u64,
+    /// How often the batch job was requeued before: Slurm's SLURM_RESTART_COUNT.
+    pub job_restarts: u64,
 }
 
 impl Summary {
@@ -98,6 +111,7 @@ impl Summary {
             slowest_rank: slowest.map(|slowest| slowest.rank),
             slowest_rank_ms: slowest.map(|slowest| 1e3 * slowest.seconds / steps as f64),
             skipped_images: ending.skipped_images,
+            job_restarts: ending.job_restarts,
         }
     }
 
@@ -106,7 +120,7 @@ impl Summary {
         let text = std::fs::read_to_string(path).unwrap_or_default();
         let summary: Value = serde_json::from_str(&text).unwrap_or_default();
         let stopped_by = summary["stopped_by"].as_str();
-        summary["steps"] == step && stopped_by.is_some_and(|by| by != "signal" && by != "error")
+        summary["steps"] == step && stopped_by.is_some_and(|by| !["time_limit", "signal", "error"].contains(&by))
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {

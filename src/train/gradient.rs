@@ -42,17 +42,27 @@ pub struct Sums {
     pub stop: f32,
     /// How many ranks found the run's time to be up.
     pub deadline: f32,
+    /// How many ranks found the end of the job to be near.
+    pub time_limit: f32,
 }
 
 impl Sums {
     fn to_tail(self) -> [f32; TAIL] {
         let mut tail = [0.0; TAIL];
-        tail[..5].copy_from_slice(&[self.loss, self.correct, self.samples, self.stop, self.deadline]);
+        let Sums { loss, correct, samples, stop, deadline, time_limit } = self;
+        tail[..6].copy_from_slice(&[loss, correct, samples, stop, deadline, time_limit]);
         tail
     }
 
     fn from_tail(tail: &[f32]) -> Sums {
-        Sums { loss: tail[0], correct: tail[1], samples: tail[2], stop: tail[3], deadline: tail[4] }
+        Sums {
+            loss: tail[0],
+            correct: tail[1],
+            samples: tail[2],
+            stop: tail[3],
+            deadline: tail[4],
+            time_limit: tail[5],
+        }
     }
 }
 
@@ -67,7 +77,7 @@ pub struct Work<'a> {
     pub step: u64,
     /// Samples of an epoch: with the position, a sample's place in the run.
     pub samples: usize,
-    /// This rank's `stop` and `deadline`; the rest is filled in by the leaves.
+    /// This rank's wishes to stop; the rest is filled in by the leaves.
     pub flags: Sums,
     /// Where a loss that is not finite arose on this rank.
     pub non_finite: Option<String>,

@@ -88,6 +88,12 @@ impl Learner {
         }
     }
 
+    /// What the tensors of a checkpoint take.
+    pub fn checkpoint_bytes(&self) -> usize {
+        let copies = 1 + self.gradient.reducer().with(|_, updater| updater.state_tensors());
+        copies * self.net.table().len() * size_of::<f32>()
+    }
+
     /// Whether a checkpoint is of this net and optimizer; else what differs.
     pub fn fits(&self, state: &State) -> Result<()> {
         self.gradient.reducer().with(|_, updater| updater.fits(state))

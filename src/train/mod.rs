@@ -13,6 +13,7 @@ mod norms;
 mod resume;
 mod session;
 pub(crate) mod setup;
+mod time_limit;
 pub(crate) mod update;
 
 pub use resume::Resume;

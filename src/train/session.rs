@@ -5,6 +5,7 @@ use super::eval::Evaluator;
 use super::gradient::Sums;
 use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
+use super::time_limit::TimeLimit;
 use super::update::export_params;
 use super::{Options, Rank, setup};
 use crate::comm::Communicator;
@@ -13,6 +14,7 @@ use crate::config::raw::Config;
 use crate::data::{self, queue::DataQueue};
 use crate::device::SliceMut;
 use crate::error::{Error, Kind, Result};
+use crate::launch::job::Job;
 use crate::launch::signals::Signals;
 use crate::launch::watch::Phase;
 use crate::report::budget::{Category, Clock, Merged};
@@ -38,6 +40,8 @@ pub struct Session<'a> {
     report: Option<Report>,
     /// When `max_minutes` are over.
     deadline: Option<Instant>,
+    job: Job,
+    time_limit: Option<TimeLimit>,
     /// Where checkpoints go, and the newest one.
     checkpoints: PathBuf,
     saved: Option<PathBuf>,
@@ -45,7 +49,7 @@ pub struct Session<'a> {
     evaluated: Option<u64>,
 }
 
-/// Trains until the run ends. `Stopped` after a signal, with everything saved.
+/// Trains until the run ends. `Stopped` after a signal or ahead of the job's time limit, with everything saved.
 pub fn train(
     config: &Config,
     options: &Options,
@@ -54,6 +58,7 @@ pub fn train(
     mut comm: Box<dyn Communicator>,
 ) -> Result<()> {
     let clock = Clock::start();
+    let job = Job::detect()?;
     let directory = options.directory(config);
     let checkpoints = config.checkpoint.directory.clone().unwrap_or_else(|| directory.join("checkpoints"));
     let parts = setup::Parts::open(config)?;
@@ -98,6 +103,7 @@ pub fn train(
     if let Some(path) = &saved {
         tracing::info!("going on from {} (step {})", path.display(), progress.step);
     }
+    let time_limit = TimeLimit::of_job(&job, learner.checkpoint_bytes());
     let setup = report::Setup {
         directory,
         run: config.run.name.clone(),
@@ -125,6 +131,8 @@ pub fn train(
         clock,
         report: if rank.world.rank == 0 { Some(Report::start(setup)?) } else { None },
         deadline: config.run.max_minutes.map(minutes),
+        job,
+        time_limit,
         checkpoints,
         saved,
         evaluated: None,
@@ -148,8 +156,8 @@ impl Session<'_> {
             let sums = self.step()?;
             let asked = self.asked_to_end(&sums);
             if self.plan.eval.due(self.progress.step) {
-                // Whoever sent the signal may not wait for the evaluation.
-                if asked == Some(StoppedBy::Signal) {
+                // Whoever ends the job may not wait for the evaluation.
+                if asked.is_some_and(StoppedBy::goes_on) {
                     self.save()?;
                 }
                 self.evaluate(self.evaluator.watched())?;
@@ -166,14 +174,20 @@ impl Session<'_> {
     }
 
     fn step(&mut self) -> Result<Sums> {
-        let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        let now = Instant::now();
         let flag = |flag: bool| if flag { 1.0 } else { 0.0 };
+        let flags = Sums {
+            stop: flag(self.signals.requested().is_some()),
+            deadline: flag(self.deadline.is_some_and(|deadline| now >= deadline)),
+            time_limit: flag(self.time_limit.as_mut().is_some_and(|limit| limit.is_near(now))),
+            ..Sums::default()
+        };
         let step = Step {
             number: self.progress.step,
             queue: &mut self.queue,
             clock: &mut self.clock,
             health: &self.rank.health,
-            flags: Sums { stop: flag(self.signals.requested().is_some()), deadline: flag(late), ..Sums::default() },
+            flags,
         };
         let Done { sums, lr, non_finite } = self.learner.step(step)?;
         if !sums.loss.is_finite() {
@@ -205,10 +219,11 @@ impl Session<'_> {
         }
     }
 
-    /// Any rank's signal or deadline ends the run on all ranks, after the same step.
+    /// Any rank's signal, or end of its time, ends the run on all ranks, after the same step.
     fn asked_to_end(&self, sums: &Sums) -> Option<StoppedBy> {
         match sums {
             sums if sums.stop > 0.0 => Some(StoppedBy::Signal),
+            sums if sums.time_limit > 0.0 => Some(StoppedBy::TimeLimit),
             sums if sums.deadline > 0.0 => Some(StoppedBy::MaxMinutes),
             _ => None,
         }
@@ -237,6 +252,7 @@ impl Session<'_> {
     /// Rank 0 writes; the others give it their shares of the optimizer's state and go on.
     fn save(&mut self) -> Result<()> {
         self.clock.lap(Category::Other);
+        let start = Instant::now();
         let Progress { step, position, best_accuracy } = self.progress;
         self.rank.health.set(step, Phase::Checkpoint);
         let tensors = self.learner.export()?;
@@ -258,14 +274,16 @@ impl Session<'_> {
             report.saved(&path);
             self.saved = Some(path);
         }
+        if let Some(limit) = &mut self.time_limit {
+            limit.saved(start.elapsed());
+        }
         self.clock.lap(Category::Checkpoint);
         Ok(())
     }
 
     /// The last evaluation, the budget of all ranks, and the summary.
     fn finish(mut self, end: StoppedBy) -> Result<()> {
-        let signal = end == StoppedBy::Signal;
-        if !signal {
+        if !end.goes_on() {
             let watched = self.evaluator.watched();
             if self.evaluated != Some(self.progress.step) {
                 self.evaluate(watched)?;
@@ -290,9 +308,14 @@ impl Session<'_> {
                 weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
                 budget: Merged::from_sum(&told),
                 skipped_images: skipped as u64,
+                job_restarts: self.job.restarts,
             })?;
         }
-        if signal { Err(Error::new(Kind::Stopped, reason)) } else { Ok(()) }
+        if !end.goes_on() {
+            return Ok(());
+        }
+        let stopped = Error::new(Kind::Stopped, reason);
+        Err(if world.rank == 0 { stopped } else { stopped.said_by_rank_0() })
     }
 
     /// By this rank.
@@ -302,16 +325,14 @@ impl Session<'_> {
 
     fn reason(&self, end: StoppedBy) -> String {
         let best = self.progress.best_accuracy.unwrap_or(0.0);
+        let interrupted = |by: &str| {
+            let step = self.progress.step;
+            let again = if self.options.resume == Resume::Auto { "the same command" } else { "--resume auto" };
+            format!("stopped by {by} after step {step}; everything is saved, {again} goes on from there")
+        };
         match end {
-            StoppedBy::Signal => format!(
-                "{} after step {}; everything is saved, {} goes on from there",
-                match self.signals.requested() {
-                    Some(name) => format!("stopped by {name}"),
-                    None => "stopped by a signal to another rank".into(),
-                },
-                self.progress.step,
-                if self.options.resume == Resume::Auto { "the same command" } else { "--resume auto" }
-            ),
+            StoppedBy::Signal => interrupted(self.signals.requested().unwrap_or("a signal to another rank")),
+            StoppedBy::TimeLimit => interrupted("the job's time limit"),
             StoppedBy::Epochs => format!("all {} epochs are done", self.progress.position.epoch),
             StoppedBy::Steps => format!("all {} steps are done", self.progress.step),
             StoppedBy::TargetAccuracy => format!("the target accuracy is reached: {best:.4}"),
@@ -349,6 +370,7 @@ impl Session<'_> {
             weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
             budget: Merged::single(self.clock.budget()),
             skipped_images: self.skipped(),
+            job_restarts: self.job.restarts,
         };
         if let Err(error) = report.finish(ending) {
             tracing::warn!("{error}");

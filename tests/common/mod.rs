@@ -1,4 +1,8 @@
-//! A launcher under test, and waiting for what it does. Every wait has a deadline.
+//! A launcher under test. Every wait has a deadline.
+
+mod wait;
+
+pub use wait::until;
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
@@ -6,7 +10,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Far beyond what any part of a test takes on a slow machine.
 pub const WATCHDOG: Duration = Duration::from_secs(120);
@@ -82,17 +86,4 @@ pub fn stat(pid: i32) -> Option<(String, i32)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = stat.rsplit(')').next()?.split_whitespace();
     Some((fields.next()?.to_string(), fields.next()?.parse().ok()?))
-}
-
-/// Polls until there is something, at most until the watchdog bites.
-#[track_caller]
-pub fn until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(found) = poll() {
-            return found;
-        }
-        assert!(start.elapsed() < WATCHDOG, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
 }
