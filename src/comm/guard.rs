@@ -39,6 +39,9 @@ impl Communicator for Guarded {
     fn transport(&self) -> &'static str {
         self.comm.transport()
     }
+    fn replicas_are_shared(&self) -> bool {
+        self.comm.replicas_are_shared()
+    }
     fn allocate(&mut self, bytes: usize) -> Result<Arena> {
         self.run(|comm| comm.allocate(bytes))
     }
@@ -65,5 +68,27 @@ impl Communicator for Guarded {
     }
     fn expose(&mut self, data: SliceMut<'_>, work: &mut dyn FnMut(&[usize], Range<usize>)) -> Result<bool> {
         self.run(|comm| comm.expose(data, work))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::comm::connect;
+    use crate::config::raw::TransportChoice;
+    use crate::launch::{rendezvous::Control, watch::Health};
+    use std::time::Duration;
+
+    #[test]
+    fn whether_replicas_are_shared_shows_through() {
+        for (choice, shared) in [(TransportChoice::Shm, true), (TransportChoice::Tcp, false)] {
+            std::thread::scope(|scope| {
+                for control in Control::local(2).unwrap() {
+                    scope.spawn(move || {
+                        let comm = connect(choice, control, Health::new(Duration::from_secs(60))).unwrap();
+                        assert_eq!(comm.replicas_are_shared(), shared);
+                    });
+                }
+            });
+        }
     }
 }
