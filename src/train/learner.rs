@@ -1,5 +1,6 @@
 //! What learns on one rank, and the step that all ranks take together.
 
+use super::audit::Audit;
 use super::checkpoint::{State, Tensor};
 use super::gradient::{Gradient, Sums, Work};
 use super::update::import_params;
@@ -96,6 +97,11 @@ impl Learner {
     /// All parameters and optimizer state for a checkpoint, on rank 0. Collective.
     pub fn export(&self) -> Result<Vec<Tensor>> {
         self.gradient.reducer().with(|comm, updater| updater.export(&self.net, comm))
+    }
+
+    /// To compare the parameters of the ranks, where each has its own.
+    pub fn audit(&self) -> Option<Audit> {
+        self.gradient.reducer().with(|comm, _| Audit::new(self.net.table(), comm))
     }
 
     /// Puts every rank where the checkpoint stands, which rank 0 has found. Collective.

@@ -2,6 +2,7 @@
 //! forward, backward, all-reduce, update.
 
 mod agreement;
+mod audit;
 pub mod bench;
 pub mod checkpoint;
 mod eval;

@@ -1,5 +1,6 @@
 //! The loop over steps: train, log, evaluate, save, until one of `[run]`'s ends comes.
 
+use super::audit::Audit;
 use super::checkpoint::{self, State};
 use super::eval::Evaluator;
 use super::gradient::Sums;
@@ -43,6 +44,9 @@ pub struct Session<'a> {
     saved: Option<PathBuf>,
     /// Step after which the watched set was last evaluated.
     evaluated: Option<u64>,
+    /// Where the ranks have copies of the parameters, and the step after which they were last compared.
+    audit: Option<Audit>,
+    audited: u64,
 }
 
 /// Trains until the run ends. `Stopped` after a signal, with everything saved.
@@ -109,6 +113,7 @@ pub fn train(
         log_every: plan.log_every_steps,
         quiet: options.verbosity < 0,
     };
+    let audit = plan.audit.every_steps.and_then(|_| learner.audit());
     let loader = parts.loader(config)?;
     let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let mut session = Session {
@@ -128,6 +133,8 @@ pub fn train(
         checkpoints,
         saved,
         evaluated: None,
+        audit,
+        audited: progress.step,
     };
     session.clock.lap(Category::Other);
     // Without an end, it was interrupted between its last step and its results.
@@ -147,6 +154,9 @@ impl Session<'_> {
         loop {
             let sums = self.step()?;
             let asked = self.asked_to_end(&sums);
+            if self.plan.audit.due(self.progress.step) {
+                self.audit()?;
+            }
             if self.plan.eval.due(self.progress.step) {
                 // Whoever sent the signal may not wait for the evaluation.
                 if asked == Some(StoppedBy::Signal) {
@@ -213,6 +223,19 @@ impl Session<'_> {
         }
     }
 
+    /// All ranks that have the parameters to themselves must have the same.
+    fn audit(&mut self) -> Result<()> {
+        let step = self.progress.step;
+        let Some(audit) = self.audit.as_mut().filter(|_| self.audited < step) else { return Ok(()) };
+        let Learner { net, gradient, .. } = &mut self.learner;
+        let difference = gradient.reducer().with(|comm, _| audit.compare(net.table(), net.params(), comm))?;
+        self.audited = step;
+        match difference {
+            None => Ok(()),
+            Some(difference) => Err(self.not_equal(&difference)),
+        }
+    }
+
     fn evaluate(&mut self, set: Set) -> Result<()> {
         self.clock.lap(Category::Other);
         let step = self.progress.step;
@@ -235,6 +258,7 @@ impl Session<'_> {
 
     /// Rank 0 writes; the others give it their shares of the optimizer's state and go on.
     fn save(&mut self) -> Result<()> {
+        self.audit()?;
         self.clock.lap(Category::Other);
         let Progress { step, position, best_accuracy } = self.progress;
         self.rank.health.set(step, Phase::Checkpoint);
@@ -255,8 +279,8 @@ impl Session<'_> {
             let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
             self.rank.health.saved(path.display());
             report.saved(&path);
-            self.saved = Some(path);
         }
+        self.saved = Some(checkpoint::path(&self.checkpoints, step));
         self.clock.lap(Category::Checkpoint);
         Ok(())
     }
@@ -324,10 +348,7 @@ impl Session<'_> {
             Some(place) => format!("on rank {}, {place}", self.rank.world.rank),
             None => "another rank says where".into(),
         };
-        let saved = match &self.saved {
-            Some(path) => format!(" The last checkpoint is {}.", path.display()),
-            None => String::new(),
-        };
+        let saved = self.last_checkpoint();
         Error::new(
             Kind::NonFinite,
             format!(
@@ -336,6 +357,20 @@ impl Session<'_> {
                 self.progress.step + 1
             ),
         )
+    }
+
+    /// Not of kind Internal, though it may be a bug: far more often it is a machine that fails.
+    fn not_equal(&self, difference: &str) -> Error {
+        Error::device(format!(
+            "after step {} the ranks no longer have the same parameters: {difference}. The memory or the network of a host \
+             has changed bits, or Lockstep has a bug. Nothing was saved of it: the same command goes on from before.{}",
+            self.progress.step,
+            self.last_checkpoint()
+        ))
+    }
+
+    fn last_checkpoint(&self) -> String {
+        self.saved.as_ref().map_or_else(String::new, |path| format!(" The last checkpoint is {}.", path.display()))
     }
 
     /// What can still be told after an error; the error itself goes to the caller.

@@ -143,11 +143,19 @@ pub struct Parallel {
     /// Seconds that a rank waits for a silent peer before it gives up.
     #[schemars(range(max = 1_000_000_000), extend("exclusiveMinimum" = 0))]
     pub timeout: f64,
+    /// Steps between two comparisons of the parameters over ranks that have copies of their own; 0 is never.
+    pub audit_every_steps: u64,
 }
 
 impl Default for Parallel {
     fn default() -> Self {
-        Parallel { transport: TransportChoice::Auto, bucket_mib: 1.0, overlap: true, timeout: 300.0 }
+        Parallel {
+            transport: TransportChoice::Auto,
+            bucket_mib: 1.0,
+            overlap: true,
+            timeout: 300.0,
+            audit_every_steps: 100,
+        }
     }
 }
 
