@@ -120,8 +120,9 @@ impl Plan {
     }
 }
 
-/// Without `micro`, every rank takes an equal part of the step in one piece; with it, an equal number of micro-batches.
-fn global_batch(batch: &BatchSize, ranks: usize) -> Result<usize> {
+/// Samples of a step on so many ranks. Without `micro`, every rank takes an equal part of the step in one piece; with it, an
+/// equal number of micro-batches. Fails where that cannot be.
+pub fn global_batch(batch: &BatchSize, ranks: usize) -> Result<usize> {
     let global = match (batch.global, batch.local) {
         (Some(global), _) => global,
         (None, local) => {

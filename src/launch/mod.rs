@@ -4,6 +4,7 @@
 pub mod lifeline;
 pub mod link;
 pub mod rendezvous;
+pub mod restart;
 pub mod signals;
 pub mod spawn;
 pub mod verdict;

@@ -38,11 +38,26 @@ pub struct Options {
     pub out: Option<PathBuf>,
     /// -1 quiet, 0 normal, 1 and 2 more.
     pub verbosity: i8,
+    /// The launcher has started this run again: it goes on with what it has saved, whatever `resume` says.
+    pub restarted: bool,
 }
 
 impl Options {
     fn directory(&self, config: &Config) -> PathBuf {
         self.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.run.name))
+    }
+
+    fn checkpoints(&self, config: &Config) -> PathBuf {
+        config.checkpoint.directory.clone().unwrap_or_else(|| self.directory(config).join("checkpoints"))
+    }
+
+    fn begins_anew(&self) -> bool {
+        self.resume == Resume::Never && !self.restarted
+    }
+
+    /// Step of the newest checkpoint of the run, whole or not.
+    pub fn newest_checkpoint(&self, config: &Config) -> Option<u64> {
+        checkpoint::steps(&self.checkpoints(config)).ok()?.first().copied()
     }
 }
 

@@ -59,7 +59,7 @@ pub fn train(
 ) -> Result<()> {
     let clock = Clock::start();
     let directory = options.directory(config);
-    let checkpoints = config.checkpoint.directory.clone().unwrap_or_else(|| directory.join("checkpoints"));
+    let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
@@ -71,7 +71,7 @@ pub fn train(
     }
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
-        0 => resume::find(&options.resume, &checkpoints, config, |state| learner.fits(state))?,
+        0 => resume::find(options, &checkpoints, config, |state| learner.fits(state))?,
         _ => None,
     };
     let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;
