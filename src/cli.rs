@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::launch::restart::{self, Restarts};
 use crate::launch::spawn;
 use crate::launch::world::{Launcher, World};
-use crate::train::{self, Resume};
+use crate::train::{self, Injection, Resume};
 use clap::{Args, Parser, Subcommand};
 use std::convert::Infallible;
 use std::io::{ErrorKind, Write};
@@ -49,6 +49,9 @@ pub struct Cli {
     pub ranks: Option<usize>,
     #[command(flatten)]
     pub restarts: restart::Options,
+    /// Rehearse a failure: kill:rank=1@step=40 (repeatable)
+    #[arg(long, value_name = "FAULT")]
+    pub inject: Vec<Injection>,
     /// Say more; twice for everything
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
@@ -164,8 +167,8 @@ pub fn run(cli: Cli) -> Result<u8> {
             "--config, --set, --resume and --out before a subcommand are for training; put them behind the subcommand",
         ));
     }
-    if cli.restarts.max_restarts.is_some() {
-        return Err(Error::usage("--max-restarts is for training; leave it out before a subcommand"));
+    if cli.restarts.max_restarts.is_some() || !cli.inject.is_empty() {
+        return Err(Error::usage("--max-restarts and --inject are for training; leave them out before a subcommand"));
     }
     match command {
         Command::Plan(args) => {
@@ -198,6 +201,7 @@ impl Cli {
             resume,
             out: self.out.clone(),
             verbosity: self.verbosity(),
+            inject: self.inject.clone(),
             restarted: spawn::is_restart(),
         };
         match self.ranks_to_start()? {

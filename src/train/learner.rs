@@ -35,7 +35,7 @@ pub struct Step<'a> {
     pub queue: &'a mut DataQueue,
     pub clock: &'a mut Clock,
     pub health: &'a Health,
-    /// This rank's wish to stop.
+    /// This rank's wish to stop, and a loss to start from.
     pub flags: Sums,
 }
 

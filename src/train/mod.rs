@@ -7,6 +7,7 @@ pub mod bench;
 pub mod checkpoint;
 mod eval;
 mod gradient;
+mod inject;
 mod learner;
 mod logits;
 mod norms;
@@ -15,6 +16,7 @@ mod session;
 pub(crate) mod setup;
 mod update;
 
+pub use inject::Injection;
 pub use resume::Resume;
 
 use crate::comm::{self, Communicator};
@@ -38,6 +40,8 @@ pub struct Options {
     pub out: Option<PathBuf>,
     /// -1 quiet, 0 normal, 1 and 2 more.
     pub verbosity: i8,
+    /// Failures to rehearse.
+    pub inject: Vec<Injection>,
     /// The launcher has started this run again: it goes on with what it has saved, whatever `resume` says.
     pub restarted: bool,
 }

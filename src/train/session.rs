@@ -4,6 +4,7 @@ use super::audit::Audit;
 use super::checkpoint::{self, State};
 use super::eval::Evaluator;
 use super::gradient::Sums;
+use super::inject::Faults;
 use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
 use super::update::export_params;
@@ -47,6 +48,7 @@ pub struct Session<'a> {
     /// Where the ranks have copies of the parameters, and the step after which they were last compared.
     audit: Option<Audit>,
     audited: u64,
+    faults: Faults,
 }
 
 /// Trains until the run ends. `Stopped` after a signal, with everything saved.
@@ -64,6 +66,7 @@ pub fn train(
     let plan = setup::plan(config, &parts, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
     agreement::check(config, &fingerprint, &mut *comm)?;
+    let faults = Faults::new(options, &directory, &rank.world)?;
     if rank.world.rank == 0
         && let Some(warning) = plan.cut_warmup()
     {
@@ -135,6 +138,7 @@ pub fn train(
         evaluated: None,
         audit,
         audited: progress.step,
+        faults,
     };
     session.clock.lap(Category::Other);
     // Without an end, it was interrupted between its last step and its results.
@@ -178,16 +182,19 @@ impl Session<'_> {
     fn step(&mut self) -> Result<Sums> {
         let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
         let flag = |flag: bool| if flag { 1.0 } else { 0.0 };
+        let injected = self.faults.before_step(self.progress.step + 1, self.rank)?;
+        let (stop, deadline) = (flag(self.signals.requested().is_some()), flag(late));
         let step = Step {
             number: self.progress.step,
             queue: &mut self.queue,
             clock: &mut self.clock,
             health: &self.rank.health,
-            flags: Sums { stop: flag(self.signals.requested().is_some()), deadline: flag(late), ..Sums::default() },
+            flags: Sums { loss: injected, stop, deadline, ..Sums::default() },
         };
         let Done { sums, lr, non_finite } = self.learner.step(step)?;
         if !sums.loss.is_finite() {
-            return Err(self.not_finite(&sums, non_finite));
+            let by_order = (!injected.is_finite()).then(|| "it was put there by --inject".to_string());
+            return Err(self.not_finite(&sums, by_order.or(non_finite)));
         }
         self.advance();
         if let Some(report) = &mut self.report {
@@ -228,6 +235,7 @@ impl Session<'_> {
         let step = self.progress.step;
         let Some(audit) = self.audit.as_mut().filter(|_| self.audited < step) else { return Ok(()) };
         let Learner { net, gradient, .. } = &mut self.learner;
+        self.faults.before_audit(step, net)?;
         let difference = gradient.reducer().with(|comm, _| audit.compare(net.table(), net.params(), comm))?;
         self.audited = step;
         match difference {
@@ -279,6 +287,7 @@ impl Session<'_> {
             let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
             self.rank.health.saved(path.display());
             report.saved(&path);
+            self.faults.after_save(step, &path)?;
         }
         self.saved = Some(checkpoint::path(&self.checkpoints, step));
         self.clock.lap(Category::Checkpoint);
@@ -304,6 +313,9 @@ impl Session<'_> {
         told.push(self.skipped() as f32);
         self.learner.gradient.reducer().with(|comm, _| comm.all_reduce(SliceMut::from(&mut told[..])))?;
         let skipped = told.pop().unwrap_or_default();
+        if !signal {
+            self.faults.at_end(self.progress.step);
+        }
         let reason = self.reason(end);
         if let Some(report) = self.report.take() {
             report.finish(Ending {
