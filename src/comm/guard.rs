@@ -4,6 +4,7 @@
 //! still write into this rank's arenas. So the first error, of whatever operation or from the watch, is the answer to
 //! every later operation, and it ends this rank's other waits.
 
+use super::hosts::Hosts;
 use super::{Communicator, Update};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
@@ -36,17 +37,20 @@ impl Communicator for Guarded {
     fn size(&self) -> usize {
         self.comm.size()
     }
+    fn hosts(&self) -> Hosts {
+        self.comm.hosts()
+    }
     fn transport(&self) -> &'static str {
         self.comm.transport()
-    }
-    fn replicas_are_shared(&self) -> bool {
-        self.comm.replicas_are_shared()
     }
     fn allocate(&mut self, bytes: usize) -> Result<Arena> {
         self.run(|comm| comm.allocate(bytes))
     }
     fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
         self.run(|comm| comm.allocate_replicated(bytes))
+    }
+    fn received(&self, len: usize, each: &mut dyn FnMut(Range<usize>)) {
+        self.comm.received(len, each);
     }
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(|comm| comm.all_reduce(data))
@@ -68,27 +72,5 @@ impl Communicator for Guarded {
     }
     fn expose(&mut self, data: SliceMut<'_>, work: &mut dyn FnMut(&[usize], Range<usize>)) -> Result<bool> {
         self.run(|comm| comm.expose(data, work))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use crate::comm::connect;
-    use crate::config::raw::TransportChoice;
-    use crate::launch::{rendezvous::Control, watch::Health};
-    use std::time::Duration;
-
-    #[test]
-    fn whether_replicas_are_shared_shows_through() {
-        for (choice, shared) in [(TransportChoice::Shm, true), (TransportChoice::Tcp, false)] {
-            std::thread::scope(|scope| {
-                for control in Control::local(2).unwrap() {
-                    scope.spawn(move || {
-                        let comm = connect(choice, control, Health::new(Duration::from_secs(60))).unwrap();
-                        assert_eq!(comm.replicas_are_shared(), shared);
-                    });
-                }
-            });
-        }
     }
 }

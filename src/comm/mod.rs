@@ -5,7 +5,9 @@
 
 pub mod bench;
 pub mod bucket;
+mod cluster;
 mod guard;
+pub mod hosts;
 mod ring;
 mod shm;
 mod solo;
@@ -17,23 +19,39 @@ use crate::device::{Arena, SliceMut};
 use crate::error::Result;
 use crate::launch::rendezvous::Control;
 use crate::launch::watch::Health;
+use hosts::Hosts;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// The communicator for `choice` among the ranks of `control`. Collective. `health` ends its waits.
 pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
-    if control.size() == 1 {
+    let hosts = match choice {
+        TransportChoice::Auto => Hosts::new(&control.hosts()?),
+        TransportChoice::Shm => Hosts::new(&vec![(); control.size()]),
+        TransportChoice::Tcp => Hosts::apart(control.size()),
+    };
+    connect_hosts(hosts, control, health)
+}
+
+/// The communicator for ranks that share hosts like this: shared memory inside a host, tcp between hosts. Collective.
+pub fn connect_hosts(hosts: Hosts, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+    if hosts.size() == 1 {
         return Ok(Box::new(solo::Solo));
     }
-    let shm = match choice {
-        TransportChoice::Auto => control.one_host()?,
-        TransportChoice::Shm => true,
-        TransportChoice::Tcp => false,
-    };
-    let comm: Box<dyn Communicator> = match shm {
-        true => Box::new(shm::Shm::new(control, health.clone())?),
-        false => Box::new(tcp::Tcp::new(control, health.clone())?),
+    let comm: Box<dyn Communicator> = if hosts.count() == 1 {
+        let ranks = hosts.members(0).to_vec();
+        Box::new(shm::Shm::new(control, ranks, health.clone())?)
+    } else {
+        let rank = control.rank();
+        let members = hosts.members(hosts.of(rank)).to_vec();
+        let inside = match control.star_of(&members)? {
+            Some(star) => Some(shm::Shm::new(star, members, health.clone())?),
+            None => None,
+        };
+        let transport = if hosts.count() < hosts.size() { "shm+tcp" } else { "tcp" };
+        let mesh = tcp::Sockets::connect(control, &hosts.peers(rank), health.clone())?;
+        Box::new(cluster::Cluster::new(rank, hosts, Box::new(mesh), inside, transport))
     };
     Ok(Box::new(guard::Guarded::new(comm, health)))
 }
@@ -46,7 +64,9 @@ pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health
 pub trait Communicator: Send {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
-    /// `"shm"`, `"tcp"`.
+    /// Which ranks share memory.
+    fn hosts(&self) -> Hosts;
+    /// `"shm"`, `"tcp"`, `"shm+tcp"`.
     fn transport(&self) -> &'static str;
 
     /// Zeroed memory in which this transport reduces without a copy. Collective: all ranks ask for the same size. Other
@@ -58,10 +78,9 @@ pub trait Communicator: Send {
     /// Collective; of the operations, only these three may be given such memory.
     fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena>;
 
-    /// Whether that is one copy for all ranks: what each writes of it in `reduce_update`, all have when it returns.
-    fn replicas_are_shared(&self) -> bool {
-        false
-    }
+    /// Calls `each` with the ranges of a buffer of `len` values that in `reduce_update` and `all_gather` of replicated memory
+    /// come to this rank from elsewhere, for all ranks that share its copy.
+    fn received(&self, _len: usize, _each: &mut dyn FnMut(Range<usize>)) {}
 
     /// Every rank ends with the sum over ranks.
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration>;
@@ -111,6 +130,18 @@ fn reduce_then_update<C: Communicator + ?Sized>(
     Ok(waited + comm.all_gather(values)?)
 }
 
+/// What ranks do together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum Operation {
+    AllReduce,
+    ReduceScatter,
+    AllGather,
+    ReduceUpdate,
+    Broadcast,
+    Barrier,
+}
+
 /// How messages speak of an operation.
 #[derive(Clone, Copy)]
 struct Words {
@@ -119,13 +150,30 @@ struct Words {
     waiting: &'static str,
 }
 
-/// Puts the words together when the program is compiled, for a step allocates nothing.
-macro_rules! words {
-    ($name:literal) => {
-        $crate::comm::Words { name: $name, waiting: concat!("waiting for the other ranks in ", $name) }
-    };
+impl Operation {
+    /// Put together when the program is compiled, for a step allocates nothing.
+    fn words(self) -> Words {
+        macro_rules! words {
+            ($name:literal) => {
+                Words { name: $name, waiting: concat!("waiting for the other ranks in ", $name) }
+            };
+        }
+        match self {
+            Operation::AllReduce => words!("all-reduce"),
+            Operation::ReduceScatter => words!("reduce-scatter"),
+            Operation::AllGather => words!("all-gather"),
+            Operation::ReduceUpdate => words!("reduce-and-update"),
+            Operation::Broadcast => words!("broadcast"),
+            Operation::Barrier => words!("barrier"),
+        }
+    }
+
+    fn from_number(number: u32) -> Option<Operation> {
+        use Operation::*;
+        let all = [AllReduce, ReduceScatter, AllGather, ReduceUpdate, Broadcast, Barrier];
+        all.into_iter().find(|operation| *operation as u32 == number)
+    }
 }
-use words;
 
 /// Elements of a buffer of `len` that belong to `rank` in reduce_scatter and all_gather. Chunks start at multiples of 16
 /// elements (a cache line), so no two ranks write one line.

@@ -99,8 +99,8 @@ impl Learner {
         self.gradient.reducer().with(|comm, updater| updater.export(&self.net, comm))
     }
 
-    /// To compare the parameters of the ranks, where each has its own.
-    pub fn audit(&self) -> Option<Audit> {
+    /// To compare the parameters of the ranks, where they do not all share one copy. Collective.
+    pub fn audit(&self) -> Result<Option<Audit>> {
         self.gradient.reducer().with(|comm, _| Audit::new(self.net.table(), comm))
     }
 

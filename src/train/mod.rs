@@ -6,6 +6,7 @@ mod audit;
 pub mod bench;
 pub mod checkpoint;
 mod eval;
+pub(crate) mod factors;
 mod gradient;
 mod inject;
 mod learner;
@@ -14,7 +15,7 @@ mod norms;
 mod resume;
 mod session;
 pub(crate) mod setup;
-mod update;
+pub(crate) mod update;
 
 pub use inject::Injection;
 pub use resume::Resume;

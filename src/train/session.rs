@@ -116,7 +116,7 @@ pub fn train(
         log_every: plan.log_every_steps,
         quiet: options.verbosity < 0,
     };
-    let audit = plan.audit.every_steps.and_then(|_| learner.audit());
+    let audit = if plan.audit.every_steps.is_some() { learner.audit()? } else { None };
     let loader = parts.loader(config)?;
     let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let mut session = Session {
@@ -375,7 +375,8 @@ impl Session<'_> {
     fn not_equal(&self, difference: &str) -> Error {
         Error::device(format!(
             "after step {} the ranks no longer have the same parameters: {difference}. The memory or the network of a host \
-             has changed bits, or Lockstep has a bug. Nothing was saved of it: the same command goes on from before.{}",
+             has changed bits; or, with parallel.factor_exchange, unlike CPUs compute unlike bits; or Lockstep has a bug. \
+             Nothing was saved of it: the same command goes on from before.{}",
             self.progress.step,
             self.last_checkpoint()
         ))

@@ -1,9 +1,10 @@
 //! From the configuration to what one rank trains with.
 
 use super::eval::Evaluator;
+use super::factors::{self, Exchange};
 use super::gradient::Gradient;
 use super::learner::Learner;
-use super::update::Updater;
+use super::update::{self, Updater};
 use crate::comm::Communicator;
 use crate::config::plan::{Plan, Ranks, Samples};
 use crate::config::raw::{self, Config};
@@ -100,7 +101,17 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     let net = Net::with_weights(spec, &net_options(config, plan, true), weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, &mut *comm)?;
+    let hosts = comm.hosts().count();
+    let norms = update::needs_norms(&config.optimizer);
+    let estimates = factors::estimate(&config.parallel, net.spec(), plan, hosts, norms);
+    let chosen: Vec<usize> = estimates.iter().filter(|layer| layer.chosen).map(|layer| layer.node).collect();
+    if comm.rank() == 0 && !chosen.is_empty() {
+        let names: Vec<&str> = chosen.iter().map(|&node| &*net.spec().nodes[node].name).collect();
+        tracing::info!("the hosts exchange factors instead of gradients: {}", names.join(", "));
+    }
+    let exchange = |node| Exchange::new(node, net.spec(), net.table(), plan, &mut *comm);
+    let exchanges = chosen.into_iter().map(exchange).collect::<Result<_>>()?;
+    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, exchanges, &mut *comm)?;
     let alone = comm.size() == 1;
     let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {
