@@ -90,6 +90,53 @@ fn difference(ranks: &[&[u64]]) -> Option<Difference> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::comm::connect_hosts;
+    use crate::comm::hosts::Hosts;
+    use crate::launch::{rendezvous::Control, watch::Health};
+    use crate::model::params::{Param, ParamSpec};
+    use std::time::Duration;
+
+    /// Two tensors, each with padding behind.
+    fn table() -> ParamTable {
+        let param = |(name, range): (&str, std::ops::Range<usize>)| {
+            let spec = ParamSpec::bias(range.len(), 0.0);
+            Param { name: name.to_string(), node: 0, number: 0, spec, range }
+        };
+        ParamTable { params: [("a.weight", 0..20), ("a.bias", 32..35)].map(param).into(), tail: 48..64 }
+    }
+
+    /// Three ranks on hosts of these names; the last one's parameters change at an element.
+    fn compared_with_a_change_at(element: usize, hosts: [&str; 3]) -> Vec<Option<String>> {
+        let rank = |control: Control| {
+            let health = Health::new(Duration::from_secs(60));
+            let mut comm = connect_hosts(Hosts::new(&hosts), control, health).unwrap();
+            let Some(mut audit) = Audit::new(&table(), &mut *comm).unwrap() else {
+                assert_eq!(hosts, ["a"; 3]);
+                return None;
+            };
+            let mut params = [1.0; 48];
+            assert_eq!(audit.compare(&table(), &params, &mut *comm).unwrap(), None);
+            if comm.rank() == 2 {
+                params[element] = 2.0;
+            }
+            audit.compare(&table(), &params, &mut *comm).unwrap()
+        };
+        std::thread::scope(|scope| {
+            let controls = Control::local(3).unwrap().into_iter();
+            let ranks: Vec<_> = controls.map(|control| scope.spawn(move || rank(control))).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn all_ranks_find_the_same_difference_unless_they_share_one_copy() {
+        for hosts in [["a", "b", "c"], ["a", "a", "b"]] {
+            let found = compared_with_a_change_at(33, hosts);
+            assert_eq!(found, vec![Some("`a.bias` on ranks [2] is not what the other ranks have".to_string()); 3]);
+            assert_eq!(compared_with_a_change_at(25, hosts), [None, None, None], "padding is no parameter");
+        }
+        assert_eq!(compared_with_a_change_at(33, ["a"; 3]), [None, None, None]);
+    }
 
     #[test]
     fn the_odd_ranks_are_those_without_the_majority() {
