@@ -8,11 +8,13 @@ mod slurm;
 
 use crate::comm;
 use crate::config;
+use crate::config::plan::global_batch;
 use crate::config::raw::{Config, Parallel, TransportChoice};
 use crate::error::{Error, Result};
+use crate::launch::restart::{self, Restarts};
 use crate::launch::spawn;
 use crate::launch::world::{Launcher, World};
-use crate::train::{self, Resume};
+use crate::train::{self, Injection, Resume};
 use clap::{Args, Parser, Subcommand};
 use std::convert::Infallible;
 use std::io::{ErrorKind, Write};
@@ -27,7 +29,9 @@ use std::path::PathBuf;
     subcommand_negates_reqs = true,
     disable_help_subcommand = true,
     override_usage = "trainer [OPTIONS] --config <FILE>  or  trainer [OPTIONS] <COMMAND>",
-    help_template = "{about}\n{usage-heading} {usage}\n\n{all-args}{after-help}",
+    disable_help_flag = true,
+    disable_version_flag = true,
+    help_template = "{about}\n{usage-heading} {usage}\n{all-args}{after-help}",
     after_help = EXAMPLES
 )]
 pub struct Cli {
@@ -35,7 +39,7 @@ pub struct Cli {
     pub command: Option<Command>,
     #[command(flatten)]
     pub experiment: Option<Experiment>,
-    /// Checkpoint to go on from: auto (the newest), none, PATH
+    /// Go on from: auto (the newest checkpoint), none, PATH
     #[arg(long, value_name = "PATH", value_parser = resume)]
     pub resume: Option<Resume>,
     /// The run's directory [default: runs/NAME]
@@ -44,12 +48,22 @@ pub struct Cli {
     /// Ranks to start here [default: by launcher]
     #[arg(short = 'n', long = "ranks", value_name = "N", global = true, value_parser = ranks)]
     pub ranks: Option<usize>,
+    #[command(flatten)]
+    pub restarts: restart::Options,
+    /// Rehearse a failure: kill:rank=1@step=40 (repeatable)
+    #[arg(long, value_name = "FAULT")]
+    pub inject: Vec<Injection>,
     /// Say more; twice for everything
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
     /// While training, say only what went wrong
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
+    // Hidden, for everybody knows these two, and help is to fit a screen.
+    #[arg(short, long, action = clap::ArgAction::Help, hide = true, global = true)]
+    help: Option<bool>,
+    #[arg(short = 'V', long, action = clap::ArgAction::Version, hide = true)]
+    version: Option<bool>,
 }
 
 const EXAMPLES: &str = "\
@@ -158,6 +172,9 @@ pub fn run(cli: Cli) -> Result<u8> {
             "--config, --set, --resume and --out before a subcommand are for training; put them behind the subcommand",
         ));
     }
+    if cli.restarts.max_restarts.is_some() || !cli.inject.is_empty() {
+        return Err(Error::usage("--max-restarts and --inject are for training; leave them out before a subcommand"));
+    }
     match command {
         Command::Plan(args) => {
             let ranks = args.np.or(cli.ranks).unwrap_or(1);
@@ -186,18 +203,38 @@ impl Cli {
         };
         let config = experiment.load()?;
         let resume = self.resume.clone().unwrap_or(Resume::Auto);
-        let options = train::Options { resume, out: self.out.clone(), verbosity: self.verbosity() };
-        self.on_every_rank(|| train::run(&config, &options))
+        let options = train::Options {
+            resume,
+            out: self.out.clone(),
+            verbosity: self.verbosity(),
+            inject: self.inject.clone(),
+            restarted: spawn::is_restart(),
+        };
+        match self.ranks_to_start()? {
+            None => train::run(&config, &options).map(|()| 0),
+            Some(size) => {
+                let run = restart::Run {
+                    saved: &|| options.newest_checkpoint(&config),
+                    fits: &|ranks| global_batch(&config.batch, ranks).map(drop),
+                };
+                spawn::run(size, Some(Restarts::new(&self.restarts, size, run)?))
+            }
+        }
     }
 
     /// With `-n`, starts this program again as so many ranks, and the work is theirs; else does it as the rank that this
     /// process is.
     fn on_every_rank(&self, work: impl FnOnce() -> Result<()>) -> Result<u8> {
-        let is_rank = World::from_env(|name| std::env::var(name).ok())?.launcher == Launcher::Lockstep;
-        match self.ranks {
-            Some(size) if !is_rank => spawn::run(size),
-            _ => work().map(|()| 0),
+        match self.ranks_to_start()? {
+            Some(size) => spawn::run(size, None),
+            None => work().map(|()| 0),
         }
+    }
+
+    /// Those of `-n`; none in a process that is one of them.
+    fn ranks_to_start(&self) -> Result<Option<usize>> {
+        let is_rank = World::from_env(|name| std::env::var(name).ok())?.launcher == Launcher::Lockstep;
+        Ok(self.ranks.filter(|_| !is_rank))
     }
 
     /// -1 quiet, 0 normal, 1 and 2 more.

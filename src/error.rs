@@ -17,7 +17,7 @@ pub enum Kind {
     PeerLost = 4,
     /// The loss is not finite.
     NonFinite = 5,
-    /// Out of memory, or a device failed.
+    /// Out of memory, or a device failed: also where the ranks' copies of the parameters are no longer equal.
     Device = 6,
     /// Stopped by a signal, or ahead of the job's time limit, after a checkpoint: run again to go on.
     Stopped = 75,

@@ -121,7 +121,7 @@ fn program() {
     let world = World::from_env(|name| std::env::var(name).ok()).unwrap();
     if world.launcher == Launcher::None {
         let args: Vec<OsString> = std::env::args_os().skip(1).collect();
-        std::process::exit(spawn::launch(&std::env::current_exe().unwrap(), &args, 2).unwrap().into());
+        std::process::exit(spawn::launch(&std::env::current_exe().unwrap(), &args, 2, None).unwrap().into());
     }
     train(&folder);
     fs::write(folder.join(world.rank.to_string()), ALLOCATIONS.load(Relaxed).to_string()).unwrap();
@@ -131,6 +131,7 @@ fn program() {
 fn train(folder: &Path) {
     let sets: Vec<String> = std::env::var("ALLOCATIONS_SETS").unwrap().split(' ').map(str::to_owned).collect();
     let config = config::load(&folder.join("config.toml"), &sets).unwrap();
-    let options = Options { resume: Resume::Never, out: Some(folder.join("run")), verbosity: 0 };
+    let out = Some(folder.join("run"));
+    let options = Options { resume: Resume::Never, out, verbosity: 0, inject: Vec::new(), restarted: false };
     train::run(&config, &options).unwrap();
 }

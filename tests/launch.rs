@@ -232,7 +232,7 @@ fn program() {
     let ranks = setting("LAUNCH_TEST_RANKS") as usize;
     if world.launcher == Launcher::None {
         let args: Vec<OsString> = std::env::args_os().skip(1).collect();
-        let code = spawn::launch(&std::env::current_exe().unwrap(), &args, ranks).expect("a launch");
+        let code = spawn::launch(&std::env::current_exe().unwrap(), &args, ranks, None).expect("a launch");
         std::process::exit(code.into());
     }
     tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();

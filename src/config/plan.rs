@@ -38,6 +38,8 @@ pub struct Plan {
     pub warmup_steps: u64,
     pub eval: Cadence,
     pub checkpoint: Cadence,
+    /// When the ranks compare their parameters.
+    pub audit: Cadence,
     pub log_every_steps: u64,
     /// A bucket of gradients is reduced when it holds at least this much.
     pub bucket_bytes: usize,
@@ -89,6 +91,7 @@ impl Plan {
             warmup_steps: warmup_steps(config, steps_per_epoch),
             eval: cadence(config.eval.every_steps, config.eval.every_epochs),
             checkpoint: cadence(config.checkpoint.every_steps, config.checkpoint.every_epochs),
+            audit: cadence(Some(config.parallel.audit_every_steps).filter(|steps| *steps > 0), None),
             log_every_steps: config.log.every_steps,
             bucket_bytes: (config.parallel.bucket_mib * f64::from(1 << 20)) as usize,
             threads: ranks.threads,
@@ -202,6 +205,7 @@ mod tests {
                 warmup_steps: 6,
                 eval: Cadence { every_steps: None, every_epochs_steps: Some(11) },
                 checkpoint: Cadence { every_steps: Some(7), every_epochs_steps: None },
+                audit: Cadence { every_steps: Some(100), every_epochs_steps: None },
                 log_every_steps: 50,
                 bucket_bytes: 1 << 19,
                 threads: 2,

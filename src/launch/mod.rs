@@ -6,6 +6,7 @@ pub mod job;
 pub mod lifeline;
 pub mod link;
 pub mod rendezvous;
+pub mod restart;
 pub mod signals;
 pub mod spawn;
 pub mod verdict;

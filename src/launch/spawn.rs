@@ -1,5 +1,5 @@
-//! `trainer -n N`: starts N ranks of this executable on this machine, watches over their ends, and says once how the run
-//! ended.
+//! `trainer -n N`: starts N ranks of this executable on this machine, watches over their ends, says once how the run ended,
+//! and may start them again (`restart`).
 //!
 //! Rank 0 speaks for the run: it keeps the terminal. The lines of the others are marked `[1] `. Ranks find each other
 //! through sockets that the launcher makes (`lifeline`), so nothing has a name that could stay behind.
@@ -7,6 +7,7 @@
 use super::lifeline::{self, LAUNCHER};
 use super::link::{self, Link};
 use super::rendezvous::Control;
+use super::restart::{Restart, Restarts};
 use super::signals::{self, INTERRUPTED, Interrupts, STOP};
 use super::verdict::{Ending, How, verdict};
 use super::world::{World, foreign_variables};
@@ -28,8 +29,16 @@ const UNTIL_KILL: Duration = Duration::from_secs(7);
 /// How long the launcher waits for the last lines of ranks that have ended.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
+/// Tells the ranks of a restart that they are: how often they were started before.
+const RESTARTS: &str = "LOCKSTEP_RESTARTS";
+
+/// Whether the launcher has started this rank's run before.
+pub fn is_restart() -> bool {
+    std::env::var_os(RESTARTS).is_some()
+}
+
 /// Runs this executable, with its own arguments, as `size` ranks. Returns the exit code of the run.
-pub fn run(size: usize) -> Result<u8> {
+pub fn run(size: usize, restarts: Option<Restarts<'_>>) -> Result<u8> {
     let world = World::from_env(|name| std::env::var(name).ok())?;
     if world.size > 1 {
         return Err(Error::usage(format!(
@@ -39,33 +48,85 @@ pub fn run(size: usize) -> Result<u8> {
     }
     let program = std::env::current_exe().or_kind(Kind::Internal, "finding this executable")?;
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
-    launch(&program, &args, size)
+    launch(&program, &args, size, restarts)
 }
 
-/// Runs `program args...` as `size` ranks. Call it on the main thread: when the thread that started them ends, so do the
-/// ranks.
-pub fn launch(program: &Path, args: &[OsString], size: usize) -> Result<u8> {
+/// Runs `program args...` as `size` ranks, and again as `restarts` says. Call it on the main thread: when the thread that
+/// started them ends, so do the ranks.
+pub fn launch(program: &Path, args: &[OsString], mut size: usize, mut restarts: Option<Restarts<'_>>) -> Result<u8> {
     if size == 0 {
         return Err(Error::usage("-n 0: at least one rank is needed"));
     }
-    let (printing, all_printed) = bounded(0);
     let events = catch_signals()?;
-    let mut ranks = start(program, args, size, &printing)?;
+    loop {
+        let done = restarts.as_ref().map_or(0, Restarts::done);
+        let Outcome { endings, code, asked } = run_once(program, args, size, done, &events)?;
+        let next = restarts.as_mut().filter(|_| !asked).map_or(Ok(None), |restarts| restarts.next(&endings, code));
+        match next {
+            Ok(None) => return Ok(code),
+            Err(why) => {
+                eprintln!("{why}");
+                return Ok(code);
+            }
+            Ok(Some(Restart { ranks, pause, text })) => {
+                eprintln!("{text}");
+                if let Some(signal) = signal_within(&events, pause)? {
+                    eprintln!("stopped by {} before it; the same command goes on", signals::name(signal));
+                    return Ok(Kind::Stopped as u8);
+                }
+                size = ranks;
+            }
+        }
+    }
+}
+
+/// How the ranks of one start ended.
+struct Outcome {
+    endings: Vec<Ending>,
+    code: u8,
+    /// A signal to the launcher has asked them to.
+    asked: bool,
+}
+
+/// Runs the ranks to their end, and says how it was.
+fn run_once(
+    program: &Path,
+    args: &[OsString],
+    size: usize,
+    restarts: usize,
+    events: &Receiver<i32>,
+) -> Result<Outcome> {
+    let (printing, all_printed) = bounded(0);
+    let mut ranks = start(program, args, size, restarts, &printing)?;
     drop(printing);
-    let interrupted = supervise(&mut ranks, &events)?;
+    let interrupted = supervise(&mut ranks, events)?;
     let _ = all_printed.recv_timeout(LAST_LINES);
 
-    let mut ranks: Vec<&Rank> = ranks.iter().collect();
+    let asked = ranks.iter().any(|rank| !rank.forwarded.is_empty());
     ranks.sort_by_key(|rank| rank.ended.map(|(_, when)| when));
-    let (code, text) = verdict(&ranks.into_iter().filter_map(Rank::ending).collect::<Vec<_>>());
+    let endings: Vec<Ending> = ranks.iter().filter_map(Rank::ending).collect();
+    let (code, text) = verdict(&endings);
     if interrupted {
         eprintln!("killed by a second Ctrl-C; the last checkpoint is where the same command goes on");
-        return Ok(INTERRUPTED);
+        return Ok(Outcome { endings, code: INTERRUPTED, asked });
     }
     if let Some(text) = text {
         eprintln!("{text}");
     }
-    Ok(code)
+    Ok(Outcome { endings, code, asked })
+}
+
+/// The first signal to stop that comes within this time.
+fn signal_within(events: &Receiver<i32>, time: Duration) -> Result<Option<i32>> {
+    let deadline = Instant::now() + time;
+    loop {
+        match events.recv_deadline(deadline) {
+            Ok(SIGCHLD) => {}
+            Ok(signal) => return Ok(Some(signal)),
+            Err(RecvTimeoutError::Timeout) => return Ok(None),
+            Err(RecvTimeoutError::Disconnected) => return Err(Error::internal("the signal thread ended")),
+        }
+    }
 }
 
 /// Signals that concern the launcher, from a thread that sleeps until one arrives.
@@ -91,7 +152,7 @@ struct Rank {
     killed_by_us: bool,
 }
 
-fn start(program: &Path, args: &[OsString], size: usize, printing: &Sender<()>) -> Result<Vec<Rank>> {
+fn start(program: &Path, args: &[OsString], size: usize, restarts: usize, printing: &Sender<()>) -> Result<Vec<Rank>> {
     let stars = Control::pairs(size)?.into_iter().zip(Control::pairs(size)?);
     let mut ranks = Vec::with_capacity(size);
     for (rank, (first, second)) in stars.enumerate() {
@@ -103,6 +164,10 @@ fn start(program: &Path, args: &[OsString], size: usize, printing: &Sender<()>) 
         foreign_variables().for_each(|name| {
             command.env_remove(name);
         });
+        match restarts {
+            0 => command.env_remove(RESTARTS),
+            _ => command.env(RESTARTS, restarts.to_string()),
+        };
         let (ours, theirs) = link::pair()?;
         command.stdin(theirs);
         if rank > 0 {

@@ -209,6 +209,7 @@ fn schedule(shape: ScheduleShape, shared: ScheduleShared, warmup_steps: u64, tot
         warmup_steps,
         eval: never,
         checkpoint: never,
+        audit: never,
         log_every_steps: 1,
         bucket_bytes: 1,
         threads: 1,

@@ -76,10 +76,15 @@ pub fn state_name(state: &str, parameter: &str) -> String {
     format!("optimizer.{state}.{parameter}")
 }
 
+/// Where the checkpoint of a step lies.
+pub fn path(folder: &Path, step: u64) -> PathBuf {
+    folder.join(format!("step-{step:08}.safetensors"))
+}
+
 /// Saves into `folder` and removes all but the newest `keep` (at least the one just saved). Checkpoints of later steps
 /// go too: they belong to a course of the run that it has left by resuming from before them.
 pub fn save(folder: &Path, keep: usize, state: &State) -> Result<PathBuf> {
-    let path = folder.join(format!("step-{:08}.safetensors", state.step));
+    let path = path(folder, state.step);
     let what = || format!("saving the checkpoint {}", path.display());
     let views = state.tensors.iter().map(|tensor| {
         let (name, shape, bytes) = tensor.parts();

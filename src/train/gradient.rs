@@ -77,7 +77,7 @@ pub struct Work<'a> {
     pub step: u64,
     /// Samples of an epoch: with the position, a sample's place in the run.
     pub samples: usize,
-    /// This rank's wishes to stop; the rest is filled in by the leaves.
+    /// This rank's wishes to stop, and a `loss` to start from; the rest is filled in by the leaves.
     pub flags: Sums,
     /// Where a loss that is not finite arose on this rank.
     pub non_finite: Option<String>,
@@ -201,7 +201,8 @@ impl Gradient {
             if !out.loss_sum.is_finite() && work.non_finite.is_none() {
                 work.non_finite = Some(net.find_non_finite(&pass, &batch.images)?);
             }
-            sums = Sums { loss: out.loss_sum, correct: out.correct as f32, samples: batch.count() as f32, ..sums };
+            let loss = sums.loss + out.loss_sum;
+            sums = Sums { loss, correct: out.correct as f32, samples: batch.count() as f32, ..sums };
             write_tail(arena, &self.tail, sums);
             work.health.set(work.step, Phase::Backward);
             let factors = |node: usize| match leaves.get(node) {

@@ -1,5 +1,6 @@
 //! What learns on one rank, and the step that all ranks take together.
 
+use super::audit::Audit;
 use super::checkpoint::{State, Tensor};
 use super::gradient::{Gradient, Sums, Work};
 use super::update::import_params;
@@ -34,7 +35,7 @@ pub struct Step<'a> {
     pub queue: &'a mut DataQueue,
     pub clock: &'a mut Clock,
     pub health: &'a Health,
-    /// This rank's wish to stop.
+    /// This rank's wish to stop, and a loss to start from.
     pub flags: Sums,
 }
 
@@ -102,6 +103,11 @@ impl Learner {
     /// All parameters and optimizer state for a checkpoint, on rank 0. Collective.
     pub fn export(&self) -> Result<Vec<Tensor>> {
         self.gradient.reducer().with(|comm, updater| updater.export(&self.net, comm))
+    }
+
+    /// To compare the parameters of the ranks, where they do not all share one copy. Collective.
+    pub fn audit(&self) -> Result<Option<Audit>> {
+        self.gradient.reducer().with(|comm, _| Audit::new(self.net.table(), comm))
     }
 
     /// Puts every rank where the checkpoint stands, which rank 0 has found. Collective.

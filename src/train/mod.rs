@@ -2,11 +2,13 @@
 //! forward, backward, all-reduce, update.
 
 mod agreement;
+mod audit;
 pub mod bench;
 pub mod checkpoint;
 mod eval;
 pub(crate) mod factors;
 mod gradient;
+mod inject;
 mod learner;
 mod logits;
 mod norms;
@@ -16,6 +18,7 @@ pub(crate) mod setup;
 mod time_limit;
 pub(crate) mod update;
 
+pub use inject::Injection;
 pub use resume::Resume;
 
 use crate::comm::{self, Communicator};
@@ -41,11 +44,28 @@ pub struct Options {
     pub out: Option<PathBuf>,
     /// -1 quiet, 0 normal, 1 and 2 more.
     pub verbosity: i8,
+    /// Failures to rehearse.
+    pub inject: Vec<Injection>,
+    /// The launcher has started this run again: it goes on with what it has saved, whatever `resume` says.
+    pub restarted: bool,
 }
 
 impl Options {
     fn directory(&self, config: &Config) -> PathBuf {
         self.out.clone().unwrap_or_else(|| Path::new("runs").join(&config.run.name))
+    }
+
+    fn checkpoints(&self, config: &Config) -> PathBuf {
+        config.checkpoint.directory.clone().unwrap_or_else(|| self.directory(config).join("checkpoints"))
+    }
+
+    fn begins_anew(&self) -> bool {
+        self.resume == Resume::Never && !self.restarted
+    }
+
+    /// Step of the newest checkpoint of the run, whole or not.
+    pub fn newest_checkpoint(&self, config: &Config) -> Option<u64> {
+        checkpoint::steps(&self.checkpoints(config)).ok()?.first().copied()
     }
 }
 

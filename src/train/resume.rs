@@ -3,6 +3,7 @@
 //! Rank 0 alone reads the checkpoint and hands everything on, so the ranks cannot disagree, and the folder need not be
 //! seen by every node.
 
+use super::Options;
 use super::checkpoint::{self, State};
 use super::learner::Learner;
 use crate::config::{self, raw::Config};
@@ -43,14 +44,15 @@ impl Progress {
 
 /// Finds the checkpoint in `folder` to go on from. `fits` says whether a state is of this net and optimizer. Rank 0 only.
 /// Nothing is lost: what the run would overwrite is moved aside, and checkpoints that cannot be used stop it.
+/// A run that its launcher has started again goes on with what it has saved since it began.
 pub fn find(
-    resume: &Resume,
+    options: &Options,
     folder: &Path,
     config: &Config,
     fits: impl Fn(&State) -> Result<()>,
 ) -> Result<Option<(PathBuf, State)>> {
-    match resume {
-        Resume::Never => {
+    match &options.resume {
+        Resume::Never if options.begins_anew() => {
             move_aside(folder)?;
             Ok(None)
         }
@@ -61,11 +63,14 @@ pub fn find(
                 tracing::warn!("{} was saved with another configuration: {}", path.display(), different.join(", "));
             }
             if checkpoint::steps(folder)?.first().is_some_and(|&newest| newest > state.step) {
+                if options.restarted {
+                    return newest(folder, config, fits);
+                }
                 move_aside(folder)?;
             }
             Ok(Some((path.clone(), state)))
         }
-        Resume::Auto => newest(folder, config, fits),
+        Resume::Auto | Resume::Never => newest(folder, config, fits),
     }
 }
 

@@ -1,8 +1,10 @@
 //! The loop over steps: train, log, evaluate, save, until one of `[run]`'s ends comes.
 
+use super::audit::Audit;
 use super::checkpoint::{self, State};
 use super::eval::Evaluator;
 use super::gradient::Sums;
+use super::inject::Faults;
 use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
 use super::time_limit::TimeLimit;
@@ -47,6 +49,10 @@ pub struct Session<'a> {
     saved: Option<PathBuf>,
     /// Step after which the watched set was last evaluated.
     evaluated: Option<u64>,
+    /// Where the ranks have copies of the parameters, and the step after which they were last compared.
+    audit: Option<Audit>,
+    audited: u64,
+    faults: Faults,
 }
 
 /// Trains until the run ends. `Stopped` after a signal or ahead of the job's time limit, with everything saved.
@@ -60,11 +66,12 @@ pub fn train(
     let clock = Clock::start();
     let job = Job::detect()?;
     let directory = options.directory(config);
-    let checkpoints = config.checkpoint.directory.clone().unwrap_or_else(|| directory.join("checkpoints"));
+    let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
+    let faults = Faults::new(options, &directory, &rank.world)?;
     if rank.world.rank == 0
         && let Some(warning) = plan.cut_warmup()
     {
@@ -72,7 +79,7 @@ pub fn train(
     }
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
-        0 => resume::find(&options.resume, &checkpoints, config, |state| learner.fits(state))?,
+        0 => resume::find(options, &checkpoints, config, |state| learner.fits(state))?,
         _ => None,
     };
     let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;
@@ -115,6 +122,7 @@ pub fn train(
         log_every: plan.log_every_steps,
         quiet: options.verbosity < 0,
     };
+    let audit = if plan.audit.every_steps.is_some() { learner.audit()? } else { None };
     let loader = parts.loader(config)?;
     let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let mut session = Session {
@@ -136,6 +144,9 @@ pub fn train(
         checkpoints,
         saved,
         evaluated: None,
+        audit,
+        audited: progress.step,
+        faults,
     };
     session.clock.lap(Category::Other);
     // Without an end, it was interrupted between its last step and its results.
@@ -155,6 +166,9 @@ impl Session<'_> {
         loop {
             let sums = self.step()?;
             let asked = self.asked_to_end(&sums);
+            if self.plan.audit.due(self.progress.step) {
+                self.audit()?;
+            }
             if self.plan.eval.due(self.progress.step) {
                 // Whoever ends the job may not wait for the evaluation.
                 if asked.is_some_and(StoppedBy::goes_on) {
@@ -176,7 +190,9 @@ impl Session<'_> {
     fn step(&mut self) -> Result<Sums> {
         let now = Instant::now();
         let flag = |flag: bool| if flag { 1.0 } else { 0.0 };
+        let injected = self.faults.before_step(self.progress.step + 1, self.rank)?;
         let flags = Sums {
+            loss: injected,
             stop: flag(self.signals.requested().is_some()),
             deadline: flag(self.deadline.is_some_and(|deadline| now >= deadline)),
             time_limit: flag(self.time_limit.as_mut().is_some_and(|limit| limit.is_near(now))),
@@ -191,7 +207,8 @@ impl Session<'_> {
         };
         let Done { sums, lr, non_finite } = self.learner.step(step)?;
         if !sums.loss.is_finite() {
-            return Err(self.not_finite(&sums, non_finite));
+            let by_order = (!injected.is_finite()).then(|| "it was put there by --inject".to_string());
+            return Err(self.not_finite(&sums, by_order.or(non_finite)));
         }
         self.advance();
         self.rank.health.set_waiting(self.clock.budget().spent(Category::Waiting));
@@ -229,6 +246,20 @@ impl Session<'_> {
         }
     }
 
+    /// All ranks that have the parameters to themselves must have the same.
+    fn audit(&mut self) -> Result<()> {
+        let step = self.progress.step;
+        let Some(audit) = self.audit.as_mut().filter(|_| self.audited < step) else { return Ok(()) };
+        let Learner { net, gradient, .. } = &mut self.learner;
+        self.faults.before_audit(step, net)?;
+        let difference = gradient.reducer().with(|comm, _| audit.compare(net.table(), net.params(), comm))?;
+        self.audited = step;
+        match difference {
+            None => Ok(()),
+            Some(difference) => Err(self.not_equal(&difference)),
+        }
+    }
+
     fn evaluate(&mut self, set: Set) -> Result<()> {
         self.clock.lap(Category::Other);
         let step = self.progress.step;
@@ -251,6 +282,7 @@ impl Session<'_> {
 
     /// Rank 0 writes; the others give it their shares of the optimizer's state and go on.
     fn save(&mut self) -> Result<()> {
+        self.audit()?;
         self.clock.lap(Category::Other);
         let start = Instant::now();
         let Progress { step, position, best_accuracy } = self.progress;
@@ -272,8 +304,9 @@ impl Session<'_> {
             let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
             self.rank.health.saved(path.display());
             report.saved(&path);
-            self.saved = Some(path);
+            self.faults.after_save(step, &path)?;
         }
+        self.saved = Some(checkpoint::path(&self.checkpoints, step));
         if let Some(limit) = &mut self.time_limit {
             limit.saved(start.elapsed());
         }
@@ -299,6 +332,9 @@ impl Session<'_> {
         told.push(self.skipped() as f32);
         self.learner.gradient.reducer().with(|comm, _| comm.all_reduce(SliceMut::from(&mut told[..])))?;
         let skipped = told.pop().unwrap_or_default();
+        if !end.goes_on() {
+            self.faults.at_end(self.progress.step);
+        }
         let reason = self.reason(end);
         if let Some(report) = self.report.take() {
             report.finish(Ending {
@@ -346,10 +382,7 @@ impl Session<'_> {
             Some(place) => format!("on rank {}, {place}", self.rank.world.rank),
             None => "another rank says where".into(),
         };
-        let saved = match &self.saved {
-            Some(path) => format!(" The last checkpoint is {}.", path.display()),
-            None => String::new(),
-        };
+        let saved = self.last_checkpoint();
         Error::new(
             Kind::NonFinite,
             format!(
@@ -358,6 +391,21 @@ impl Session<'_> {
                 self.progress.step + 1
             ),
         )
+    }
+
+    /// Not of kind Internal, though it may be a bug: far more often it is a machine that fails.
+    fn not_equal(&self, difference: &str) -> Error {
+        Error::device(format!(
+            "after step {} the ranks no longer have the same parameters: {difference}. The memory or the network of a host \
+             has changed bits; or, with parallel.factor_exchange, unlike CPUs compute unlike bits; or Lockstep has a bug. \
+             Nothing was saved of it: the same command goes on from before.{}",
+            self.progress.step,
+            self.last_checkpoint()
+        ))
+    }
+
+    fn last_checkpoint(&self) -> String {
+        self.saved.as_ref().map_or_else(String::new, |path| format!(" The last checkpoint is {}.", path.display()))
     }
 
     /// What can still be told after an error; the error itself goes to the caller.

@@ -152,6 +152,8 @@ pub struct Parallel {
     /// The network over which hosts meet and exchange data, by an interface's name or as addresses, `10.0.0.0/8`. Default: the
     /// one by which rank 0's host is reached.
     pub interface: Option<String>,
+    /// Steps between two comparisons of the parameters over ranks that have copies of their own; 0 is never.
+    pub audit_every_steps: u64,
 }
 
 impl Default for Parallel {
@@ -164,6 +166,7 @@ impl Default for Parallel {
             network_gbit_s: 10.0,
             timeout: 300.0,
             interface: None,
+            audit_every_steps: 100,
         }
     }
 }

@@ -47,6 +47,7 @@ pub struct Health {
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     ending: AtomicBool,
+    cut_off: AtomicBool,
     timeout: Duration,
     peers: Mutex<Option<Table>>,
     checkpoint: Mutex<Option<String>>,
@@ -82,6 +83,7 @@ impl Health {
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             ending: AtomicBool::new(false),
+            cut_off: AtomicBool::new(false),
             timeout,
             peers: Mutex::new(None),
             checkpoint: Mutex::new(None),
@@ -121,6 +123,11 @@ impl Health {
     /// The main thread has an error in hand and is on its way out: the watch gives it more time.
     pub fn ending(&self) {
         self.ending.store(true, Relaxed);
+    }
+
+    /// From here on the watch neither hears nor tells, as behind a cable that was cut: `--inject drop-link`.
+    pub fn cut_off(&self) {
+        self.cut_off.store(true, Relaxed);
     }
 
     /// The failure, once there is one.
@@ -205,6 +212,10 @@ impl Health {
 
     pub(super) fn is_ending(&self) -> bool {
         self.ending.load(Relaxed)
+    }
+
+    pub(super) fn is_cut_off(&self) -> bool {
+        self.cut_off.load(Relaxed)
     }
 
     pub(super) fn beat(&self) -> Beat {

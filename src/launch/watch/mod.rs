@@ -190,6 +190,9 @@ impl Watcher {
     }
 
     fn hear(&mut self, from: usize, message: Message) {
+        if self.health.is_cut_off() {
+            return;
+        }
         let now = Instant::now();
         match message {
             Message::Beat(beat) => {
@@ -270,6 +273,9 @@ impl Watcher {
     }
 
     fn tell(&mut self, message: &Message) {
+        if self.health.is_cut_off() {
+            return;
+        }
         self.streams.iter_mut().for_each(|stream| stream.send(message));
     }
 

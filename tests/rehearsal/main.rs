@@ -1,0 +1,8 @@
+//! Failures to order, and whether the program gets over them: runs of a small net, each of which ends with the stated words
+//! and exit code, and, where the same command goes on, with the weights of a run in which nothing fails.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod harness;
+mod inject;
+mod restart;
