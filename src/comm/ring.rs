@@ -16,9 +16,8 @@
 //!
 //! All turns run at once, each connection at its own pace: a connection carries a header that names the operation, and then
 //! frames of a piece each, a term (of the peer's chunk) or a result (of this rank's chunk). Terms depend on nothing; an owner
-//! adds a piece as soon as all versions of it are there. Results go first: they were made just now and are still in the
-//! cache, as is, at the other end, what they replace, which was sent as a term a moment ago. So memory sees each value
-//! about once, which on a fast network counts more than the wire.
+//! adds a piece as soon as all versions of it are there, updates parameters with it if that is asked for, and sends the result
+//! before further terms.
 //!
 //! An owner keeps `WINDOW` pieces of a fast peer and then leaves it to wait; the slowest peer's next term is always taken, so
 //! all come through. Nothing blocks except `Mesh::wait`, with every connection open in both directions, so no length can

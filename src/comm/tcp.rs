@@ -24,10 +24,6 @@ use std::time::{Duration, Instant};
 /// How long connecting to a peer that has announced itself may take.
 const CONNECT: Duration = Duration::from_secs(30);
 
-/// Bytes that wait in a socket beyond what the connection has under way. More would only be copied to memory and back: the
-/// kernel's buffer grows to megabytes, this much stays in the cache until the network takes it.
-const UNSENT: u32 = 128 << 10;
-
 /// How long a wait looks before it sleeps: about what sleeping and waking cost, and what a piece takes on a fast network.
 const SPIN: Duration = Duration::from_micros(50);
 
@@ -102,7 +98,6 @@ impl Sockets {
         let mut peers: Vec<Option<Peer>> = (0..size).map(|_| None).collect();
         for Link { peer, socket } in links {
             socket.set_tcp_nodelay(true)?;
-            socket.set_tcp_notsent_lowat(UNSENT)?;
             link::keep_alive(&socket)?;
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
             epoll::add(&epoll, &socket, epoll::EventData::new_u64(peer as u64), flags)?;
