@@ -3,7 +3,7 @@
 //! threads here: shared memory, futexes and sockets do not mind.
 
 use lockstep::comm::{Communicator, chunk, connect, split};
-use lockstep::config::raw::TransportChoice;
+use lockstep::config::raw::{Parallel, TransportChoice};
 use lockstep::device::{Arena, Slice, SliceMut};
 use lockstep::error::{Error, Kind};
 use lockstep::launch::rendezvous::Control;
@@ -28,7 +28,7 @@ fn world<T: Send + 'static>(
     for (number, control) in Control::local(size).unwrap().into_iter().enumerate() {
         let done = done.clone();
         thread::spawn(move || {
-            let comm = connect(transport, control, Health::new(WATCHDOG)).unwrap();
+            let comm = connect(&Parallel::over(transport), control, Health::new(WATCHDOG)).unwrap();
             done.send((number, rank(comm))).unwrap();
         });
     }
@@ -362,8 +362,8 @@ fn a_failure_reported_by_the_watch_ends_a_wait() {
         let [first, second] = Control::local(2).unwrap().try_into().unwrap();
         let health = Health::new(WATCHDOG);
         let (failing, other) = (health.clone(), Health::new(WATCHDOG));
-        let idle = thread::spawn(move || connect(transport, second, other).unwrap());
-        let waiting = thread::spawn(move || connect(transport, first, health).unwrap().barrier());
+        let idle = thread::spawn(move || connect(&Parallel::over(transport), second, other).unwrap());
+        let waiting = thread::spawn(move || connect(&Parallel::over(transport), first, health).unwrap().barrier());
         let idle = idle.join().unwrap();
         failing.fail(Error::peer_lost("rank 1 (host a, pid 7) was killed"));
         let error = waiting.join().unwrap().unwrap_err();

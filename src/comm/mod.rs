@@ -6,13 +6,15 @@
 pub mod bench;
 pub mod bucket;
 mod guard;
+#[cfg_attr(not(feature = "mpi"), path = "without_mpi.rs")]
+mod mpi;
 mod ring;
 mod shm;
 mod solo;
 mod sum;
 mod tcp;
 
-use crate::config::raw::TransportChoice;
+use crate::config::raw::{Parallel, TransportChoice};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
 use crate::launch::rendezvous::Control;
@@ -21,21 +23,28 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The communicator for `choice` among the ranks of `control`. Collective. `health` ends its waits.
-pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
-    if control.size() == 1 {
+/// The communicator that `parallel` asks for, among the ranks of `control`. Collective. `health` ends its waits.
+pub fn connect(parallel: &Parallel, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+    let (rank, size) = (control.rank(), control.size());
+    if size == 1 {
         return Ok(Box::new(solo::Solo));
     }
-    let shm = match choice {
-        TransportChoice::Auto => control.one_host()?,
-        TransportChoice::Shm => true,
-        TransportChoice::Tcp => false,
+    let transport = match parallel.transport {
+        TransportChoice::Auto if control.one_host()? => TransportChoice::Shm,
+        TransportChoice::Auto if mpi::is_running() => TransportChoice::Mpi,
+        choice => choice,
     };
-    let comm: Box<dyn Communicator> = match shm {
-        true => Box::new(shm::Shm::new(control, health.clone())?),
-        false => Box::new(tcp::Tcp::new(control, health.clone())?),
+    let comm: Box<dyn Communicator> = match transport {
+        TransportChoice::Shm => Box::new(shm::Shm::new(control, health.clone())?),
+        TransportChoice::Tcp | TransportChoice::Auto => Box::new(tcp::Tcp::new(control, health.clone())?),
+        TransportChoice::Mpi => mpi::connect(parallel.algorithm, rank, size, health.clone())?,
     };
     Ok(Box::new(guard::Guarded::new(comm, health)))
+}
+
+/// The MPI that this binary is linked with, such as `Open MPI v4.1.4`.
+pub fn mpi_library() -> Option<String> {
+    mpi::library()
 }
 
 /// N ranks that call the same operations, with the same lengths, in the same order. All data is f32.
@@ -46,7 +55,7 @@ pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health
 pub trait Communicator: Send {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
-    /// `"shm"`, `"tcp"`.
+    /// `"shm"`, `"tcp"`, `"mpi"`.
     fn transport(&self) -> &'static str;
 
     /// Zeroed memory in which this transport reduces without a copy. Collective: all ranks ask for the same size. Other

@@ -42,6 +42,10 @@ pub trait Mesh {
     /// Returns when some connection may have become ready since it last said no. `peer` is one that is waited for, `what`
     /// what this rank is doing meanwhile.
     fn wait(&mut self, what: &str, peer: usize) -> Result<()>;
+    /// Returns when all that was sent reaches its peers without this rank's help.
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +160,7 @@ impl Ring {
             }
             let Some(peer) = (1..size).map(|distance| (rank + distance) % size).find(|&peer| !pass.is_done(peer))
             else {
+                pass.mesh.flush()?;
                 return Ok(waited);
             };
             let all_here =

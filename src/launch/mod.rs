@@ -3,6 +3,8 @@
 
 pub mod lifeline;
 pub mod link;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 pub mod rendezvous;
 pub mod signals;
 pub mod spawn;

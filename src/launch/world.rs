@@ -6,6 +6,8 @@
 //! inherit the daemon's SLURM_PROCID; so Slurm counts only where nobody else speaks, or says the same.
 
 use super::lifeline;
+#[cfg(feature = "mpi")]
+use super::mpi;
 use super::rendezvous::Control;
 use crate::error::{Context, Error, Kind, Result};
 use std::fmt;
@@ -54,14 +56,22 @@ pub enum Meeting {
     Node { job: Option<String> },
     /// Rank 0 listens at MASTER_ADDR:MASTER_PORT.
     Tcp { host: String, port: u16 },
+    /// Wherever MPI's rank 0 says.
+    #[cfg(feature = "mpi")]
+    Mpi,
 }
 
 impl World {
-    /// This process's world. A rank of `trainer -n` ties its life to the launcher's here, so call it first.
+    /// This process's world. A rank of `trainer -n` ties its life to the launcher's here, one of mpirun starts MPI, so call
+    /// it first.
     pub fn detect() -> Result<World> {
         let world = World::from_env(|name| std::env::var(name).ok())?;
         if world.launcher == Launcher::Lockstep {
             lifeline::tie_to_launcher()?;
+        }
+        #[cfg(feature = "mpi")]
+        if world.meeting == Meeting::Mpi {
+            mpi::initialize(&world)?;
         }
         Ok(world)
     }
@@ -95,6 +105,8 @@ impl World {
     pub fn connect(&self) -> Result<(Control, Control)> {
         let World { rank, size, .. } = *self;
         let star: Box<dyn Fn() -> Result<Control>> = match &self.meeting {
+            #[cfg(feature = "mpi")]
+            Meeting::Mpi => return mpi::meet(self, MEETING_TIMEOUT),
             Meeting::Inherited => return lifeline::receive_stars(rank, size),
             Meeting::Alone => Box::new(|| Control::from_fds(0, 1, Vec::new())),
             Meeting::Node { job } => {
@@ -320,6 +332,10 @@ fn meeting(claim: &Claim, one_node: bool, lookup: &impl Fn(&str) -> Option<Strin
     if claim.size.value == 1 {
         return Ok(Meeting::Alone);
     }
+    #[cfg(feature = "mpi")]
+    if claim.launcher.starts_mpi() {
+        return Ok(Meeting::Mpi);
+    }
     if one_node {
         return Ok(Meeting::Node { job: claim.job.clone() });
     }
@@ -355,6 +371,14 @@ fn socket_name(job: Option<&str>) -> Result<String> {
         }
     };
     Ok(format!("lockstep-{}", blake3::hash(format!("{user} {job}").as_bytes()).to_hex()))
+}
+
+#[cfg(feature = "mpi")]
+impl Launcher {
+    /// Whether MPI_Init finds the other ranks under it.
+    fn starts_mpi(self) -> bool {
+        !matches!(self, Launcher::None | Launcher::Lockstep | Launcher::Torchrun)
+    }
 }
 
 impl fmt::Display for Launcher {

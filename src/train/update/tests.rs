@@ -1,7 +1,7 @@
 use super::*;
 use crate::comm::bucket::Reducer;
 use crate::comm::{connect, split};
-use crate::config::raw::{Config, TransportChoice};
+use crate::config::raw::{Config, Parallel, TransportChoice};
 use crate::device::Place;
 use crate::launch::{rendezvous::Control, watch::Health};
 use crate::model::net::Options;
@@ -114,7 +114,7 @@ impl World {
         terms: Terms,
         found: Option<&State>,
     ) -> (Vec<f32>, Vec<Tensor>) {
-        let mut comm = connect(self.transport, control, Health::new(Duration::from_secs(60))).unwrap();
+        let mut comm = connect(&Parallel::over(self.transport), control, Health::new(Duration::from_secs(60))).unwrap();
         let (rank, size) = (comm.rank(), comm.size());
         let spec = NetSpec::new(&config.model).unwrap();
         let (len, precision) = (ParamTable::new(&spec).len(), Precision::Bf16);
@@ -263,7 +263,8 @@ fn norms_are_those_of_whole_tensors() {
     let table = ParamTable::new(&NetSpec::new(&config.model).unwrap());
     let values: Vec<f32> = (0..table.len()).map(|index| terms(0, 0, index)).collect();
     let rank = |control: Control| {
-        let mut comm = connect(TransportChoice::Shm, control, Health::new(Duration::from_secs(60))).unwrap();
+        let mut comm =
+            connect(&Parallel::over(TransportChoice::Shm), control, Health::new(Duration::from_secs(60))).unwrap();
         let arena = Arena::host(4 * table.len()).unwrap();
         // SAFETY: nobody else has this arena.
         unsafe { arena.slice_mut(0..arena.bytes()) }.f32().copy_from_slice(&values);
