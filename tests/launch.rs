@@ -268,7 +268,7 @@ fn rank(world: &World, mode: &str, health: Arc<Health>) -> Result<()> {
         tell_pid(world.rank);
         std::thread::sleep(FOREVER);
     }
-    let (data, watch) = world.connect()?;
+    let (data, watch) = world.connect(&Parallel::default())?;
     let watch = Watch::start(watch, health.clone())?;
     if world.rank == 0 {
         health.saved("step-0");

@@ -143,6 +143,7 @@ impl Sockets {
         let mut peers: Vec<Option<Peer>> = (0..size).map(|_| None).collect();
         for Link { peer, socket } in links {
             socket.set_tcp_nodelay(true)?;
+            link::keep_alive(&socket)?;
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
             epoll::add(&epoll, &socket, epoll::EventData::new_u64(peer as u64), flags)?;
             peers[peer] = Some(Peer { socket, readable: true, writable: true });

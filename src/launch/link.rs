@@ -10,7 +10,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     SocketFlags,
 };
-use socket2::{Domain, Socket};
+use socket2::{Domain, Socket, TcpKeepalive};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
@@ -145,6 +145,15 @@ impl Link {
         Ok(())
     }
 
+    /// Whether the peer has closed, or its host said that it is gone; what it has still sent does not count.
+    pub fn has_ended(&self) -> bool {
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        match rustix::net::recv(&self.socket, &mut [0; 1][..], flags) {
+            Ok((_, count)) => count == 0,
+            Err(error) => error != Errno::AGAIN && error != Errno::INTR,
+        }
+    }
+
     pub fn is_unix(&self) -> bool {
         self.socket.domain().is_ok_and(|domain| domain == Domain::UNIX)
     }
@@ -175,6 +184,26 @@ impl Link {
             error => format!("the connection to rank {peer} failed: {error}"),
         })
     }
+}
+
+/// Between two probes of a silent connection; the kernel counts in whole seconds.
+const PROBE: Duration = Duration::from_secs(1);
+/// How long what was sent may stay without an answer. A heartbeat every 200 ms makes it 1.7 s from the cut to the error.
+const UNANSWERED: Duration = Duration::from_millis(1500);
+
+/// Lets the kernel end a TCP connection whose other end is cut off, which by itself it does not notice before something
+/// is sent, and then after a quarter of an hour. An idle connection ends after 3 s (tcp(7), TCP_KEEPIDLE); one on which
+/// something is under way is left to `end_when_cut`.
+pub fn keep_alive(socket: &Socket) -> std::io::Result<()> {
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(PROBE).with_interval(PROBE).with_retries(2))
+}
+
+/// `keep_alive` that ends the connection within 2 s of the cut, whether it is idle or not (tcp(7), TCP_USER_TIMEOUT). For
+/// little messages alone: it also ends a connection whose reader lets the buffers fill up and then takes as long, as a
+/// rank does that is late to a collective.
+pub fn end_when_cut(socket: &Socket) -> std::io::Result<()> {
+    keep_alive(socket)?;
+    socket.set_tcp_user_timeout(Some(UNANSWERED))
 }
 
 /// A connected pair of Unix streams, closed on exec.
@@ -216,5 +245,34 @@ pub fn accept(listener: &Socket, deadline: Instant) -> Result<Option<Socket>> {
         Ok(fd) => Ok(Some(fd.into())),
         Err(Errno::TIMEDOUT) => Ok(None),
         Err(error) => Err(Error::internal(format!("accepting a peer's connection: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{ErrorKind, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    /// What a write says after 4 s of a reader that does not read.
+    fn write_unread(options: impl Fn(&Socket) -> std::io::Result<()>) -> ErrorKind {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let _unread = listener.accept().unwrap();
+        let sender = Socket::from(sender);
+        options(&sender).unwrap();
+        sender.set_write_timeout(Some(Duration::from_secs(4))).unwrap();
+        let block = vec![0; 1 << 20];
+        loop {
+            if let Err(error) = (&sender).write_all(&block) {
+                return error.kind();
+            }
+        }
+    }
+
+    #[test]
+    fn a_late_reader_costs_a_connection_only_where_messages_are_little() {
+        assert_eq!(write_unread(keep_alive), ErrorKind::WouldBlock, "the connection stays, the buffers are full");
+        assert_eq!(write_unread(end_when_cut), ErrorKind::TimedOut);
     }
 }

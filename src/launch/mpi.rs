@@ -1,5 +1,6 @@
 //! The cluster's MPI, in a build with `--features mpi`: started before all else, compared with what the launcher's
-//! variables say, and ended last. The ranks meet through it, so nobody has to give an address.
+//! variables say, and ended last. Ranks of several hosts meet through it, so that nobody has
+//! to give an address.
 //!
 //! One thread at a time calls MPI (MPI_THREAD_SERIALIZED): the main thread until the ranks have met, then whoever holds the
 //! communicator, at last the main thread again. Nothing but starting, duplicating a communicator and ending waits inside
@@ -8,21 +9,22 @@
 //! After a failure MPI is left alone and not ended: MPI_Finalize waits for all ranks. The process just exits, with its own
 //! code, and mpirun, which sees a rank go that way, ends what is left.
 
-use super::rendezvous::Control;
 use super::watch::Health;
 use super::world::{Launcher, World};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use ::mpi::Threading;
 use ::mpi::environment::{self, Universe};
 use ::mpi::ffi;
-use serde::{Deserialize, Serialize};
 use std::ffi::{c_char, c_int};
-use std::hash::{BuildHasher, RandomState};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// From `initialize` to `finalize`.
 static UNIVERSE: Mutex<Option<Universe>> = Mutex::new(None);
+
+fn universe() -> MutexGuard<'static, Option<Universe>> {
+    UNIVERSE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Starts MPI for a rank of `world`. Errors (kind Usage): MPI sees another world than the launcher, or cannot be called by
 /// one thread after the other.
@@ -30,7 +32,7 @@ pub(super) fn initialize(world: &World) -> Result<()> {
     reachable(world, |name| std::env::var_os(name).is_some())?;
     let started = ::mpi::initialize_with_threading(Threading::Serialized);
     let (universe, provided) = started.ok_or_else(|| Error::internal("MPI was started already"))?;
-    *UNIVERSE.lock().unwrap_or_else(PoisonError::into_inner) = Some(universe);
+    *self::universe() = Some(universe);
     // SAFETY: MPI has started, and the handles are its own constants.
     check(unsafe { ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN) }, "starting MPI")?;
     sufficient(provided)?;
@@ -38,12 +40,12 @@ pub(super) fn initialize(world: &World) -> Result<()> {
     // SAFETY: as above; both results are written.
     check(unsafe { ffi::MPI_Comm_rank(ffi::RSMPI_COMM_WORLD, &mut rank) }, "asking MPI for this rank")?;
     check(unsafe { ffi::MPI_Comm_size(ffi::RSMPI_COMM_WORLD, &mut size) }, "asking MPI for the number of ranks")?;
-    same_world(world, rank as usize, size as usize)
+    world.check_mpi(rank as usize, size as usize, &library())
 }
 
 /// Whether the ranks of this process's world can send each other messages through MPI.
 pub fn is_running() -> bool {
-    UNIVERSE.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    universe().is_some()
 }
 
 /// The MPI that this binary is linked with: `Open MPI v4.1.4`. May be asked at any time.
@@ -52,17 +54,6 @@ pub fn library() -> String {
     // Open MPI goes on behind a comma (package, date), MPICH in the next line.
     let first = text.lines().next().unwrap_or_default();
     first.split(',').next().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// The two stars of `World::connect`. Collective.
-pub(super) fn meet(world: &World, timeout: Duration) -> Result<(Control, Control)> {
-    let World { rank, size, local_size, .. } = *world;
-    let place = Place::of_rank_0(rank, timeout)?;
-    let star = || match local_size == size {
-        true => Control::abstract_unix(rank, size, &format!("lockstep-{:016x}", place.token), timeout),
-        false => Control::tcp(rank, size, &place.host, place.port, timeout),
-    };
-    Ok((star()?, star()?))
 }
 
 /// Ends MPI after a run that ended with `result`. Where that is in order, on all ranks, none goes before all have come so
@@ -80,7 +71,7 @@ pub fn leave(health: &Health, result: Result<()>) -> Result<()> {
         std::thread::sleep(limit.min(POLL));
         is_complete(&mut request)
     })?;
-    drop(UNIVERSE.lock().unwrap_or_else(PoisonError::into_inner).take());
+    drop(universe().take());
     result
 }
 
@@ -128,69 +119,37 @@ pub fn is_complete(request: &mut ffi::MPI_Request) -> Result<bool> {
 
 const POLL: Duration = Duration::from_millis(1);
 
-/// Where the ranks meet; rank 0 knows it and tells the others.
-#[derive(Debug, Serialize, Deserialize)]
-struct Place {
-    /// Names the socket where all ranks share a host.
-    token: u64,
-    host: String,
-    port: u16,
-}
-
-impl Place {
-    /// Rank 0's. Collective.
-    fn of_rank_0(rank: usize, timeout: Duration) -> Result<Place> {
-        // Long enough for any name of a host.
-        let mut message = [0u8; 512];
-        if rank == 0 {
-            let text = serde_json::to_vec(&Place::choose()?).or_kind(Kind::Internal, "the place to meet")?;
-            message[..text.len()].copy_from_slice(&text);
-        }
-        broadcast(&mut message, Instant::now() + timeout)?;
-        let text = message.split(|byte| *byte == 0).next().unwrap_or_default();
-        serde_json::from_slice(text).or_kind(Kind::Internal, "the place to meet, from rank 0")
+/// Rank 0's text on every rank, for `rendezvous::ways`. Collective.
+pub(super) fn broadcast(text: &str, deadline: Instant) -> Result<String> {
+    let mut bytes = [0u8; LONGEST_TEXT];
+    if text.len() >= LONGEST_TEXT {
+        return Err(Error::internal(format!("a text of {} bytes to broadcast: {text}", text.len())));
     }
-
-    fn choose() -> Result<Place> {
-        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let port = std::net::TcpListener::bind("0.0.0.0:0")
-            .and_then(|listener| listener.local_addr())
-            .or_kind(Kind::Internal, "looking for a free port")?
-            .port();
-        Ok(Place { token: RandomState::new().hash_one(std::process::id()), host, port })
-    }
-}
-
-/// Rank 0's bytes on every rank.
-fn broadcast(bytes: &mut [u8], deadline: Instant) -> Result<()> {
+    bytes[..text.len()].copy_from_slice(text.as_bytes());
     let mut request = null();
-    // SAFETY: the bytes are borrowed until the request is complete; after an error the process ends without asking MPI again.
+    // SAFETY: the bytes are there until the request is complete; after an error the process ends without calling MPI again.
     let code = unsafe {
-        let (address, count) = (bytes.as_mut_ptr().cast(), bytes.len() as c_int);
+        let (address, count) = (bytes.as_mut_ptr().cast(), LONGEST_TEXT as c_int);
         ffi::MPI_Ibcast(address, count, ffi::RSMPI_UINT8_T, 0, ffi::RSMPI_COMM_WORLD, &mut request)
     };
     check(code, "meeting through MPI")?;
     while !is_complete(&mut request)? {
         if Instant::now() > deadline {
-            return Err(Error::peer_lost("meeting through MPI: rank 0 has not said where; did it start?"));
+            return Err(Error::peer_lost("meeting through MPI: rank 0 has not said where in time; did it start?"));
         }
         std::thread::sleep(POLL);
     }
-    Ok(())
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(LONGEST_TEXT);
+    Ok(String::from_utf8_lossy(&bytes[..end]).into_owned())
 }
 
-/// srun without a PMI would start every rank as an MPI world of its own, or MPI end the process with its own words.
+/// Bytes that `broadcast` sends, ended by a zero: more than a host has addresses.
+const LONGEST_TEXT: usize = 4096;
+
+/// srun without a PMI would start every rank as an MPI world of its own, or MPI would end it with words of its own.
 fn reachable(world: &World, is_set: impl Fn(&str) -> bool) -> Result<()> {
-    let variables = ["PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI2_FD"];
-    if world.launcher == Launcher::Slurm && !variables.into_iter().any(is_set) {
-        return Err(Error::usage(format!(
-            "srun started {} tasks but offers no PMI, through which MPI would find them (none of {} is set). {}",
-            world.size,
-            variables.join(", "),
-            remedy(world.launcher)
-        )));
-    }
-    Ok(())
+    let offered = ["PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI2_FD"].into_iter().any(is_set);
+    if world.launcher == Launcher::Slurm && !offered { world.check_mpi(0, 1, &library()) } else { Ok(()) }
 }
 
 fn sufficient(provided: Threading) -> Result<()> {
@@ -199,37 +158,9 @@ fn sufficient(provided: Threading) -> Result<()> {
     }
     Err(Error::usage(format!(
         "{} provides the thread level {provided:?}, but Serialized is needed, since the training and the communication \
-         thread call it in turn; use an MPI that was built with threads, or leave it out: transport = \"tcp\" and a \
-         trainer without the feature mpi",
+         thread call it in turn; use an MPI that was built with threads, or a trainer without the feature mpi",
         library()
     )))
-}
-
-/// MPI and the launcher must speak of one world.
-fn same_world(world: &World, rank: usize, size: usize) -> Result<()> {
-    if (rank, size) == (world.rank, world.size) {
-        return Ok(());
-    }
-    Err(Error::usage(format!(
-        "{} says that this is rank {} of {}, but MPI says rank {rank} of {size}: {} does not know this launcher. {}",
-        world.launcher,
-        world.rank,
-        world.size,
-        library(),
-        remedy(world.launcher)
-    )))
-}
-
-fn remedy(launcher: Launcher) -> String {
-    let library = library();
-    match launcher {
-        Launcher::Slurm => {
-            format!("Use `srun --mpi=pmix` (`srun --mpi=list` shows what there is) or the mpirun of {library}")
-        }
-        _ => format!(
-            "Use the mpirun of the MPI that this trainer was built with, {library}, or build it with the launcher's"
-        ),
-    }
 }
 
 #[cfg(test)]
@@ -241,24 +172,10 @@ mod tests {
     }
 
     #[test]
-    fn singletons_are_told_what_mends_it() {
-        same_world(&world(Launcher::OpenMpi), 2, 4).unwrap();
-        let error = same_world(&world(Launcher::Hydra), 0, 1).unwrap_err();
-        assert_eq!(error.kind(), Kind::Usage);
-        let text = error.to_string();
-        assert!(text.contains("rank 2 of 4, but MPI says rank 0 of 1"), "{text}");
-        assert!(
-            text.contains(&format!("the mpirun of the MPI that this trainer was built with, {}", library())),
-            "{text}"
-        );
-        let text = same_world(&world(Launcher::Slurm), 0, 1).unwrap_err().to_string();
-        assert!(text.contains("srun --mpi=pmix"), "{text}");
-    }
-
-    #[test]
     fn srun_without_a_pmi_is_seen_before_mpi_starts() {
-        let text = reachable(&world(Launcher::Slurm), |_| false).unwrap_err().to_string();
-        assert!(text.contains("4 tasks") && text.contains("srun --mpi=pmix"), "{text}");
+        let error = reachable(&world(Launcher::Slurm), |_| false).unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage);
+        assert!(error.to_string().contains("srun --mpi=pmix") && error.to_string().contains(&library()), "{error}");
         reachable(&world(Launcher::Slurm), |name| name == "PMIX_RANK").unwrap();
         reachable(&world(Launcher::OpenMpi), |_| false).unwrap();
     }

@@ -1,19 +1,20 @@
 //! How ranks find each other: a star of streams with rank 0 in the middle, over which they agree on what is needed to
-//! build everything else (addresses, descriptors, digests). It is made in one of three ways, and what is made is the same:
-//!
-//! - `pairs`: the launcher of `-n` makes socket pairs and its children inherit them;
-//! - `abstract_unix`: ranks of one node under a foreign launcher meet at a socket in the abstract namespace, which has no
-//!   file that could stay behind;
-//! - `tcp`: rank 0 listens at MASTER_ADDR:MASTER_PORT and the others connect.
+//! build everything else (addresses, descriptors, digests). The launcher of `-n` makes socket pairs that its children inherit;
+//! ranks that another launcher started find rank 0 in one of several `ways`, and what is made is the same.
 //!
 //! Messages go 2 (N - 1) times over a link an operation: enough for a start-up, not meant for gradients.
 
+mod address;
+mod pmi;
+mod star;
+pub mod ways;
+
+pub use star::{Party, host};
+
 use super::link::{self, Link};
 use crate::error::{Context, Error, Kind, Result};
-use rustix::net::sockopt::socket_peercred;
-use socket2::{Domain, SockAddr, Socket, Type};
 use std::hash::{BuildHasher, RandomState};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -64,34 +65,6 @@ impl Control {
     pub fn local(size: usize) -> Result<Vec<Control>> {
         let fds = Control::pairs(size)?;
         fds.into_iter().enumerate().map(|(rank, fds)| Control::from_fds(rank, size, fds)).collect()
-    }
-
-    /// Rank 0 listens at `master_addr:master_port`, the others connect, again and again until `timeout`.
-    pub fn tcp(rank: usize, size: usize, master_addr: &str, master_port: u16, timeout: Duration) -> Result<Control> {
-        let place = format!("{master_addr}:{master_port}");
-        if rank == 0 {
-            // Every interface: MASTER_ADDR may be a name that resolves to a loopback address on its own host.
-            let listener = listen_tcp(master_port, is_ipv6(master_addr))
-                .or_kind(Kind::Internal, format!("rank 0 listening on port {master_port} for its peers"))?;
-            return gather(size, listener, &place, timeout);
-        }
-        join(rank, size, &place, timeout, |deadline| connect_tcp(master_addr, master_port, deadline))
-    }
-
-    /// Ranks of one node meet at an abstract socket. `name` must be the same for all ranks of the job and no other job's.
-    pub fn abstract_unix(rank: usize, size: usize, name: &str, timeout: Duration) -> Result<Control> {
-        let address = SockAddr::unix(format!("\0{name}")).or_kind(Kind::Internal, format!("abstract socket {name}"))?;
-        let place = format!("the abstract socket {name}");
-        if rank == 0 {
-            let listener = Socket::new(Domain::UNIX, Type::STREAM, None)
-                .and_then(|socket| socket.bind(&address).and_then(|()| socket.listen(1024)).map(|()| socket))
-                .or_kind(Kind::Internal, format!("rank 0 listening at {place} for its peers"))?;
-            return gather(size, listener, &place, timeout);
-        }
-        join(rank, size, &place, timeout, |_| {
-            let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-            socket.connect(&address).map(|()| socket)
-        })
     }
 
     fn new(rank: usize, size: usize, links: Vec<Link>, timeout: Duration) -> Control {
@@ -206,7 +179,8 @@ impl Control {
         let random = RandomState::new().hash_one(std::process::id());
         let name = self.broadcast(format!("lockstep-{random:016x}").as_bytes())?;
         let name = String::from_utf8_lossy(&name).into_owned();
-        let star = Control::abstract_unix(self.rank, self.size, &name, Duration::from_secs(5));
+        let party = Party { rank: self.rank, size: self.size, stars: 1, timeout: Duration::from_secs(5) };
+        let star = ways::at_socket(party, &name).map(|mut stars| stars.remove(0));
         let votes = self.all_gather(&[u8::from(star.is_ok())])?;
         let all = votes.iter().all(|vote| vote[..] == [1]);
         if let (true, Ok(mut star)) = (all, star) {
@@ -224,189 +198,6 @@ impl Control {
     fn as_root<T>(&self, part: impl FnOnce(&[Link]) -> Result<T>) -> Result<T> {
         part(&self.links).inspect_err(|error| self.links.iter().for_each(|link| link.send_failure(error)))
     }
-}
-
-const MAGIC: [u8; 8] = *b"lockstep";
-const WELCOME: &[u8] = b"lockstep: all ranks are here";
-const HEARD: [u8; 1] = [b'!'];
-const RETRY: Duration = Duration::from_millis(50);
-
-/// What a rank says when it connects: fixed size, so that a stranger's bytes are recognised before anything is believed.
-#[derive(Debug, PartialEq, Eq)]
-struct Hello {
-    version: u32,
-    rank: u32,
-    size: u32,
-}
-
-impl Hello {
-    const BYTES: usize = 20;
-
-    fn new(rank: usize, size: usize) -> Hello {
-        Hello { version: 1, rank: rank as u32, size: size as u32 }
-    }
-    fn to_bytes(&self) -> Vec<u8> {
-        let numbers = [self.version, self.rank, self.size];
-        MAGIC.into_iter().chain(numbers.into_iter().flat_map(u32::to_le_bytes)).collect()
-    }
-    fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Hello> {
-        let number = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        (bytes[..8] == MAGIC).then(|| Hello { version: number(8), rank: number(12), size: number(16) })
-    }
-}
-
-/// Rank 0's side: accepts until every rank has said hello. Strangers are dropped; a rank that does not fit ends the start
-/// for all, with the reason.
-fn gather(size: usize, listener: Socket, place: &str, timeout: Duration) -> Result<Control> {
-    let deadline = Instant::now() + timeout;
-    let mut found: Vec<Option<Link>> = (1..size).map(|_| None).collect();
-    let result = gather_into(&mut found, size, &listener, place, deadline);
-    // Closed before anyone is welcomed: a second star at the same place must not meet this one's queue.
-    drop(listener);
-    let links: Vec<Link> = found.into_iter().flatten().collect();
-    if let Err(error) = result {
-        links.iter().for_each(|link| link.send_failure(&error));
-        return Err(error);
-    }
-    let mut control = Control::new(0, size, links, timeout);
-    control.broadcast(WELCOME)?;
-    Ok(control)
-}
-
-fn gather_into(
-    found: &mut [Option<Link>],
-    size: usize,
-    listener: &Socket,
-    place: &str,
-    deadline: Instant,
-) -> Result<()> {
-    while found.iter().any(Option::is_none) {
-        let Some((link, hello)) = accept(listener, deadline)? else {
-            let missing: Vec<usize> = (1..size).filter(|rank| found[rank - 1].is_none()).collect();
-            return Err(Error::peer_lost(format!(
-                "ranks {missing:?} of {size} did not come to {place} in time; did their processes start, and can they \
-                 reach it?"
-            )));
-        };
-        let (rank, expected) = (hello.rank as usize, Hello::new(hello.rank as usize, size));
-        let wrong = match found.get_mut(rank.wrapping_sub(1)) {
-            _ if hello.version != expected.version => {
-                format!("speaks version {} of the protocol, rank 0 speaks {}", hello.version, expected.version)
-            }
-            _ if hello.size != expected.size => format!("was told of {} ranks, rank 0 of {size}", hello.size),
-            None => format!("does not exist among {size} ranks"),
-            Some(Some(_)) => "came twice; two processes were given the same rank".to_string(),
-            Some(slot) => {
-                *slot = Some(Link { peer: rank, ..link });
-                continue;
-            }
-        };
-        let error = Error::usage(format!("rank {rank} {wrong} (meeting at {place})"));
-        link.send_failure(&error);
-        return Err(error);
-    }
-    Ok(())
-}
-
-/// The next connection that says hello; `None` at the deadline.
-fn accept(listener: &Socket, deadline: Instant) -> Result<Option<(Link, Hello)>> {
-    while let Some(socket) = link::accept(listener, deadline)? {
-        let link = Link::new(usize::MAX, socket);
-        if link.is_unix() && !same_user(&link.socket) {
-            continue;
-        }
-        let mut bytes = [0; Hello::BYTES];
-        // A rank says hello at once; whoever is silent for two seconds is something else.
-        let patience = deadline.min(Instant::now() + Duration::from_secs(2));
-        match link.read(&mut bytes, patience).ok().and_then(|()| Hello::from_bytes(&bytes)) {
-            Some(hello) if link.write(&HEARD, patience).is_ok() => {
-                let _ = link.socket.set_tcp_nodelay(true);
-                return Ok(Some((link, hello)));
-            }
-            _ => tracing::warn!("something that is no rank connected to rank 0's port; dropped"),
-        }
-    }
-    Ok(None)
-}
-
-/// The other ranks' side: connects until it is let in.
-fn join(
-    rank: usize,
-    size: usize,
-    place: &str,
-    timeout: Duration,
-    connect: impl Fn(Instant) -> std::io::Result<Socket>,
-) -> Result<Control> {
-    let deadline = Instant::now() + timeout;
-    loop {
-        let failure = match connect(deadline) {
-            Ok(socket) => {
-                let link = Link::new(0, socket);
-                let _ = link.socket.set_tcp_nodelay(true);
-                match knock(&link, rank, size, deadline) {
-                    Ok(()) => {
-                        return match link.receive(deadline + GRACE)? {
-                            message if message == WELCOME => Ok(Control::new(rank, size, vec![link], timeout)),
-                            _ => Err(Error::peer_lost(format!("what listens at {place} is not rank 0"))),
-                        };
-                    }
-                    // Possibly a listener that closed with us in its queue: the star before this one.
-                    Err(error) => error.to_string(),
-                }
-            }
-            Err(error) => error.to_string(),
-        };
-        if Instant::now() + RETRY > deadline {
-            return Err(Error::peer_lost(format!(
-                "rank {rank} could not reach rank 0 at {place} within {timeout:?}: {failure}"
-            )));
-        }
-        std::thread::sleep(RETRY);
-    }
-}
-
-/// Says hello and waits until it is heard.
-fn knock(link: &Link, rank: usize, size: usize, deadline: Instant) -> Result<(), rustix::io::Errno> {
-    link.write(&Hello::new(rank, size).to_bytes(), deadline)?;
-    link.read(&mut [0; HEARD.len()], deadline)
-}
-
-fn listen_tcp(port: u16, ipv6: bool) -> std::io::Result<Socket> {
-    let (domain, any) = match ipv6 {
-        true => (Domain::IPV6, IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
-        false => (Domain::IPV4, IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
-    };
-    let socket = Socket::new(domain, Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&SocketAddr::new(any, port).into())?;
-    socket.listen(1024)?;
-    Ok(socket)
-}
-
-fn connect_tcp(host: &str, port: u16, deadline: Instant) -> std::io::Result<Socket> {
-    let mut last = std::io::Error::other("the name has no address");
-    // Resolved anew each time: a cluster's name service may learn of a host late.
-    for address in (host, port).to_socket_addrs()? {
-        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-        match socket.connect_timeout(&address.into(), left.min(Duration::from_secs(5))) {
-            // A port of the ephemeral range may, while nobody listens, be connected to itself.
-            Ok(()) if socket.local_addr()?.as_socket() == socket.peer_addr()?.as_socket() => {
-                last = std::io::Error::other("nobody listens yet");
-            }
-            Ok(()) => return Ok(socket),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
-}
-
-fn is_ipv6(host: &str) -> bool {
-    (host, 0).to_socket_addrs().is_ok_and(|mut addresses| addresses.all(|address| address.is_ipv6()))
-}
-
-fn same_user(socket: &Socket) -> bool {
-    socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::getuid())
 }
 
 #[cfg(test)]

@@ -107,7 +107,7 @@ pub fn join(
     report::log::init(verbosity, world.rank);
     let timeout = Duration::from_secs_f64(parallel.timeout);
     let health = Health::new(timeout);
-    let (mut control, watched) = world.connect()?;
+    let (mut control, watched) = world.connect(parallel)?;
     control.set_timeout(timeout);
     let watch = Watch::start(watched, health.clone())?;
     let rank = Rank { world, health };

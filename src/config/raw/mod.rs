@@ -145,6 +145,9 @@ pub struct Parallel {
     /// Seconds that a rank waits for a silent peer before it gives up.
     #[schemars(range(max = 1_000_000_000), extend("exclusiveMinimum" = 0))]
     pub timeout: f64,
+    /// The network over which hosts meet and exchange data, by an interface's name or as addresses, `10.0.0.0/8`. Default: the
+    /// one by which rank 0's host is reached.
+    pub interface: Option<String>,
 }
 
 impl Parallel {
@@ -162,6 +165,7 @@ impl Default for Parallel {
             bucket_mib: 1.0,
             overlap: true,
             timeout: 300.0,
+            interface: None,
         }
     }
 }
