@@ -2,25 +2,48 @@
 //! index-dependent integers, in and outside of arenas, and with real values against a serial pairwise tree. Ranks are
 //! threads here: shared memory, futexes and sockets do not mind.
 
-use lockstep::comm::{Communicator, chunk, connect, split};
+use lockstep::comm::hosts::Hosts;
+use lockstep::comm::{Communicator, chunk, connect, connect_hosts, split};
 use lockstep::config::raw::{Parallel, TransportChoice};
 use lockstep::device::{Arena, Slice, SliceMut};
 use lockstep::error::{Error, Kind};
 use lockstep::launch::rendezvous::Control;
 use lockstep::launch::watch::Health;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-const TRANSPORTS: [TransportChoice; 2] = [TransportChoice::Shm, TransportChoice::Tcp];
+const TRANSPORTS: [Transport; 4] = [Transport::Shm, Transport::Tcp, Transport::Pairs, Transport::InTurn];
+
+#[derive(Clone, Copy, Debug)]
+enum Transport {
+    Shm,
+    Tcp,
+    /// Hosts of two ranks: shared memory inside, tcp between. Three of them are no subtrees.
+    Pairs,
+    /// Two hosts to which the ranks are dealt in turn.
+    InTurn,
+}
+
+impl Transport {
+    fn connect(self, control: Control, health: Arc<Health>) -> lockstep::error::Result<Box<dyn Communicator>> {
+        let keys = |key: fn(usize) -> usize| Hosts::new(&(0..control.size()).map(key).collect::<Vec<_>>());
+        match self {
+            Transport::Shm => connect(&Parallel::over(TransportChoice::Shm), control, health),
+            Transport::Tcp => connect(&Parallel::over(TransportChoice::Tcp), control, health),
+            Transport::Pairs => connect_hosts(keys(|rank| rank / 2), control, health),
+            Transport::InTurn => connect_hosts(keys(|rank| rank % 2), control, health),
+        }
+    }
+}
 
 /// Long enough for a machine that is busy with something else; a hang becomes a failure, not a stuck test.
 const WATCHDOG: Duration = Duration::from_secs(120);
 
 /// Runs `rank` on `size` connected ranks and gives what they return, by rank.
 fn world<T: Send + 'static>(
-    transport: TransportChoice,
+    transport: Transport,
     size: usize,
     rank: impl Fn(Box<dyn Communicator>) -> T + Send + Sync + Copy + 'static,
 ) -> Vec<T> {
@@ -28,7 +51,7 @@ fn world<T: Send + 'static>(
     for (number, control) in Control::local(size).unwrap().into_iter().enumerate() {
         let done = done.clone();
         thread::spawn(move || {
-            let comm = connect(&Parallel::over(transport), control, Health::new(WATCHDOG)).unwrap();
+            let comm = transport.connect(control, Health::new(WATCHDOG)).unwrap();
             done.send((number, rank(comm))).unwrap();
         });
     }
@@ -220,7 +243,7 @@ fn every_operation_is_exact_for_1_to_8_ranks_and_all_lengths() {
 /// A whole team of threads works on a rank's share: every piece once, whoever takes it.
 #[test]
 fn a_team_shares_an_update() {
-    world(TransportChoice::Shm, 2, |mut comm| {
+    world(Transport::Shm, 2, |mut comm| {
         const LEN: usize = 1_000_003;
         let arena = comm.allocate(4 * LEN).unwrap();
         let replica = comm.allocate_replicated(4 * LEN).unwrap();
@@ -362,8 +385,8 @@ fn a_failure_reported_by_the_watch_ends_a_wait() {
         let [first, second] = Control::local(2).unwrap().try_into().unwrap();
         let health = Health::new(WATCHDOG);
         let (failing, other) = (health.clone(), Health::new(WATCHDOG));
-        let idle = thread::spawn(move || connect(&Parallel::over(transport), second, other).unwrap());
-        let waiting = thread::spawn(move || connect(&Parallel::over(transport), first, health).unwrap().barrier());
+        let idle = thread::spawn(move || transport.connect(second, other).unwrap());
+        let waiting = thread::spawn(move || transport.connect(first, health).unwrap().barrier());
         let idle = idle.join().unwrap();
         failing.fail(Error::peer_lost("rank 1 (host a, pid 7) was killed"));
         let error = waiting.join().unwrap().unwrap_err();

@@ -45,6 +45,9 @@ impl Communicator for Guarded {
     fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
         self.run(|comm| comm.allocate_replicated(bytes))
     }
+    fn received(&self, len: usize, each: &mut dyn FnMut(Range<usize>)) {
+        self.comm.received(len, each);
+    }
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(|comm| comm.all_reduce(data))
     }

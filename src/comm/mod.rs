@@ -5,7 +5,9 @@
 
 pub mod bench;
 pub mod bucket;
+mod cluster;
 mod guard;
+pub mod hosts;
 #[cfg_attr(not(feature = "mpi"), path = "without_mpi.rs")]
 mod mpi;
 mod ring;
@@ -14,30 +16,75 @@ mod solo;
 mod sum;
 mod tcp;
 
-use crate::config::raw::{Parallel, TransportChoice};
+use crate::config::raw::{Algorithm, Parallel, TransportChoice};
 use crate::device::{Arena, SliceMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::launch::rendezvous::Control;
 use crate::launch::watch::Health;
+use hosts::Hosts;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// The communicator that `parallel` asks for, among the ranks of `control`. Collective. `health` ends its waits.
 pub fn connect(parallel: &Parallel, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
-    let (rank, size) = (control.rank(), control.size());
-    if size == 1 {
+    let size = control.size();
+    if parallel.algorithm == Algorithm::Native && size > 1 {
+        return match parallel.transport {
+            TransportChoice::Mpi => {
+                Ok(Box::new(guard::Guarded::new(mpi::native(control.rank(), size, health.clone())?, health)))
+            }
+            _ => Err(Error::usage("algorithm = \"native\" is MPI's own; it goes with transport = \"mpi\"")),
+        };
+    }
+    let (hosts, between) = match parallel.transport {
+        TransportChoice::Auto if mpi::is_running() => (Hosts::new(&control.hosts()?), Between::Mpi),
+        TransportChoice::Auto => (Hosts::new(&control.hosts()?), Between::Tcp),
+        TransportChoice::Shm => (Hosts::new(&vec![(); size]), Between::Tcp),
+        TransportChoice::Tcp => (Hosts::apart(size), Between::Tcp),
+        TransportChoice::Mpi => (Hosts::apart(size), Between::Mpi),
+    };
+    join_hosts(hosts, between, control, health)
+}
+
+/// The communicator for ranks that share hosts like this: shared memory inside a host, tcp between hosts. Collective.
+pub fn connect_hosts(hosts: Hosts, control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+    join_hosts(hosts, Between::Tcp, control, health)
+}
+
+/// What hosts are connected by.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Between {
+    Tcp,
+    Mpi,
+}
+
+fn join_hosts(
+    hosts: Hosts,
+    between: Between,
+    mut control: Control,
+    health: Arc<Health>,
+) -> Result<Box<dyn Communicator>> {
+    if hosts.size() == 1 {
         return Ok(Box::new(solo::Solo));
     }
-    let transport = match parallel.transport {
-        TransportChoice::Auto if control.one_host()? => TransportChoice::Shm,
-        TransportChoice::Auto if mpi::is_running() => TransportChoice::Mpi,
-        choice => choice,
-    };
-    let comm: Box<dyn Communicator> = match transport {
-        TransportChoice::Shm => Box::new(shm::Shm::new(control, health.clone())?),
-        TransportChoice::Tcp | TransportChoice::Auto => Box::new(tcp::Tcp::new(control, health.clone())?),
-        TransportChoice::Mpi => mpi::connect(parallel.algorithm, rank, size, health.clone())?,
+    let comm: Box<dyn Communicator> = if hosts.count() == 1 {
+        let ranks = hosts.members(0).to_vec();
+        Box::new(shm::Shm::new(control, ranks, health.clone())?)
+    } else {
+        let rank = control.rank();
+        let members = hosts.members(hosts.of(rank)).to_vec();
+        let inside = match control.star_of(&members)? {
+            Some(star) => Some(shm::Shm::new(star, members, health.clone())?),
+            None => None,
+        };
+        let peers = hosts.peers(rank);
+        let (mesh, names): (Box<dyn ring::Mesh>, _) = match between {
+            Between::Tcp => (Box::new(tcp::Sockets::connect(control, &peers, health.clone())?), ["tcp", "shm+tcp"]),
+            Between::Mpi => (mpi::mesh(hosts.size(), &peers, health.clone())?, ["mpi", "shm+mpi"]),
+        };
+        let transport = names[usize::from(hosts.count() < hosts.size())];
+        Box::new(cluster::Cluster::new(rank, hosts, mesh, inside, transport))
     };
     Ok(Box::new(guard::Guarded::new(comm, health)))
 }
@@ -55,7 +102,7 @@ pub fn mpi_library() -> Option<String> {
 pub trait Communicator: Send {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
-    /// `"shm"`, `"tcp"`, `"mpi"`.
+    /// `"shm"`, `"tcp"`, `"shm+tcp"`, and with mpi for tcp.
     fn transport(&self) -> &'static str;
 
     /// Zeroed memory in which this transport reduces without a copy. Collective: all ranks ask for the same size. Other
@@ -67,10 +114,9 @@ pub trait Communicator: Send {
     /// Collective; of the operations, only these three may be given such memory.
     fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena>;
 
-    /// Whether that is one copy for all ranks: what each writes of it in `reduce_update`, all have when it returns.
-    fn replicas_are_shared(&self) -> bool {
-        false
-    }
+    /// Calls `each` with the ranges of a buffer of `len` values that in `reduce_update` and `all_gather` of replicated memory
+    /// come to this rank from elsewhere, for all ranks that share its copy.
+    fn received(&self, _len: usize, _each: &mut dyn FnMut(Range<usize>)) {}
 
     /// Every rank ends with the sum over ranks.
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration>;
@@ -120,6 +166,18 @@ fn reduce_then_update<C: Communicator + ?Sized>(
     Ok(waited + comm.all_gather(values)?)
 }
 
+/// What ranks do together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum Operation {
+    AllReduce,
+    ReduceScatter,
+    AllGather,
+    ReduceUpdate,
+    Broadcast,
+    Barrier,
+}
+
 /// How messages speak of an operation.
 #[derive(Clone, Copy)]
 struct Words {
@@ -128,13 +186,30 @@ struct Words {
     waiting: &'static str,
 }
 
-/// Puts the words together when the program is compiled, for a step allocates nothing.
-macro_rules! words {
-    ($name:literal) => {
-        $crate::comm::Words { name: $name, waiting: concat!("waiting for the other ranks in ", $name) }
-    };
+impl Operation {
+    /// Put together when the program is compiled, for a step allocates nothing.
+    fn words(self) -> Words {
+        macro_rules! words {
+            ($name:literal) => {
+                Words { name: $name, waiting: concat!("waiting for the other ranks in ", $name) }
+            };
+        }
+        match self {
+            Operation::AllReduce => words!("all-reduce"),
+            Operation::ReduceScatter => words!("reduce-scatter"),
+            Operation::AllGather => words!("all-gather"),
+            Operation::ReduceUpdate => words!("reduce-and-update"),
+            Operation::Broadcast => words!("broadcast"),
+            Operation::Barrier => words!("barrier"),
+        }
+    }
+
+    fn from_number(number: u32) -> Option<Operation> {
+        use Operation::*;
+        let all = [AllReduce, ReduceScatter, AllGather, ReduceUpdate, Broadcast, Barrier];
+        all.into_iter().find(|operation| *operation as u32 == number)
+    }
 }
-use words;
 
 /// Elements of a buffer of `len` that belong to `rank` in reduce_scatter and all_gather. Chunks start at multiples of 16
 /// elements (a cache line), so no two ranks write one line.

@@ -1,10 +1,12 @@
-//! The ring schedule: reduce-scatter, then all-gather, over any point-to-point connections.
+//! The ring schedule between hosts: reduce-scatter, then all-gather, over any point-to-point connections.
 //!
-//! A buffer of S bytes is cut into N chunks; rank r owns chunk r. In step d of the reduce-scatter rank r sends chunk
-//! r + d, as it is, to its owner, rank r + d: after N - 1 steps every owner has N versions of its chunk and adds them in
-//! the order of the pairwise tree. In step d of the all-gather it sends the sum to rank r + d. Bytes that a rank sends,
+//! A buffer of S bytes is cut into N chunks; rank r owns chunk r. In turn d of the reduce-scatter rank r sends its chunk
+//! r + d, as it is, to its owner, rank r + d: after N - 1 turns every owner has N versions of its chunk and adds them in
+//! the order of the pairwise tree. In turn d of the all-gather it sends the result to rank r + d. Bytes that a rank sends,
 //! and receives: (N - 1) S / N for each half, 2 (N - 1) / N S together, which is the least for an all-reduce
-//! (Patarasuk and Yuan 2009) and what the classic ring sends.
+//! (Patarasuk and Yuan 2009) and what the classic ring sends. Where ranks share a host, one delegate a chunk sends what its
+//! host has added up and receives the result into memory that they share (`Hosts`), so that the N of these bytes is the
+//! number of hosts.
 //!
 //! The classic ring sends to its neighbour only and adds as the partial sum comes by, which fixes the order
 //! ((x_r + x_r+1) + x_r+2) + ..., another one for every chunk, another one for every N. To get the tree's order out of it, a
@@ -12,15 +14,19 @@
 //! starts in the middle of a pair travels as two partial sums on one hop of the way, 1.25 times the bytes at N = 4, and more
 //! with larger N. Sending straight to the owner costs more connections and no byte.
 //!
-//! All steps run at once, each connection at its own pace: a connection carries, in order, a header that names the
-//! operation, the contributions to the peer's chunk, and the sums of this rank's chunk. Contributions depend on nothing;
-//! an owner adds a piece as soon as all versions of it are there, and sends the sum on. An owner keeps `WINDOW` pieces of
-//! a fast peer and then leaves it to wait; the slow one's contributions do not depend on that, so all come through.
-//! Nothing blocks except `Mesh::wait`, with every connection open in both directions, so no length can deadlock.
+//! All turns run at once, each connection at its own pace: a connection carries a header that names the operation, and then
+//! frames of a piece each, a term (of the peer's chunk) or a result (of this rank's chunk). Terms depend on nothing; an owner
+//! adds a piece as soon as all versions of it are there. Results go first: they were made just now and are still in the
+//! cache, as is, at the other end, what they replace, which was sent as a term a moment ago. So memory sees each value
+//! about once, which on a fast network counts more than the wire.
 //!
-//! A broadcast is the same with one contributor, 2 (N - 1) / N S sent by the root; an all-gather is the second half.
+//! An owner keeps `WINDOW` pieces of a fast peer and then leaves it to wait; the slowest peer's next term is always taken, so
+//! all come through. Nothing blocks except `Mesh::wait`, with every connection open in both directions, so no length can
+//! deadlock.
 
-use super::{Words, chunk, sum, words};
+use super::hosts::Hosts;
+use super::sum::{self, Subtree, values_mut};
+use super::{Operation, Update, chunk};
 use crate::error::{Error, Result};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -31,12 +37,10 @@ const PIECE: usize = 32 << 10;
 const WINDOW: usize = 4;
 const VALUE: usize = size_of::<f32>();
 
-/// Connections to all other ranks that never block: a stream of bytes each way.
-pub trait Mesh {
-    fn rank(&self) -> usize;
-    fn size(&self) -> usize;
-    /// Takes as many of `bytes` as go now, perhaps none.
-    fn send(&mut self, peer: usize, bytes: &[u8]) -> Result<usize>;
+/// Connections to ranks of other hosts that never block: a stream of bytes each way.
+pub trait Mesh: Send {
+    /// Takes as many of `bytes` as go now, perhaps none. `more` says that what belongs to them follows at once.
+    fn send(&mut self, peer: usize, bytes: &[u8], more: bool) -> Result<usize>;
     /// Gives as many bytes as are there, perhaps none.
     fn receive(&mut self, peer: usize, buffer: &mut [u8]) -> Result<usize>;
     /// Returns when some connection may have become ready since it last said no. `peer` is one that is waited for, `what`
@@ -48,125 +52,189 @@ pub trait Mesh {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    AllReduce,
-    ReduceScatter,
-    AllGather,
-    Broadcast { root: usize },
-    Barrier,
-}
-
-impl Operation {
-    /// The ranks whose values are added.
-    fn contributors(self, owner: usize, size: usize) -> Range<usize> {
-        match self {
-            Operation::AllReduce | Operation::ReduceScatter => 0..size,
-            Operation::Broadcast { root } => root..root + 1,
-            Operation::AllGather | Operation::Barrier => owner..owner + 1,
-        }
-    }
-
-    /// Whether `to` needs the sums of other ranks' chunks.
-    fn gathers(self, to: usize) -> bool {
-        match self {
-            Operation::AllReduce | Operation::AllGather => true,
-            Operation::Broadcast { root } => to != root,
-            Operation::ReduceScatter | Operation::Barrier => false,
-        }
-    }
-
-    /// Its number in a header; `WORDS` is by that.
-    fn code(self) -> usize {
-        match self {
-            Operation::AllReduce => 1,
-            Operation::ReduceScatter => 2,
-            Operation::AllGather => 3,
-            Operation::Broadcast { .. } => 4,
-            Operation::Barrier => 5,
-        }
-    }
-}
-
-const WORDS: [Words; 6] = [
-    words!("?"),
-    words!("all-reduce"),
-    words!("reduce-scatter"),
-    words!("all-gather"),
-    words!("broadcast"),
-    words!("barrier"),
-];
-
-const HEADER: usize = 24;
-
-/// What a connection carries first: the operation, its root, its length, and how many came before it.
-fn header(operation: Operation, len: usize, sequence: u64) -> [u8; HEADER] {
-    let root = if let Operation::Broadcast { root } = operation { root } else { 0 };
-    let mut bytes = [0; HEADER];
-    bytes[0..4].copy_from_slice(&(operation.code() as u32).to_le_bytes());
-    bytes[4..8].copy_from_slice(&(root as u32).to_le_bytes());
-    bytes[8..16].copy_from_slice(&(len as u64).to_le_bytes());
-    bytes[16..24].copy_from_slice(&sequence.to_le_bytes());
-    bytes
-}
-
-/// How far the connection with one peer has come, in bytes of each part.
-#[derive(Clone, Default)]
-struct Flow {
-    header_sent: usize,
-    contributions_sent: usize,
-    sums_sent: usize,
-    header: [u8; HEADER],
-    header_received: usize,
-    contributions_received: usize,
-    sums_received: usize,
+/// One operation, as a rank runs it. Between the arrival of all ranks of this host at the operation and their leaving it,
+/// nobody else touches this memory.
+pub struct Job<'a> {
+    pub operation: Operation,
+    /// Of a broadcast.
+    pub root: usize,
+    /// Values.
+    pub len: usize,
+    /// Where each rank of this host has its data, by position; equal addresses for memory that they share.
+    pub data: &'a [usize],
+    /// Of `ReduceUpdate`: where this host has the values, and how they change.
+    pub update: Option<(usize, &'a Update<'a>)>,
 }
 
 /// The schedule's memory, kept between operations so that none allocates.
 pub struct Ring {
+    rank: usize,
+    hosts: Hosts,
+    /// By peer.
     flows: Vec<Flow>,
-    /// WINDOW pieces of every rank's contributions to this rank's chunk.
+    /// The tree over all ranks, as far as it is added up elsewhere.
+    leaves: Vec<Leaf>,
+    /// This host's subtrees, by position of the ranks in each.
+    subtrees: Vec<Vec<usize>>,
+    /// WINDOW pieces of every subtree of the other hosts.
     staging: Vec<f32>,
+    /// A piece of sums on its way to an update.
+    sums: Vec<f32>,
+    terms: Vec<Subtree>,
     addresses: Vec<usize>,
     sequence: u64,
 }
 
+struct Leaf {
+    ranks: usize,
+    /// The first of its ranks.
+    first: usize,
+    at: Source,
+}
+
+#[derive(Clone, Copy)]
+enum Source {
+    /// A rank of this host, by position.
+    Here(usize),
+    /// In the staging memory, by number.
+    There(usize),
+}
+
+/// How far the connection with one peer has come.
+#[derive(Default)]
+struct Flow {
+    peer: usize,
+    /// Where the subtrees of the peer's host lie in the staging memory.
+    staged: Range<usize>,
+    /// Frames of this operation: terms to the peer and from it, results to the peer and from it.
+    total: Totals,
+    sent: Half,
+    received: Half,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Totals {
+    terms_out: usize,
+    terms_in: usize,
+    results_out: usize,
+    results_in: usize,
+}
+
+/// One direction of a connection.
+#[derive(Clone, Copy, Default)]
+struct Half {
+    /// Bytes of the header.
+    header: usize,
+    /// Frames that are through.
+    terms: usize,
+    results: usize,
+    /// The frame under way: which, and how many bytes of it are through, its tag included.
+    frame: Option<Frame>,
+    bytes: usize,
+    tag: [u8; TAG],
+    theirs: [u8; HEADER],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Frame {
+    Term,
+    Result,
+}
+
+const HEADER: usize = 24;
+/// What a frame begins with: its kind.
+const TAG: usize = 4;
+
+/// What a connection carries first: the operation, its root, its length, and how many came before it.
+fn header(job: &Job<'_>, sequence: u64) -> [u8; HEADER] {
+    let mut bytes = [0; HEADER];
+    bytes[0..4].copy_from_slice(&(job.operation as u32).to_le_bytes());
+    bytes[4..8].copy_from_slice(&(job.root as u32).to_le_bytes());
+    bytes[8..16].copy_from_slice(&(job.len as u64).to_le_bytes());
+    bytes[16..24].copy_from_slice(&sequence.to_le_bytes());
+    bytes
+}
+
+impl Frame {
+    fn tag(self) -> [u8; TAG] {
+        match self {
+            Frame::Term => *b"term",
+            Frame::Result => *b"done",
+        }
+    }
+}
+
 impl Ring {
-    pub fn new(size: usize) -> Ring {
-        let staging = vec![0.0; size * WINDOW * PIECE];
-        Ring { flows: vec![Flow::default(); size], staging, addresses: Vec::with_capacity(size), sequence: 0 }
+    pub fn new(rank: usize, hosts: Hosts) -> Ring {
+        let here = hosts.of(rank);
+        let (mut leaves, mut staged) = (Vec::new(), 0);
+        let mut slots = vec![0..0; hosts.count()];
+        for (host, slots) in slots.iter_mut().enumerate() {
+            let first_slot = staged;
+            for ranks in hosts.subtrees(host) {
+                if host == here {
+                    let leaf = |rank| Leaf { ranks: 1, first: rank, at: Source::Here(hosts.position(rank)) };
+                    leaves.extend(ranks.map(leaf));
+                } else {
+                    leaves.push(Leaf { ranks: ranks.len(), first: ranks.start, at: Source::There(staged) });
+                    staged += 1;
+                }
+            }
+            *slots = first_slot..staged;
+        }
+        leaves.sort_by_key(|leaf| leaf.first);
+        let flow = |peer: usize| Flow { peer, staged: slots[hosts.of(peer)].clone(), ..Flow::default() };
+        Ring {
+            rank,
+            flows: hosts.peers(rank).into_iter().map(flow).collect(),
+            subtrees: hosts
+                .subtrees(here)
+                .into_iter()
+                .map(|ranks| ranks.map(|rank| hosts.position(rank)).collect())
+                .collect(),
+            staging: vec![0.0; staged * WINDOW * PIECE],
+            sums: vec![0.0; PIECE],
+            terms: Vec::with_capacity(leaves.len()),
+            addresses: Vec::with_capacity(hosts.members(here).len()),
+            leaves,
+            hosts,
+            sequence: 0,
+        }
     }
 
-    /// Runs one operation to its end; gives the time waited until all other ranks had come to it.
-    pub fn run(&mut self, mesh: &mut dyn Mesh, operation: Operation, data: &mut [f32]) -> Result<Duration> {
-        let (rank, size) = (mesh.rank(), mesh.size());
-        self.flows.fill(Flow::default());
-        self.sequence += 1;
-        let header = header(operation, data.len(), self.sequence);
-        let own = operation.contributors(rank, size) == (rank..rank + 1);
-        let summed = if own { chunk(data.len(), size, rank).len() } else { 0 };
-        let mut pass = Pass { ring: self, mesh, operation, header, data, rank, size, summed };
+    pub fn hosts(&self) -> &Hosts {
+        &self.hosts
+    }
 
+    /// Runs one operation to its end; gives the time waited until all peers had come to it.
+    ///
+    /// # Safety
+    /// `job.data`, and the values of its update, are addresses of `job.len` values, valid and aligned, that are used as `Job`
+    /// says.
+    pub unsafe fn run(&mut self, mesh: &mut dyn Mesh, job: &Job<'_>) -> Result<Duration> {
+        self.sequence += 1;
+        let header = header(job, self.sequence);
+        let mut pass = Pass::new(self, mesh, job, header);
+        pass.start_own();
         let mut waited = Duration::ZERO;
         loop {
             let mut moved = false;
-            for distance in 1..size {
-                moved |= pass.send((rank + distance) % size)?;
-                moved |= pass.receive((rank + size - distance) % size)?;
+            for flow in 0..pass.ring.flows.len() {
+                moved |= pass.send(flow)?;
+                moved |= pass.receive(flow)?;
             }
             moved |= pass.add();
             if moved {
                 continue;
             }
-            let Some(peer) = (1..size).map(|distance| (rank + distance) % size).find(|&peer| !pass.is_done(peer))
-            else {
+            let Some(flow) = pass.ring.flows.iter().find(|flow| !flow.is_done()) else {
                 pass.mesh.flush()?;
                 return Ok(waited);
             };
-            let all_here =
-                pass.ring.flows.iter().enumerate().all(|(peer, flow)| peer == rank || flow.header_received == HEADER);
+            let peer = flow.peer;
+            let all_here = pass.ring.flows.iter().all(|flow| flow.received.header == HEADER);
             let start = Instant::now();
-            pass.mesh.wait(WORDS[operation.code()].waiting, peer)?;
+            pass.mesh.wait(job.operation.words().waiting, peer)?;
             if !all_here {
                 waited += start.elapsed();
             }
@@ -174,149 +242,343 @@ impl Ring {
     }
 }
 
-/// Where piece `piece` of a peer's contributions lies in the staging memory.
-fn slot(peer: usize, piece: usize) -> usize {
-    (peer * WINDOW + piece % WINDOW) * PIECE
+impl Flow {
+    fn is_done(&self) -> bool {
+        let Flow { total, sent, received, .. } = self;
+        sent.header == HEADER
+            && received.header == HEADER
+            && (sent.terms, sent.results) == (total.terms_out, total.results_out)
+            && (received.terms, received.results) == (total.terms_in, total.results_in)
+    }
 }
 
 /// One operation under way.
 struct Pass<'a> {
     ring: &'a mut Ring,
     mesh: &'a mut dyn Mesh,
-    operation: Operation,
+    job: &'a Job<'a>,
     header: [u8; HEADER],
-    data: &'a mut [f32],
-    rank: usize,
-    size: usize,
+    position: usize,
     /// Values of this rank's chunk that are final.
-    summed: usize,
+    finished: usize,
 }
 
-impl Pass<'_> {
-    fn chunk(&self, rank: usize) -> Range<usize> {
-        chunk(self.data.len(), self.size, rank)
+impl<'a> Pass<'a> {
+    fn new(ring: &'a mut Ring, mesh: &'a mut dyn Mesh, job: &'a Job<'a>, header: [u8; HEADER]) -> Pass<'a> {
+        let Ring { rank, hosts, flows, subtrees, .. } = &mut *ring;
+        let (rank, here, from) = (*rank, hosts.of(*rank), hosts.of(job.root));
+        let pieces = |owner: usize| chunk(job.len, hosts.size(), owner).len().div_ceil(PIECE);
+        // What a host with so many subtrees sends for each piece of a chunk elsewhere.
+        let terms = |host: usize, subtrees: usize| match job.operation {
+            Operation::AllReduce | Operation::ReduceScatter | Operation::ReduceUpdate => subtrees,
+            Operation::Broadcast => usize::from(host == from),
+            Operation::AllGather | Operation::Barrier => 0,
+        };
+        let gathers = |host: usize| match job.operation {
+            Operation::AllReduce | Operation::AllGather | Operation::ReduceUpdate => true,
+            Operation::Broadcast => host != from,
+            Operation::ReduceScatter | Operation::Barrier => false,
+        };
+        for flow in flows.iter_mut() {
+            let (peer, there) = (flow.peer, hosts.of(flow.peer));
+            let (speaks, is_spoken_to) = (hosts.delegate(here, peer) == rank, hosts.delegate(there, rank) == peer);
+            let count = |condition: bool, frames: usize| if condition { frames } else { 0 };
+            flow.total = Totals {
+                terms_out: count(speaks, pieces(peer) * terms(here, subtrees.len())),
+                terms_in: count(is_spoken_to, pieces(rank) * terms(there, flow.staged.len())),
+                results_out: count(is_spoken_to && gathers(there), pieces(rank)),
+                results_in: count(speaks && gathers(here), pieces(peer)),
+            };
+            (flow.sent, flow.received) = (Half::default(), Half::default());
+        }
+        let position = hosts.position(rank);
+        Pass { ring, mesh, job, header, position, finished: 0 }
     }
 
-    /// Values that `from` contributes to the chunk of `to`.
-    fn contribution(&self, from: usize, to: usize) -> Range<usize> {
-        let chunk = self.chunk(to);
-        if self.operation.contributors(to, self.size).contains(&from) { chunk } else { chunk.start..chunk.start }
+    /// The elements of a piece of a rank's chunk.
+    fn piece(&self, owner: usize, piece: usize) -> Range<usize> {
+        let chunk = chunk(self.job.len, self.ring.hosts.size(), owner);
+        let start = (chunk.start + piece * PIECE).min(chunk.end);
+        start..(start + PIECE).min(chunk.end)
     }
 
-    /// Sums that `from` sends to `to`.
-    fn sums(&self, from: usize, to: usize) -> Range<usize> {
-        let chunk = self.chunk(from);
-        if self.operation.gathers(to) { chunk } else { chunk.start..chunk.start }
+    /// Where results are on this rank.
+    fn results(&self) -> usize {
+        self.job.update.map_or(self.job.data[self.position], |(values, _)| values)
+    }
+
+    /// Partial sums in each piece of the terms that this host sends.
+    fn terms_a_piece(&self) -> usize {
+        if self.job.operation == Operation::Broadcast { 1 } else { self.ring.subtrees.len() }
+    }
+
+    /// What is final from the beginning: a chunk that is gathered, and on its root's host all of a broadcast.
+    fn start_own(&mut self) {
+        let Ring { rank, hosts, .. } = &*self.ring;
+        let chunk = |owner: usize| chunk(self.job.len, hosts.size(), owner);
+        match self.job.operation {
+            Operation::AllGather => self.spread(self.position, chunk(*rank)),
+            Operation::Broadcast if hosts.of(self.job.root) == hosts.of(*rank) => {
+                let from = hosts.position(self.job.root);
+                self.spread(from, chunk(*rank));
+                hosts.represented(*rank).for_each(|owner| self.spread(from, chunk(owner)));
+            }
+            Operation::Barrier => {}
+            _ => return,
+        }
+        self.finished = chunk(*rank).len();
+    }
+
+    /// Copies values from one rank of this host to the others.
+    fn spread(&self, from: usize, range: Range<usize>) {
+        let from = self.job.data[from];
+        for &to in self.job.data.iter().filter(|&&to| to != from) {
+            // SAFETY: `run`'s contract: two buffers, in a range that is this rank's alone during the operation.
+            unsafe { values_mut(to, range.clone()).copy_from_slice(values_mut(from, range.clone())) };
+        }
     }
 
     /// Sends what it can of what comes next; says whether anything went.
-    fn send(&mut self, peer: usize) -> Result<bool> {
-        let contribution = self.contribution(self.rank, peer);
-        let sums = self.sums(self.rank, peer);
-        let ready = sums.start..sums.start + self.summed.min(sums.len());
-        let flow = &mut self.ring.flows[peer];
-        let (sent, bytes) = if flow.header_sent < HEADER {
-            (&mut flow.header_sent, &self.header[..])
-        } else if flow.contributions_sent < contribution.len() * VALUE {
-            (&mut flow.contributions_sent, bytemuck::cast_slice(&self.data[contribution]))
-        } else {
-            (&mut flow.sums_sent, bytemuck::cast_slice(&self.data[ready]))
-        };
-        let next = &bytes[*sent..bytes.len().min(*sent + PIECE * VALUE)];
-        if next.is_empty() {
-            return Ok(false);
+    fn send(&mut self, flow: usize) -> Result<bool> {
+        let Flow { peer, total, mut sent, .. } = self.ring.flows[flow];
+        if sent.header < HEADER {
+            let more = total.terms_out > 0 || (total.results_out > 0 && self.finished > 0);
+            let count = self.mesh.send(peer, &self.header[sent.header..], more)?;
+            self.ring.flows[flow].sent.header += count;
+            return Ok(count > 0);
         }
-        let count = self.mesh.send(peer, next)?;
-        *sent += count;
+        if sent.frame.is_none() {
+            sent.frame = self.next_frame(&total, &sent);
+            sent.bytes = 0;
+            if sent.frame == Some(Frame::Term) {
+                self.add_up_here(peer, sent.terms);
+            }
+        }
+        let Some(frame) = sent.frame else { return Ok(false) };
+        let payload = match frame {
+            Frame::Term => self.term(peer, sent.terms),
+            // SAFETY: `run`'s contract; nobody writes results that are final.
+            Frame::Result => unsafe { values_mut(self.results(), self.piece(self.ring.rank, sent.results)) },
+        };
+        let payload: &[u8] = bytemuck::cast_slice(payload);
+        let mut count = 0;
+        if sent.bytes < TAG {
+            count = self.mesh.send(peer, &frame.tag()[sent.bytes..], true)?;
+        }
+        if sent.bytes + count >= TAG {
+            count += self.mesh.send(peer, &payload[sent.bytes + count - TAG..], false)?;
+        }
+        sent.bytes += count;
+        if sent.bytes == TAG + payload.len() {
+            sent.frame_is_through(frame);
+        }
+        self.ring.flows[flow].sent = sent;
         Ok(count > 0)
+    }
+
+    /// A result that is final, else the next term.
+    fn next_frame(&self, total: &Totals, sent: &Half) -> Option<Frame> {
+        let own = self.piece(self.ring.rank, 0).start;
+        let is_final = || self.piece(self.ring.rank, sent.results).end - own <= self.finished;
+        if sent.results < total.results_out && is_final() {
+            Some(Frame::Result)
+        } else if sent.terms < total.terms_out {
+            Some(Frame::Term)
+        } else {
+            None
+        }
+    }
+
+    /// Leaves the sum over the ranks of a subtree of this host where its first rank has its values.
+    fn add_up_here(&mut self, owner: usize, term: usize) {
+        if self.job.operation == Operation::Broadcast {
+            return;
+        }
+        let range = self.piece(owner, term / self.ring.subtrees.len());
+        let Ring { subtrees, addresses, .. } = &mut *self.ring;
+        let subtree = &subtrees[term % subtrees.len()];
+        if subtree.len() > 1 {
+            addresses.clear();
+            addresses.extend(subtree.iter().map(|&position| self.job.data[position]));
+            // SAFETY: `run`'s contract: this chunk of all ranks of the host is its delegate's alone.
+            unsafe { sum::tree_in_place(addresses, range, 0..1) };
+        }
+    }
+
+    /// What this host has for a piece of another's chunk.
+    fn term(&self, owner: usize, term: usize) -> &'static mut [f32] {
+        let count = self.terms_a_piece();
+        let position = match self.job.operation {
+            Operation::Broadcast => self.ring.hosts.position(self.job.root),
+            _ => self.ring.subtrees[term % count][0],
+        };
+        // SAFETY: as in `add_up_here`.
+        unsafe { values_mut(self.job.data[position], self.piece(owner, term / count)) }
     }
 
     /// Receives what it can of what comes next; says whether anything came.
-    fn receive(&mut self, peer: usize) -> Result<bool> {
-        let contribution = self.contribution(peer, self.rank);
-        let sums = self.sums(peer, self.rank);
-        let Ring { flows, staging, .. } = &mut *self.ring;
-        let flow = &mut flows[peer];
-        // What comes next: how much of its part is there, where in the part `space` begins, and the space.
-        let (received, base, space): (_, usize, &mut [u8]) = if flow.header_received < HEADER {
-            (&mut flow.header_received, 0, &mut flow.header)
-        } else if flow.contributions_received < contribution.len() * VALUE {
-            let piece = flow.contributions_received / VALUE / PIECE;
-            if piece >= self.summed / PIECE + WINDOW {
-                return Ok(false);
+    fn receive(&mut self, flow: usize) -> Result<bool> {
+        let Flow { peer, total, mut received, .. } = self.ring.flows[flow];
+        if received.header < HEADER {
+            let count = self.mesh.receive(peer, &mut received.theirs[received.header..])?;
+            received.header += count;
+            self.ring.flows[flow].received = received;
+            if received.header == HEADER && received.theirs != self.header {
+                return Err(self.out_of_step(peer, &received.theirs));
             }
-            let count = (contribution.len() - piece * PIECE).min(PIECE);
-            let space = &mut staging[slot(peer, piece)..][..count];
-            (&mut flow.contributions_received, piece * PIECE * VALUE, bytemuck::cast_slice_mut(space))
-        } else {
-            (&mut flow.sums_received, 0, bytemuck::cast_slice_mut(&mut self.data[sums]))
-        };
-        let start = *received - base;
-        let end = space.len().min(start + PIECE * VALUE);
-        if start == end {
+            return Ok(count > 0);
+        }
+        if (received.terms, received.results) == (total.terms_in, total.results_in) {
             return Ok(false);
         }
-        let count = self.mesh.receive(peer, &mut space[start..end])?;
-        *received += count;
-        if flow.header_received == HEADER && flow.header != self.header {
-            return Err(self.out_of_step(peer));
+        let mut count = 0;
+        if received.frame.is_none() {
+            count = self.mesh.receive(peer, &mut received.tag[received.bytes..])?;
+            received.bytes += count;
+            if received.bytes == TAG {
+                received.frame = Some(self.frame_that_comes(&received, &total, peer)?);
+            }
         }
+        if let Some(frame) = received.frame
+            && let Some(space) = self.space(flow, &received, frame)
+        {
+            let space: &mut [u8] = bytemuck::cast_slice_mut(space);
+            let length = space.len();
+            let more = self.mesh.receive(peer, &mut space[received.bytes - TAG..])?;
+            received.bytes += more;
+            count += more;
+            if received.bytes == TAG + length {
+                if frame == Frame::Result {
+                    self.arrived(peer, received.results);
+                }
+                received.frame_is_through(frame);
+            }
+        }
+        self.ring.flows[flow].received = received;
         Ok(count > 0)
     }
 
-    /// Adds the next piece of this rank's chunk if every version of it is there; says whether it did.
+    fn frame_that_comes(&self, received: &Half, total: &Totals, peer: usize) -> Result<Frame> {
+        if received.tag == Frame::Term.tag() && received.terms < total.terms_in {
+            Ok(Frame::Term)
+        } else if received.tag == Frame::Result.tag() && received.results < total.results_in {
+            Ok(Frame::Result)
+        } else {
+            Err(Error::internal(format!(
+                "rank {peer} sent {:?} in the middle of {}: the ranks are out of step",
+                String::from_utf8_lossy(&received.tag),
+                self.job.operation.words().name
+            )))
+        }
+    }
+
+    /// Where the frame under way goes; `None` where it has to wait.
+    fn space(&mut self, flow: usize, received: &Half, frame: Frame) -> Option<&'static mut [f32]> {
+        let Flow { peer, ref staged, total, .. } = self.ring.flows[flow];
+        match frame {
+            // SAFETY: `run`'s contract: this chunk of this host's results is its delegate's alone.
+            Frame::Result => Some(unsafe { values_mut(self.results(), self.piece(peer, received.results)) }),
+            Frame::Term => {
+                // A broadcast has one term a piece, whatever the subtrees.
+                let count = (total.terms_in / self.pieces_of_own()).max(1);
+                let (piece, subtree) = (received.terms / count, received.terms % count);
+                if piece >= self.finished / PIECE + WINDOW {
+                    return None;
+                }
+                let start = slot(staged.start + subtree, piece);
+                let length = self.piece(self.ring.rank, piece).len();
+                // SAFETY: a slot is written here until the piece is complete and read in `add`, one after the other.
+                Some(unsafe { values_mut(self.ring.staging.as_mut_ptr() as usize, start..start + length) })
+            }
+        }
+    }
+
+    fn pieces_of_own(&self) -> usize {
+        chunk(self.job.len, self.ring.hosts.size(), self.ring.rank).len().div_ceil(PIECE).max(1)
+    }
+
+    /// A piece of another's chunk is here: for all ranks of the host.
+    fn arrived(&self, owner: usize, piece: usize) {
+        if self.job.update.is_none() {
+            self.spread(self.position, self.piece(owner, piece));
+        }
+    }
+
+    /// Finishes the next piece of this rank's chunk if every term of it is there; says whether it did.
     fn add(&mut self) -> bool {
-        let chunk = self.chunk(self.rank);
-        let left = chunk.len() - self.summed;
-        let count = left.min(PIECE);
-        let end = (self.summed + count) * VALUE;
-        let contributors = self.operation.contributors(self.rank, self.size);
-        let here = |peer: usize| peer == self.rank || self.ring.flows[peer].contributions_received >= end;
-        if left == 0 || !contributors.clone().all(here) {
+        let own = chunk(self.job.len, self.ring.hosts.size(), self.ring.rank);
+        let piece = self.finished / PIECE;
+        let range = self.piece(self.ring.rank, piece);
+        let terms_a_piece = |flow: &Flow| flow.total.terms_in / own.len().div_ceil(PIECE);
+        let is_here = |flow: &Flow| flow.received.terms >= (piece + 1) * terms_a_piece(flow);
+        if self.finished == own.len() || !self.ring.flows.iter().all(is_here) {
             return false;
         }
-        let piece = self.summed / PIECE;
-        let out = &mut self.data[chunk.start + self.summed..][..count];
-        if contributors.contains(&self.rank) {
-            let staging = self.ring.staging.as_ptr();
-            self.ring.addresses.clear();
-            self.ring.addresses.extend(contributors.map(|peer| match peer == self.rank {
-                true => out.as_mut_ptr() as usize,
-                false => staging.wrapping_add(slot(peer, piece)) as usize,
-            }));
-            // SAFETY: `count` values of `out` and of each peer's slot, which nothing else borrows here.
-            unsafe { sum::tree_in_place(&self.ring.addresses, 0..count, self.rank..self.rank + 1) };
-        } else {
-            out.copy_from_slice(&self.ring.staging[slot(contributors.start, piece)..][..count]);
+        self.find_terms(&range, piece);
+        let Ring { sums, terms, addresses, .. } = &mut *self.ring;
+        let offset = range.start * VALUE;
+        addresses.clear();
+        match (self.job.operation, self.job.update) {
+            (_, Some(_)) => addresses.push(sums.as_mut_ptr() as usize),
+            (Operation::ReduceScatter, _) => addresses.push(self.job.data[self.position] + offset),
+            _ => addresses.extend(self.job.data.iter().map(|data| data + offset)),
         }
-        self.summed += count;
+        // SAFETY: `run`'s contract: this chunk of all ranks of this host is its owner's alone; and the staging is ours.
+        unsafe { sum::join_subtrees(terms, range.len(), addresses) };
+        if let Some((values, update)) = self.job.update {
+            // SAFETY: as above.
+            update(range.clone(), &mut sums[..range.len()], unsafe { values_mut(values, range.clone()) });
+        }
+        self.finished += range.len();
         true
     }
 
-    fn is_done(&self, peer: usize) -> bool {
-        let flow = &self.ring.flows[peer];
-        let bytes = |range: Range<usize>| range.len() * VALUE;
-        flow.header_sent == HEADER
-            && flow.contributions_sent == bytes(self.contribution(self.rank, peer))
-            && flow.sums_sent == bytes(self.sums(self.rank, peer))
-            && flow.header_received == HEADER
-            && flow.contributions_received == bytes(self.contribution(peer, self.rank))
-            && flow.sums_received == bytes(self.sums(peer, self.rank))
+    /// The terms of a piece of this rank's chunk, in the order of the tree.
+    fn find_terms(&mut self, range: &Range<usize>, piece: usize) {
+        let Ring { hosts, leaves, staging, terms, flows, .. } = &mut *self.ring;
+        let staging = |number: usize| staging.as_ptr() as usize + slot(number, piece) * VALUE;
+        terms.clear();
+        if self.job.operation == Operation::Broadcast {
+            let from = hosts.of(self.job.root);
+            let flow = flows.iter().find(|flow| hosts.of(flow.peer) == from && flow.total.terms_in > 0);
+            let flow = flow.expect("a chunk of a broadcast from another host comes from its delegate");
+            terms.push(Subtree { ranks: 1, address: staging(flow.staged.start) });
+            return;
+        }
+        terms.extend(leaves.iter().map(|&Leaf { ranks, at, .. }| match at {
+            Source::Here(position) => Subtree { ranks, address: self.job.data[position] + range.start * VALUE },
+            Source::There(number) => Subtree { ranks, address: staging(number) },
+        }));
     }
 
-    fn out_of_step(&self, peer: usize) -> Error {
+    fn out_of_step(&self, peer: usize, theirs: &[u8; HEADER]) -> Error {
         let say = |header: &[u8; HEADER]| {
             let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
-            let name = WORDS.get(number(0) as usize).unwrap_or(&WORDS[0]).name;
+            let name = Operation::from_number(number(0)).map_or("?", |operation| operation.words().name);
             format!("{name} of {} values (root {}, operation {})", number(8), number(4), number(16))
         };
-        let theirs = say(&self.ring.flows[peer].header);
         Error::internal(format!(
-            "the ranks are out of step: rank {peer} called {theirs}, rank {} {}",
-            self.rank,
+            "the ranks are out of step: rank {peer} called {}, rank {} {}",
+            say(theirs),
+            self.ring.rank,
             say(&self.header)
         ))
     }
+}
+
+impl Half {
+    fn frame_is_through(&mut self, frame: Frame) {
+        match frame {
+            Frame::Term => self.terms += 1,
+            Frame::Result => self.results += 1,
+        }
+        (self.frame, self.bytes) = (None, 0);
+    }
+}
+
+/// Where a piece of a subtree lies in the staging memory.
+fn slot(number: usize, piece: usize) -> usize {
+    (number * WINDOW + piece % WINDOW) * PIECE
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ const BLOCK: usize = 1024;
 pub fn tree<'a>(n: usize, input: impl Fn(usize) -> &'a [f32] + Copy, out: &mut [f32]) {
     for (number, block) in out.chunks_mut(BLOCK).enumerate() {
         let range = number * BLOCK..number * BLOCK + block.len();
-        tree_block(0, n, &|k| &input(k)[range.clone()], block);
+        tree_block(0..n, &|_| 1, &|k| &input(k)[range.clone()], block);
     }
 }
 
@@ -31,8 +31,34 @@ pub unsafe fn tree_in_place(addresses: &[usize], range: Range<usize>, into: Rang
     for start in range.clone().step_by(BLOCK) {
         let block = start..(start + BLOCK).min(range.end);
         let sum = &mut sum[..block.len()];
-        tree_block(0, addresses.len(), &|k| buffer(k, block.clone()), sum);
+        tree_block(0..addresses.len(), &|_| 1, &|k| buffer(k, block.clone()), sum);
         into.clone().for_each(|k| buffer(k, block.clone()).copy_from_slice(sum));
+    }
+}
+
+/// A subtree that is added up already.
+#[derive(Clone, Copy, Debug)]
+pub struct Subtree {
+    pub ranks: usize,
+    /// Of its sums, f32.
+    pub address: usize,
+}
+
+/// The rest of the tree over `count` values of each of `subtrees`, which are all of it in order, written to the addresses
+/// `into`; these may be some of the subtrees' own.
+///
+/// # Safety
+/// The values are valid and aligned, the buffers disjoint, and nobody else touches them meanwhile.
+pub unsafe fn join_subtrees(subtrees: &[Subtree], count: usize, into: &[usize]) {
+    let mut sum = [0.0; BLOCK];
+    for start in (0..count).step_by(BLOCK) {
+        let block = start..(start + BLOCK).min(count);
+        let sum = &mut sum[..block.len()];
+        // SAFETY: the caller's promise; the borrows of the subtrees end before the writing begins.
+        let input = |k: usize| unsafe { values(subtrees[k].address, block.clone()) };
+        tree_block(0..subtrees.len(), &|k| subtrees[k].ranks, &input, sum);
+        // SAFETY: the caller's promise.
+        into.iter().for_each(|&address| unsafe { values_mut(address, block.clone()) }.copy_from_slice(sum));
     }
 }
 
@@ -69,16 +95,29 @@ pub unsafe fn tree_to(addresses: &[usize], range: Range<usize>, update: &(dyn Fn
     }
 }
 
-/// The tree over inputs first..first + n, for at most a block of values. All inputs have `out`'s length.
-fn tree_block<'a>(first: usize, n: usize, input: &impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
-    match n {
-        1 => out.copy_from_slice(input(first)),
-        2 => add(input(first), input(first + 1), out),
+/// The tree over these inputs, of which input k holds the sum over `ranks(k)` ranks, for at most a block of values. All
+/// inputs have `out`'s length.
+fn tree_block<'a>(
+    inputs: Range<usize>,
+    ranks: &impl Fn(usize) -> usize,
+    input: &impl Fn(usize) -> &'a [f32],
+    out: &mut [f32],
+) {
+    let Range { start, end } = inputs;
+    match inputs.len() {
+        1 => out.copy_from_slice(input(start)),
+        2 => add(input(start), input(start + 1), out),
         _ => {
+            let mut left = split(inputs.map(ranks).sum());
+            let mut middle = start;
+            while left > 0 {
+                left -= ranks(middle);
+                middle += 1;
+            }
             let mut right = [0.0; BLOCK];
             let right = &mut right[..out.len()];
-            tree_block(first, split(n), input, out);
-            tree_block(first + split(n), n - split(n), input, right);
+            tree_block(start..middle, ranks, input, out);
+            tree_block(middle..end, ranks, input, right);
             add_assign(out, right);
         }
     }
@@ -181,5 +220,23 @@ mod tests {
                 assert!(inputs.iter().all(|input| *input == out), "n {n}, len {len}");
             }
         }
+    }
+
+    /// Of five ranks, 0 to 2 are one subtree, 3 and 4 are two.
+    #[test]
+    fn joined_subtrees_are_the_tree() {
+        let x = |rank: usize, index: usize| ((rank * 7919 + index * 31) as f32 * 0.618).sin() * 10f32.powi(rank as i32);
+        let len = BLOCK + 5;
+        let mut first: Vec<f32> = (0..len).map(|index| (x(0, index) + x(1, index)) + x(2, index)).collect();
+        let [mut second, mut third]: [Vec<f32>; 2] = [3, 4].map(|rank| (0..len).map(|index| x(rank, index)).collect());
+        let ranks: Vec<Vec<f32>> = (0..5).map(|rank| (0..len).map(|index| x(rank, index)).collect()).collect();
+        let mut expected = vec![0.0; len];
+        tree(5, |rank| &ranks[rank], &mut expected);
+
+        let of = |ranks, buffer: &mut Vec<f32>| Subtree { ranks, address: buffer.as_mut_ptr() as usize };
+        let subtrees = [of(3, &mut first), of(1, &mut second), of(1, &mut third)];
+        // SAFETY: distinct vectors of `len` values.
+        unsafe { join_subtrees(&subtrees, len, &[subtrees[1].address]) };
+        assert_eq!(second, expected);
     }
 }

@@ -1,11 +1,9 @@
-//! Collectives over TCP: a connection between every two ranks, under the ring schedule.
+//! Connections over TCP, under the ring schedule.
 //!
 //! Every rank listens at a port that the system chooses and tells the others through the control star. Of two ranks the
 //! higher connects. The sockets never block; one edge-triggered epoll knows which of them are ready.
 
-use super::Communicator;
-use super::ring::{Mesh, Operation, Ring};
-use crate::device::{Arena, SliceMut};
+use super::ring::Mesh;
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::link::{self, Link};
 use crate::launch::rendezvous::Control;
@@ -26,60 +24,13 @@ use std::time::{Duration, Instant};
 /// How long connecting to a peer that has announced itself may take.
 const CONNECT: Duration = Duration::from_secs(30);
 
-pub struct Tcp {
-    sockets: Sockets,
-    ring: Ring,
-}
-
-impl Tcp {
-    pub fn new(control: Control, health: Arc<Health>) -> Result<Tcp> {
-        let size = control.size();
-        Ok(Tcp { sockets: Sockets::connect(control, health)?, ring: Ring::new(size) })
-    }
-
-    fn run(&mut self, operation: Operation, mut data: SliceMut<'_>) -> Result<Duration> {
-        self.ring.run(&mut self.sockets, operation, data.f32())
-    }
-}
-
-impl Communicator for Tcp {
-    fn rank(&self) -> usize {
-        self.sockets.rank
-    }
-    fn size(&self) -> usize {
-        self.sockets.size
-    }
-    fn transport(&self) -> &'static str {
-        "tcp"
-    }
-    fn allocate(&mut self, bytes: usize) -> Result<Arena> {
-        Arena::host(bytes)
-    }
-    fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
-        Arena::host(bytes)
-    }
-    fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
-        self.run(Operation::AllReduce, data)
-    }
-    fn reduce_scatter(&mut self, data: SliceMut<'_>) -> Result<Duration> {
-        self.run(Operation::ReduceScatter, data)
-    }
-    fn all_gather(&mut self, data: SliceMut<'_>) -> Result<Duration> {
-        self.run(Operation::AllGather, data)
-    }
-    fn broadcast(&mut self, data: SliceMut<'_>, root: usize) -> Result<Duration> {
-        self.run(Operation::Broadcast { root }, data)
-    }
-    fn barrier(&mut self) -> Result<Duration> {
-        self.run(Operation::Barrier, SliceMut::empty())
-    }
-}
+/// Bytes that wait in a socket beyond what the connection has under way. More would only be copied to memory and back: the
+/// kernel's buffer grows to megabytes, this much stays in the cache until the network takes it.
+const UNSENT: u32 = 128 << 10;
 
 /// The connected sockets of one rank.
-struct Sockets {
-    rank: usize,
-    size: usize,
-    /// By rank; none to itself.
+pub struct Sockets {
+    /// By rank; none where there is nothing to say.
     peers: Vec<Option<Peer>>,
     epoll: OwnedFd,
     health: Arc<Health>,
@@ -103,7 +54,8 @@ struct Announcement {
 }
 
 impl Sockets {
-    fn connect(mut control: Control, health: Arc<Health>) -> Result<Sockets> {
+    /// Connects with `peers`, who all do. Collective over the world.
+    pub fn connect(mut control: Control, peers: &[usize], health: Arc<Health>) -> Result<Sockets> {
         let (rank, size) = (control.rank(), control.size());
         let (listener, port) =
             listen(control.root_ip().is_ipv6(), size).or_kind(Kind::Internal, "listening for peers")?;
@@ -118,59 +70,56 @@ impl Sockets {
 
         let token = all[0].token;
         let deadline = Instant::now() + CONNECT;
-        let mut links = Vec::with_capacity(size);
-        for (peer, Announcement { ip, port, .. }) in all.iter().enumerate().take(rank) {
-            let address = SocketAddr::new(ip.unwrap_or(control.root_ip()), *port);
+        let mut links = Vec::with_capacity(peers.len());
+        for &peer in peers.iter().filter(|&&peer| peer < rank) {
+            let Announcement { ip, port, .. } = all[peer];
+            let address = SocketAddr::new(ip.unwrap_or(control.root_ip()), port);
             links.push(introduce(rank, peer, address, token, deadline)?);
         }
-        while links.len() < size - 1 {
+        while links.len() < peers.len() {
             let peer = admit(&listener, token, deadline)?;
             let missing = |rank: &usize| !links.iter().any(|link: &Link| link.peer == *rank);
             match peer {
-                Some(link) if link.peer > rank && link.peer < size && missing(&link.peer) => links.push(link),
+                Some(link) if link.peer > rank && peers.contains(&link.peer) && missing(&link.peer) => links.push(link),
                 Some(link) => return Err(Error::internal(format!("an unexpected connection from rank {}", link.peer))),
                 None => {
-                    let missing: Vec<usize> = (rank + 1..size).filter(missing).collect();
+                    let missing: Vec<usize> =
+                        peers.iter().copied().filter(|&peer| peer > rank).filter(missing).collect();
                     return Err(Error::peer_lost(format!("ranks {missing:?} did not connect within {CONNECT:?}")));
                 }
             }
         }
-        Sockets::new(rank, size, links, health).or_kind(Kind::Internal, "setting up the connections")
+        Sockets::new(size, links, health).or_kind(Kind::Internal, "setting up the connections")
     }
 
-    fn new(rank: usize, size: usize, links: Vec<Link>, health: Arc<Health>) -> std::io::Result<Sockets> {
+    fn new(size: usize, links: Vec<Link>, health: Arc<Health>) -> std::io::Result<Sockets> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let mut peers: Vec<Option<Peer>> = (0..size).map(|_| None).collect();
         for Link { peer, socket } in links {
             socket.set_tcp_nodelay(true)?;
             link::keep_alive(&socket)?;
+            socket.set_tcp_notsent_lowat(UNSENT)?;
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
             epoll::add(&epoll, &socket, epoll::EventData::new_u64(peer as u64), flags)?;
             peers[peer] = Some(Peer { socket, readable: true, writable: true });
         }
-        Ok(Sockets { rank, size, peers, epoll, health })
+        Ok(Sockets { peers, epoll, health })
     }
 
     fn peer(&mut self, peer: usize) -> &mut Peer {
-        self.peers[peer].as_mut().expect("connected to all other ranks")
+        self.peers[peer].as_mut().expect("connected to all peers")
     }
 }
 
 impl Mesh for Sockets {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<usize> {
+    fn send(&mut self, to: usize, bytes: &[u8], more: bool) -> Result<usize> {
         let peer = self.peer(to);
         if !peer.writable {
             return Ok(0);
         }
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT | if more { SendFlags::MORE } else { SendFlags::empty() };
         // Only "again" clears `writable`: epoll tells of the change from full to free, and of nothing else.
-        match retry_on_intr(|| rustix::net::send(&peer.socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)) {
+        match retry_on_intr(|| rustix::net::send(&peer.socket, bytes, flags)) {
             Ok(count) => Ok(count),
             Err(Errno::AGAIN) => {
                 peer.writable = false;

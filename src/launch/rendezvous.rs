@@ -5,6 +5,7 @@
 //! Messages go 2 (N - 1) times over a link an operation: enough for a start-up, not meant for gradients.
 
 mod address;
+mod hosts;
 mod pmi;
 mod star;
 pub mod ways;
@@ -113,16 +114,6 @@ impl Control {
         }
         self.as_root(|links| links.iter().try_for_each(|link| link.send(message, deadline)))?;
         Ok(message.to_vec())
-    }
-
-    /// Whether all ranks run under one kernel and can pass descriptors to each other; the same answer everywhere.
-    pub fn one_host(&mut self) -> Result<bool> {
-        let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let boots = self.all_gather(&boot)?;
-        if boot.is_empty() || boots.iter().any(|other| *other != boot) {
-            return Ok(false);
-        }
-        self.can_pass_fds()
     }
 
     /// Every rank's descriptor on every rank, by rank (its own too). An error where the ranks are not all on one host.

@@ -123,7 +123,7 @@ impl Updater {
             return Ok(Duration::ZERO);
         }
         let waited = self.clip_by_norm(comm)? + self.set_rates(comm)?;
-        self.shards.iter().try_fold(waited, |waited, shard| {
+        let waited = self.shards.iter().try_fold(waited, |waited, shard| {
             // SAFETY: between the buckets and the next step this rank's share of all memory is its own.
             let [grads, params] =
                 [&self.grads, &self.weights.f32].map(|arena| unsafe { arena.slice_mut(bytes(&shard.mine)) });
@@ -132,7 +132,9 @@ impl Updater {
             let gathered = comm.all_gather(unsafe { self.weights.f32.slice_mut(bytes(&shard.bucket)) })?;
             self.round_received(shard, comm);
             Ok(waited + gathered)
-        })
+        })?;
+        // Until the others of this host have rounded what they received for all.
+        Ok(waited + comm.barrier()?)
     }
 
     /// Multiplies the trainable gradients so that their common norm is within its bound.
@@ -196,15 +198,12 @@ impl Updater {
         unsafe { self.weights.round(elements.start, params) };
     }
 
-    /// Rounds to bf16 what other ranks have updated of a bucket, unless that is done where it lies for all.
+    /// Rounds to bf16 what of a bucket has come from elsewhere, for all who share these parameters.
     fn round_received(&self, shard: &Shard, comm: &dyn Communicator) {
-        if !comm.replicas_are_shared() {
-            let Shard { bucket, mine, .. } = shard;
-            for received in [bucket.start..mine.start, mine.end..bucket.end] {
-                // SAFETY: this rank's copy; its layers do not read it before the bucket is done.
-                unsafe { self.weights.round_all(received) };
-            }
-        }
+        comm.received(shard.bucket.len(), &mut |received| {
+            // SAFETY: nobody else writes it, and no layer reads it before the step is over on all ranks of the host.
+            unsafe { self.weights.round_all(shift(received, shard.bucket.start)) };
+        });
     }
 
     /// The rule itself; `state` are elements of the state's arenas.

@@ -1,9 +1,9 @@
-//! MPI's messages as streams of bytes between every two ranks, for the ring schedule.
+//! MPI's messages as streams of bytes between ranks, for the ring schedule.
 //!
-//! To and from every peer there are a few buffers, used in turn: what is sent is copied into one and goes from there, and
-//! as many receives are posted ahead. MPI keeps the messages of two ranks in order, so the oldest buffer is always the next
-//! part of the stream. All requests stand in one table, for one question to MPI (`progress`); between two such questions
-//! nothing changes.
+//! To and from every peer there are a few buffers, used in turn: what is sent is gathered in one and goes from there as one
+//! message, and as many receives are posted ahead. MPI keeps the messages of two ranks in order, so the oldest buffer is
+//! always the next part of the stream. All requests stand in one table, for one question to MPI (`progress`); between two
+//! such questions nothing changes. A byte is copied once on its way out and once on its way in.
 //!
 //! MPI moves a long message only while both ends call it. So an operation ends with `flush`: a rank that went on to other
 //! work with a message half sent would keep its peer waiting.
@@ -19,25 +19,25 @@ use std::ffi::c_int;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
-/// Bytes that a message carries at most; what the schedule sends at once.
-const MESSAGE: usize = 128 << 10;
+/// Bytes that a message carries at most: what the schedule sends at once, with what it puts in front.
+const MESSAGE: usize = (128 << 10) + 64;
 /// Messages under way to a peer, and from it.
 const DEPTH: usize = 4;
 /// All have this one: the communicator is for them alone.
 const TAG: c_int = 0;
 
 pub struct Messages {
-    pub rank: usize,
-    pub size: usize,
     comm: ffi::MPI_Comm,
     health: Arc<Health>,
+    streams: Vec<Stream>,
+    /// The place in `streams`, by rank.
+    places: Vec<usize>,
     /// A buffer of `MESSAGE` bytes for every slot.
     buffers: ManuallyDrop<Arena>,
     /// By slot; null: the buffer is this rank's.
     requests: Vec<ffi::MPI_Request>,
     /// Bytes of the message that has come, by slot.
     lengths: Vec<usize>,
-    streams: Vec<Stream>,
     /// What `progress` is told.
     done: Vec<c_int>,
     statuses: Vec<ffi::MPI_Status>,
@@ -49,8 +49,11 @@ unsafe impl Send for Messages {}
 /// How far the streams to and from one peer have come.
 #[derive(Clone, Default)]
 struct Stream {
+    peer: usize,
     /// Messages sent.
     sent: usize,
+    /// Bytes gathered for the next one.
+    gathered: usize,
     /// Messages read to their end.
     read: usize,
     /// Bytes read of the next one.
@@ -63,9 +66,9 @@ enum Direction {
     In,
 }
 
-/// The place of a peer's message number `number` in the tables.
-fn slot(peer: usize, direction: Direction, number: usize) -> usize {
-    (peer * 2 + direction as usize) * DEPTH + number % DEPTH
+/// Where message number `number` of the stream at `place` stands in the tables.
+fn slot(place: usize, direction: Direction, number: usize) -> usize {
+    (place * 2 + direction as usize) * DEPTH + number % DEPTH
 }
 
 fn is_incoming(slot: usize) -> bool {
@@ -73,40 +76,63 @@ fn is_incoming(slot: usize) -> bool {
 }
 
 impl Messages {
-    /// Collective.
-    pub fn new(rank: usize, size: usize, health: Arc<Health>) -> Result<Messages> {
-        let slots = size * 2 * DEPTH;
-        let comm = duplicate_world()?;
+    /// Between this rank and `peers`, of a world of `size`. Collective over all of these.
+    pub fn new(size: usize, peers: &[usize], health: Arc<Health>) -> Result<Messages> {
+        let slots = peers.len() * 2 * DEPTH;
+        let mut places = vec![usize::MAX; size];
+        peers.iter().enumerate().for_each(|(place, &peer)| places[peer] = place);
         // SAFETY: plain numbers.
         let nothing: ffi::MPI_Status = unsafe { std::mem::zeroed() };
         let mut messages = Messages {
-            rank,
-            size,
-            comm,
+            comm: duplicate_world()?,
             health,
+            streams: peers.iter().map(|&peer| Stream { peer, ..Stream::default() }).collect(),
+            places,
             buffers: ManuallyDrop::new(Arena::host(slots * MESSAGE)?),
             requests: vec![null(); slots],
             lengths: vec![0; slots],
-            streams: vec![Stream::default(); size],
             done: vec![0; slots],
             statuses: vec![nothing; slots],
         };
-        for peer in (0..size).filter(|peer| *peer != rank) {
-            (0..DEPTH).try_for_each(|number| messages.post(peer, number))?;
+        for place in 0..peers.len() {
+            (0..DEPTH).try_for_each(|number| messages.let_come(place, number))?;
         }
         Ok(messages)
     }
 
-    /// Lets the peer's message number `number` come.
-    fn post(&mut self, peer: usize, number: usize) -> Result<()> {
-        let slot = slot(peer, Direction::In, number);
-        let address = self.buffer(slot).u8().as_mut_ptr().cast();
+    /// Posts the receive of message number `number`.
+    fn let_come(&mut self, place: usize, number: usize) -> Result<()> {
+        let slot = slot(place, Direction::In, number);
+        let (address, peer) = (self.buffer(slot).u8().as_mut_ptr().cast(), self.streams[place].peer as c_int);
         // SAFETY: the buffer is left alone until the request is complete, and lives as long.
         let code = unsafe {
             let (count, kind) = (MESSAGE as c_int, ffi::RSMPI_UINT8_T);
-            ffi::MPI_Irecv(address, count, kind, peer as c_int, TAG, self.comm, &mut self.requests[slot])
+            ffi::MPI_Irecv(address, count, kind, peer, TAG, self.comm, &mut self.requests[slot])
         };
         check(code, "receiving")
+    }
+
+    /// Sends what is gathered for a peer, if there is anything.
+    fn let_go(&mut self, place: usize) -> Result<()> {
+        let Stream { peer, sent, gathered, .. } = self.streams[place];
+        if gathered == 0 {
+            return Ok(());
+        }
+        let slot = slot(place, Direction::Out, sent);
+        let address = self.buffer(slot).u8().as_ptr().cast();
+        // SAFETY: the buffer is left alone until the request is complete, and lives as long.
+        let code = unsafe {
+            let (count, kind) = (gathered as c_int, ffi::RSMPI_UINT8_T);
+            ffi::MPI_Isend(address, count, kind, peer as c_int, TAG, self.comm, &mut self.requests[slot])
+        };
+        check(code, "sending")?;
+        self.streams[place].sent += 1;
+        self.streams[place].gathered = 0;
+        Ok(())
+    }
+
+    fn let_all_go(&mut self) -> Result<()> {
+        (0..self.streams.len()).try_for_each(|place| self.let_go(place))
     }
 
     /// Asks MPI what is done; says whether anything is.
@@ -125,25 +151,25 @@ impl Messages {
         }
         check(code, "sending or receiving")?;
         for (&slot, status) in self.done[..count].iter().zip(&self.statuses) {
-            let mut bytes = 0;
-            if is_incoming(slot as usize) {
+            let (slot, mut bytes) = (slot as usize, 0);
+            if is_incoming(slot) {
                 // SAFETY: the status of a receive.
                 check(unsafe { ffi::MPI_Get_count(status, ffi::RSMPI_UINT8_T, &mut bytes) }, "receiving")?;
+                self.lengths[slot] = bytes as usize;
             }
-            self.lengths[slot as usize] = bytes as usize;
         }
         Ok(count > 0)
     }
 
-    /// Waits until `done`, or, without it, until anything has happened.
-    fn wait_until(&mut self, what: &str, done: impl Fn(&Messages) -> bool) -> Result<()> {
+    /// Waits until something has happened after which `enough` says yes.
+    fn wait_until(&mut self, what: &str, enough: impl Fn(&Messages) -> bool) -> Result<()> {
         let (health, patience) = (self.health.clone(), Patience::new());
         let poll = |_| {
             let moved = self.progress()?;
             if !moved {
                 patience.rest();
             }
-            Ok(moved && done(self))
+            Ok(moved && enough(self))
         };
         health.wait(what, poll).map(drop)
     }
@@ -165,50 +191,42 @@ impl Messages {
 }
 
 impl Mesh for Messages {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    fn send(&mut self, peer: usize, bytes: &[u8]) -> Result<usize> {
-        let slot = slot(peer, Direction::Out, self.streams[peer].sent);
+    fn send(&mut self, peer: usize, bytes: &[u8], more: bool) -> Result<usize> {
+        let place = self.places[peer];
+        let Stream { sent, gathered, .. } = self.streams[place];
+        let slot = slot(place, Direction::Out, sent);
         if !self.is_free(slot) {
             return Ok(0);
         }
-        let count = bytes.len().min(MESSAGE);
-        let mut buffer = self.buffer(slot);
-        buffer.u8()[..count].copy_from_slice(&bytes[..count]);
-        let address = buffer.u8().as_ptr().cast();
-        // SAFETY: the buffer is left alone until the request is complete, and lives as long.
-        let code = unsafe {
-            let (length, kind) = (count as c_int, ffi::RSMPI_UINT8_T);
-            ffi::MPI_Isend(address, length, kind, peer as c_int, TAG, self.comm, &mut self.requests[slot])
-        };
-        check(code, "sending")?;
-        self.streams[peer].sent += 1;
+        let count = bytes.len().min(MESSAGE - gathered);
+        self.buffer(slot).u8()[gathered..gathered + count].copy_from_slice(&bytes[..count]);
+        self.streams[place].gathered += count;
+        if !more || gathered + count == MESSAGE {
+            self.let_go(place)?;
+        }
         Ok(count)
     }
 
     fn receive(&mut self, peer: usize, space: &mut [u8]) -> Result<usize> {
-        let Stream { read, offset, .. } = self.streams[peer];
-        let slot = slot(peer, Direction::In, read);
+        let place = self.places[peer];
+        let Stream { read, offset, .. } = self.streams[place];
+        let slot = slot(place, Direction::In, read);
         if !self.is_free(slot) {
             return Ok(0);
         }
         let count = space.len().min(self.lengths[slot] - offset);
         space[..count].copy_from_slice(&self.buffer(slot).u8()[offset..offset + count]);
-        if offset + count < self.lengths[slot] {
-            self.streams[peer].offset += count;
-        } else {
-            self.streams[peer] = Stream { read: read + 1, offset: 0, ..self.streams[peer] };
-            self.post(peer, read + DEPTH)?;
+        self.streams[place].offset += count;
+        if self.streams[place].offset == self.lengths[slot] {
+            self.streams[place].offset = 0;
+            self.streams[place].read += 1;
+            self.let_come(place, read + DEPTH)?;
         }
         Ok(count)
     }
 
     fn wait(&mut self, what: &str, for_peer: usize) -> Result<()> {
+        self.let_all_go()?;
         self.wait_until(what, |_| true).map_err(|error| match self.health.check() {
             // The watch has its own, better account.
             Err(_) => error,
@@ -217,6 +235,7 @@ impl Mesh for Messages {
     }
 
     fn flush(&mut self) -> Result<()> {
+        self.let_all_go()?;
         match self.all_is_sent() {
             true => Ok(()),
             false => self.wait_until("waiting for the other ranks to take what it sent", Messages::all_is_sent),
@@ -225,7 +244,7 @@ impl Mesh for Messages {
 }
 
 impl Drop for Messages {
-    /// Takes back the receives that nobody will answer. After a failure MPI keeps what it has: a peer may still write into it.
+    /// Takes back the receives that nobody will answer. After a failure MPI keeps what it has: a peer may still write there.
     fn drop(&mut self) {
         if self.health.check().is_err() {
             return;

@@ -10,7 +10,7 @@
 //! another length, than its peers is not noticed here: MPI does not say.
 
 use super::Patience;
-use crate::comm::{Communicator, Words, chunk, words};
+use crate::comm::{Communicator, Operation, Words, chunk};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
 use crate::launch::mpi::{check, duplicate_world, is_complete, null};
@@ -182,22 +182,22 @@ impl Communicator for Native {
     }
     fn all_reduce(&mut self, mut data: SliceMut<'_>) -> Result<Duration> {
         let data = data.f32();
-        self.run(words!("all-reduce"), Call::AllReduce, data, pieces(data.len(), 0))
+        self.run(Operation::AllReduce.words(), Call::AllReduce, data, pieces(data.len(), 0))
     }
     fn reduce_scatter(&mut self, mut data: SliceMut<'_>) -> Result<Duration> {
         let data = data.f32();
-        self.run(words!("reduce-scatter"), Call::Reduce, data, pieces_of_chunks(data.len(), self.size))
+        self.run(Operation::ReduceScatter.words(), Call::Reduce, data, pieces_of_chunks(data.len(), self.size))
     }
     fn all_gather(&mut self, mut data: SliceMut<'_>) -> Result<Duration> {
         let data = data.f32();
-        self.run(words!("all-gather"), Call::Broadcast, data, pieces_of_chunks(data.len(), self.size))
+        self.run(Operation::AllGather.words(), Call::Broadcast, data, pieces_of_chunks(data.len(), self.size))
     }
     fn broadcast(&mut self, mut data: SliceMut<'_>, root: usize) -> Result<Duration> {
         let data = data.f32();
-        self.run(words!("broadcast"), Call::Broadcast, data, pieces(data.len(), root))
+        self.run(Operation::Broadcast.words(), Call::Broadcast, data, pieces(data.len(), root))
     }
     fn barrier(&mut self) -> Result<Duration> {
-        let words = words!("barrier");
+        let words = Operation::Barrier.words();
         let mut request = null();
         // SAFETY: the request lives until it is complete.
         check(unsafe { ffi::MPI_Ibarrier(self.comm, &mut request) }, words.name)?;

@@ -8,7 +8,7 @@
 //! have done with the one of point e.
 
 use super::memory::{Mapping, share};
-use crate::comm::{Words, words};
+use crate::comm::Operation;
 use crate::error::{Error, Result};
 use crate::launch::rendezvous::Control;
 use crate::launch::watch::Health;
@@ -36,30 +36,6 @@ pub struct Call {
     pub arena: u64,
     /// Its address there.
     pub offset: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Operation {
-    AllReduce,
-    ReduceScatter,
-    AllGather,
-    ReduceUpdate,
-    Broadcast,
-    Barrier,
-}
-
-impl Operation {
-    fn words(self) -> Words {
-        match self {
-            Operation::AllReduce => words!("all-reduce"),
-            Operation::ReduceScatter => words!("reduce-scatter"),
-            Operation::AllGather => words!("all-gather"),
-            Operation::ReduceUpdate => words!("reduce-and-update"),
-            Operation::Broadcast => words!("broadcast"),
-            Operation::Barrier => words!("barrier"),
-        }
-    }
 }
 
 impl Call {
@@ -94,6 +70,8 @@ struct State {
 
 pub struct Board {
     rank: usize,
+    /// Their ranks in the world, for messages.
+    names: Vec<usize>,
     boards: Vec<Arc<Mapping>>,
     reached: u32,
     /// Whether a wait may look a while before it sleeps: only with a core for every rank.
@@ -104,11 +82,12 @@ pub struct Board {
 }
 
 impl Board {
-    pub fn new(control: &mut Control, health: Arc<Health>) -> Result<Board> {
+    /// `names`: by rank among these, the rank in the world.
+    pub fn new(control: &mut Control, names: Vec<usize>, health: Arc<Health>) -> Result<Board> {
         let size = control.size();
         let spins = spins(cores(control)?, size);
         let boards = share(control, "lockstep-board", size_of::<Lines>())?;
-        Ok(Board { rank: control.rank(), boards, reached: 0, spins, health, waiting: "" })
+        Ok(Board { rank: control.rank(), names, boards, reached: 0, spins, health, waiting: "" })
     }
 
     pub fn size(&self) -> usize {
@@ -129,12 +108,12 @@ impl Board {
             let other = self.call(rank);
             if !call.same(other) {
                 return Err(Error::internal(format!(
-                    "the ranks are out of step: rank {rank} called {} of {} values (root {}), rank {} {} of {} \
-                     values (root {})",
+                    "the ranks are out of step: rank {} called {} of {} values (root {}), rank {} {} of {} values (root {})",
+                    self.names[rank],
                     other.operation.words().name,
                     other.len,
                     other.root,
-                    self.rank,
+                    self.names[self.rank],
                     call.operation.words().name,
                     call.len,
                     call.root
@@ -192,7 +171,9 @@ impl Board {
             state.sleepers.fetch_sub(1, SeqCst);
             let gone = state.gone.load(SeqCst) != 0;
             match self.has_come(rank) {
-                false if gone => Err(Error::peer_lost(format!("rank {rank} has left; its own message says why"))),
+                false if gone => {
+                    Err(Error::peer_lost(format!("rank {} has left; its own message says why", self.names[rank])))
+                }
                 come => Ok(come),
             }
         };
@@ -200,7 +181,8 @@ impl Board {
             // The watch has its own, better account.
             Err(_) => error,
             Ok(()) => {
-                let missing: Vec<usize> = (0..self.size()).filter(|&rank| !self.has_come(rank)).collect();
+                let missing = (0..self.size()).filter(|&rank| !self.has_come(rank)).map(|rank| self.names[rank]);
+                let missing: Vec<usize> = missing.collect();
                 error.context(format!("ranks {missing:?} have not come"))
             }
         })
@@ -275,7 +257,8 @@ mod tests {
                 let mut set = CpuSet::new();
                 set.set(core);
                 sched_setaffinity(None, &set).unwrap();
-                Board::new(&mut control, Health::new(Duration::from_secs(60))).unwrap().spins
+                let names = (0..control.size()).collect();
+                Board::new(&mut control, names, Health::new(Duration::from_secs(60))).unwrap().spins
             })
         };
         let threads: Vec<_> = Control::local(cores.len()).unwrap().into_iter().zip(cores).map(rank).collect();

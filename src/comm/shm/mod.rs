@@ -20,12 +20,12 @@ mod board;
 mod memory;
 
 use super::sum::{self, values_mut};
-use super::{Communicator, Update, chunk, reduce_then_update};
+use super::{Communicator, Operation, Update, chunk, reduce_then_update};
 use crate::device::{Arena, Place, SliceMut};
 use crate::error::Result;
 use crate::launch::rendezvous::Control;
 use crate::launch::watch::Health;
-use board::{Board, Call, Operation, SHORT};
+use board::{Board, Call, SHORT};
 use memory::{Mapping, share, share_one};
 use std::ops::Range;
 use std::sync::Arc;
@@ -59,8 +59,9 @@ impl Shared {
 }
 
 impl Shm {
-    pub fn new(mut control: Control, health: Arc<Health>) -> Result<Shm> {
-        let board = Board::new(&mut control, health)?;
+    /// Among the ranks of `control`, which are `names` in the world. Collective.
+    pub fn new(mut control: Control, names: Vec<usize>, health: Arc<Health>) -> Result<Shm> {
+        let board = Board::new(&mut control, names, health)?;
         let staging = share(&mut control, "lockstep-staging", 2 * PIECE * size_of::<f32>())?;
         let (rank, size) = (control.rank(), control.size());
         Ok(Shm { rank, size, control, board, staging, arenas: Vec::new(), addresses: vec![0; size] })
@@ -81,6 +82,30 @@ impl Shm {
         }
         self.direct(call);
         Ok(waited + self.board.synchronise()?)
+    }
+
+    /// The ranks arrive at an operation whose work is done elsewhere, and then `leave`. Gives where each has its data, or
+    /// `None` if one's is in no arena.
+    pub fn arrive(
+        &mut self,
+        operation: Operation,
+        root: usize,
+        data: &SliceMut<'_>,
+    ) -> Result<(Duration, Option<&[usize]>)> {
+        let (arena, offset) = self.locate(data);
+        let len = (data.bytes() / size_of::<f32>()) as u64;
+        let waited = self.board.agree(Call { operation, root: root as u32, len, arena, offset }, |_| ())?;
+        let found = len == 0 || self.find();
+        Ok((waited, found.then_some(&self.addresses)))
+    }
+
+    pub fn leave(&mut self) -> Result<Duration> {
+        self.board.synchronise()
+    }
+
+    /// Whether terms and values are where a `reduce_update` is one pass.
+    pub fn reaches(&self, terms: &SliceMut<'_>, values: &SliceMut<'_>) -> bool {
+        self.locate(terms).0 > 0 && self.is_replicated(self.locate(values).0)
     }
 
     /// Everyone's values, or this rank's part of them, are in the notices.
@@ -217,9 +242,6 @@ impl Communicator for Shm {
     fn all_gather(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(Operation::AllGather, 0, data)
     }
-    fn replicas_are_shared(&self) -> bool {
-        true
-    }
 
     fn reduce_update(
         &mut self,
@@ -227,11 +249,10 @@ impl Communicator for Shm {
         mut values: SliceMut<'_>,
         update: &Update<'_>,
     ) -> Result<Duration> {
-        let (arena, offset) = self.locate(&terms);
-        let (replica, _) = self.locate(&values);
-        if arena == 0 || !self.is_replicated(replica) {
+        if !self.reaches(&terms, &values) {
             return reduce_then_update(self, terms, values, update);
         }
+        let (arena, offset) = self.locate(&terms);
         let (len, first) = (terms.f32().len(), values.address());
         assert_eq!(len, values.f32().len(), "a value for every sum");
         let call = Call { operation: Operation::ReduceUpdate, root: 0, len: len as u64, arena, offset };

@@ -1,7 +1,8 @@
 use super::*;
 use crate::comm::bucket::Reducer;
-use crate::comm::{connect, split};
-use crate::config::raw::{Config, Parallel, TransportChoice};
+use crate::comm::hosts::Hosts;
+use crate::comm::{connect_hosts, split};
+use crate::config::raw::Config;
 use crate::device::Place;
 use crate::launch::{rendezvous::Control, watch::Health};
 use crate::model::net::Options;
@@ -67,7 +68,8 @@ fn at(step: u64) -> At {
 
 #[derive(Clone, Copy, Debug)]
 struct World {
-    transport: TransportChoice,
+    /// Ranks that share a host: with all of them it is shm, with one tcp.
+    a_host: usize,
     size: usize,
     overlap: bool,
     bucket_bytes: usize,
@@ -114,7 +116,8 @@ impl World {
         terms: Terms,
         found: Option<&State>,
     ) -> (Vec<f32>, Vec<Tensor>) {
-        let mut comm = connect(&Parallel::over(self.transport), control, Health::new(Duration::from_secs(60))).unwrap();
+        let hosts = Hosts::new(&(0..control.size()).map(|rank| rank / self.a_host).collect::<Vec<_>>());
+        let mut comm = connect_hosts(hosts, control, Health::new(Duration::from_secs(60))).unwrap();
         let (rank, size) = (comm.rank(), comm.size());
         let spec = NetSpec::new(&config.model).unwrap();
         let (len, precision) = (ParamTable::new(&spec).len(), Precision::Bf16);
@@ -222,11 +225,11 @@ fn plainly(optimizer: &str, size: usize, steps: u64, terms: Terms) -> (Vec<f32>,
 }
 
 fn worlds() -> impl Iterator<Item = World> {
-    let transports = [TransportChoice::Shm, TransportChoice::Tcp];
-    let sizes = transports.into_iter().flat_map(|transport| (1..=4).map(move |size| (transport, size)));
-    sizes.flat_map(|(transport, size)| {
+    let hosts = [4, 1, 2];
+    let sizes = hosts.into_iter().flat_map(|a_host| (1..=4).map(move |size| (a_host, size)));
+    sizes.flat_map(|(a_host, size)| {
         [(true, 0), (false, 5000), (true, usize::MAX)].map(|(overlap, bucket_bytes)| World {
-            transport,
+            a_host,
             size,
             overlap,
             bucket_bytes,
@@ -234,7 +237,7 @@ fn worlds() -> impl Iterator<Item = World> {
     })
 }
 
-/// Bit for bit an all-reduce followed by the plain optimizer: over both transports, 1 to 4 ranks, with and without a
+/// Bit for bit an all-reduce followed by the plain optimizer: over shared memory, tcp and both, 1 to 4 ranks, with and without a
 /// communication thread, however the buckets are cut. So norms, too, depend on nothing but the sums.
 #[test]
 fn sharded_updates_are_those_of_the_plain_optimizer() {
@@ -263,8 +266,7 @@ fn norms_are_those_of_whole_tensors() {
     let table = ParamTable::new(&NetSpec::new(&config.model).unwrap());
     let values: Vec<f32> = (0..table.len()).map(|index| terms(0, 0, index)).collect();
     let rank = |control: Control| {
-        let mut comm =
-            connect(&Parallel::over(TransportChoice::Shm), control, Health::new(Duration::from_secs(60))).unwrap();
+        let mut comm = connect_hosts(Hosts::new(&[(); 2]), control, Health::new(Duration::from_secs(60))).unwrap();
         let arena = Arena::host(4 * table.len()).unwrap();
         // SAFETY: nobody else has this arena.
         unsafe { arena.slice_mut(0..arena.bytes()) }.f32().copy_from_slice(&values);
