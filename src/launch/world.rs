@@ -134,7 +134,7 @@ impl World {
             Meeting::Folder { folder, job } => ways::through_folder(party, folder, job, &interface)?,
             Meeting::Pmi { fd } => ways::through_pmi(party, *fd, &interface)?,
             #[cfg(feature = "mpi")]
-            Meeting::Mpi => ways::through_broadcast(party, &interface, mpi::broadcast)?,
+            Meeting::Mpi { one_node } => ways::through_broadcast(party, *one_node, &interface, mpi::broadcast)?,
         };
         let [first, second] = <[Control; 2]>::try_from(stars).expect("two stars were asked for");
         Ok((first, second))

@@ -170,14 +170,20 @@ pub fn through_pmi(party: Party, fd: i32, interface: &Interface) -> Result<Vec<C
     star::join(party, place, false, || Ok(note.candidates(interface.chosen_ip())))
 }
 
-/// Rank 0's note goes to the others by `broadcast`, which gives every rank what rank 0 gives it, by the deadline.
+/// Rank 0's note, or on one node the name of its socket, goes to the others by `broadcast`, which gives every rank what rank 0
+/// gives it, by the deadline.
 #[cfg(feature = "mpi")]
 pub fn through_broadcast(
     party: Party,
+    one_node: bool,
     interface: &Interface,
     broadcast: impl FnOnce(&str, Instant) -> Result<String>,
 ) -> Result<Vec<Control>> {
     let deadline = Instant::now() + party.timeout;
+    if one_node {
+        let name = format!("lockstep-{:016x}", RandomState::new().hash_one(party.size));
+        return at_socket(party, &broadcast(&name, deadline)?);
+    }
     if party.rank == 0 {
         let (listener, note) = Note::of_listener(interface)?;
         broadcast(&note.to_string(), deadline)?;

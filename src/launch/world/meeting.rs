@@ -23,9 +23,9 @@ pub enum Meeting {
     Folder { folder: PathBuf, job: String },
     /// Rank 0 tells its address to the process manager at the other end of this descriptor.
     Pmi { fd: i32 },
-    /// Rank 0 tells its address by a broadcast of MPI's.
+    /// Rank 0 tells its address, or on one node the name of a socket, by a broadcast of MPI's.
     #[cfg(feature = "mpi")]
-    Mpi,
+    Mpi { one_node: bool },
 }
 
 impl Meeting {
@@ -43,6 +43,10 @@ impl Meeting {
         if let Some(place) = lookup(RENDEZVOUS) {
             return Ok(Meeting::Folder { folder: folder(&place)?, job: job.unwrap_or_default() });
         }
+        #[cfg(feature = "mpi")]
+        if first.launcher.starts_mpi() && (one_node || lookup("MASTER_ADDR").is_none()) {
+            return Ok(Meeting::Mpi { one_node });
+        }
         if one_node {
             return Ok(Meeting::Node { job });
         }
@@ -50,10 +54,6 @@ impl Meeting {
         let (host, port) = (lookup("MASTER_ADDR"), master_port(lookup)?);
         if let (Some(host), Some(port)) = (host.clone(), port) {
             return Ok(Meeting::Tcp { host, ports: vec![port], job: job.unwrap_or_default() });
-        }
-        #[cfg(feature = "mpi")]
-        if first.launcher.starts_mpi() {
-            return Ok(Meeting::Mpi);
         }
         if let (Some(_), Some(job)) = (slurm, job) {
             let host = host.map_or_else(|| first_host(lookup), Ok)?;
