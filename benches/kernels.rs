@@ -194,6 +194,7 @@ impl Bench {
             params: &read(&self.params),
             params_bf16: &[],
             grad_params: &mut self.grads.iter_mut().map(Buffer::write).collect::<Vec<_>>(),
+            factors: SliceMut::empty(),
             saved: self.saved.read(),
             scratch: self.scratch.write(),
         };

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole test command. Needs Rust; installs the rest where it may: a C compiler for the linker and for BLAKE3's
-# assembly, rustfmt, clippy, shellcheck. What is missing and cannot be installed is named and skipped, except the C
+# assembly, rustfmt, clippy, shellcheck, iproute2 for hosts made of network namespaces. What is missing and cannot be installed is named and skipped, except the C
 # compiler. Tests that need a data set look into $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +23,7 @@ for path in glob.glob("scripts/**/*.py", recursive=True): compile(open(path).rea
         step cargo clippy --all-targets -- -D warnings
     fi
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
+    { have ip && have tc; } || apt_install iproute2 || true
     step cargo test
     mpi openmpi "libopenmpi-dev openmpi-bin" && open_mpi_5
     mpi mpich "libmpich-dev mpich" || true

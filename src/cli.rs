@@ -90,6 +90,9 @@ pub struct PlanArgs {
     /// Ranks to plan for [default: -n, else 1]
     #[arg(long, value_name = "N", value_parser = ranks)]
     pub np: Option<usize>,
+    /// Hosts that share the ranks
+    #[arg(long, value_name = "H", default_value = "1", value_parser = ranks)]
+    pub hosts: usize,
 }
 
 /// Evaluate a checkpoint on the test set
@@ -159,7 +162,7 @@ pub fn run(cli: Cli) -> Result<u8> {
     match command {
         Command::Plan(args) => {
             let ranks = args.np.or(cli.ranks).unwrap_or(1);
-            print(&plan::describe(&args.experiment.load()?, ranks)?)
+            print(&plan::describe(&args.experiment.load()?, ranks, args.hosts)?)
         }
         Command::Eval(args) => {
             let config = args.experiment.load()?;

@@ -28,11 +28,12 @@ pub enum Kind {
 pub struct Error {
     kind: Kind,
     message: String,
+    said_by_rank_0: bool,
 }
 
 impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Error { kind, message: message.into() }
+        Error { kind, message: message.into(), said_by_rank_0: false }
     }
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Kind::Internal, message)
@@ -52,6 +53,13 @@ impl Error {
 
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+    /// All ranks have this error, and rank 0 tells it to the user: here it decides the exit code alone.
+    pub fn said_by_rank_0(self) -> Self {
+        Error { said_by_rank_0: true, ..self }
+    }
+    pub fn is_said_by_rank_0(&self) -> bool {
+        self.said_by_rank_0
     }
     pub fn exit_code(&self) -> u8 {
         self.kind as u8

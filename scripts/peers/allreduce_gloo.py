@@ -3,6 +3,8 @@ in every iteration, filled and checked outside of the timing, the time of an ite
 One JSON object a size.
 
     python allreduce_gloo.py -n 2 --min-bytes 1024 --max-bytes 67108864 --factor 16
+
+Starts its ranks, or is one of them where torchrun's variables say so.
 """
 
 import argparse
@@ -23,6 +25,9 @@ def main():
     parser.add_argument("--max-bytes", type=int, default=256 << 20)
     parser.add_argument("--factor", type=int, default=2)
     options = parser.parse_args()
+    if "RANK" in os.environ:
+        options.n = int(os.environ["WORLD_SIZE"])
+        return run(int(os.environ["RANK"]), options)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

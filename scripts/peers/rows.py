@@ -25,8 +25,9 @@ def provenance():
     return [datetime.date.today().isoformat(), commit, f"{next(names, 'unknown CPU')}, {os.cpu_count()} cores"]
 
 
-def show(header, row):
-    """A table of one row."""
+def show(header, *rows):
+    """A table."""
     print("\n| " + " | ".join(header) + " |")
     print("| " + " | ".join("---" for _ in header) + " |")
-    print("| " + " | ".join(row) + " |")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")

@@ -3,26 +3,42 @@
 use super::bytes;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
 use crate::config::raw::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::params::{ParamTable, Role};
 use crate::model::precision::Precision;
 use crate::model::spec::{NetSpec, Node};
 use crate::optim;
+use crate::train::factors::{self, Estimate};
 use crate::train::setup::{Parts, checked_plan};
+use crate::train::update::needs_norms;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::fmt::Write;
 
-pub fn describe(config: &Config, ranks: usize) -> Result<String> {
+pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
+    if hosts > ranks {
+        return Err(Error::usage(format!("--hosts {hosts}: {ranks} ranks are on {ranks} hosts at most")));
+    }
     let net = NetSpec::new(&config.model)?;
     let parts = Parts::open(config)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let plan = checked_plan(config, &net, &parts, Ranks { size: ranks, local_size: ranks, cores })?;
+    let plan =
+        checked_plan(config, &net, &parts, Ranks { size: ranks, threads: (cores / ranks.div_ceil(hosts)).max(1) })?;
     let params = ParamTable::new(&net);
     let memory = Memory { precision: config.run.precision, batch: plan.micro_batch };
 
     let mut text = format!("# Configuration, defaults filled in\n\n{}", config.resolved());
     let _ = write!(text, "\n# Layers\n\n{}\n\n{}", layers(&net, &memory), totals(&net, &params, &plan, &memory));
-    let _ = write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan));
+    let estimates = factors::estimate(&config.parallel, &net, &plan, hosts, needs_norms(&config.optimizer));
+    if hosts > 1 && !estimates.is_empty() {
+        let _ = write!(
+            text,
+            "\n# Linear layers: what a host sends in a step, and how long it takes\n\n{}\n",
+            exchange(config, &net, &estimates)
+        );
+    }
+    let chosen = |node| estimates.iter().any(|estimate| estimate.node == node && estimate.chosen);
+    let _ =
+        write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan, chosen));
     let _ = write!(text, "\n# A step and rank\n\n{}", traffic(config, &params, &plan));
     let _ = write!(text, "\n# The run\n\n{}", run(&plan, parts.samples()));
     Ok(text)
@@ -75,10 +91,28 @@ fn totals(net: &NetSpec, params: &ParamTable, plan: &Plan, memory: &Memory) -> S
     )
 }
 
-fn buckets(params: &ParamTable, plan: &Plan) -> Table {
+/// The cost model of `[parallel] factor_exchange`.
+fn exchange(config: &Config, net: &NetSpec, estimates: &[Estimate]) -> String {
+    let mut table = table(&["layer", "gradient", "factors", "gradient ms", "factors ms", "exchanged"]);
+    for estimate in estimates {
+        table.add_row([
+            net.nodes[estimate.node].name.clone(),
+            bytes(estimate.gradient_bytes),
+            bytes(estimate.factor_bytes),
+            format!("{:.1}", estimate.gradient_s * 1e3),
+            format!("{:.1}", estimate.factors_s * 1e3),
+            (if estimate.chosen { "factors" } else { "gradient" }).to_owned(),
+        ]);
+    }
+    right_align(&mut table, 1..5);
+    let link = config.parallel.network_gbit_s;
+    format!("{table}\n\nat {link} Gbit/s (parallel.network_gbit_s), the products that factors take included\n")
+}
+
+fn buckets(params: &ParamTable, plan: &Plan, apart: impl Fn(usize) -> bool) -> Table {
     let mut table = table(&["bucket", "bytes", "parameters"]);
     table.set_content_arrangement(ContentArrangement::Dynamic).set_width(100);
-    for (number, bucket) in params.buckets(plan.bucket_bytes).into_iter().enumerate() {
+    for (number, bucket) in params.buckets(plan.bucket_bytes, apart).into_iter().enumerate() {
         let inside = params.params.iter().filter(|param| bucket.contains(&param.range.start));
         let names: Vec<&str> = inside.map(|param| param.name.as_str()).collect();
         table.add_row([number.to_string(), (bucket.len() * size_of::<f32>()).to_string(), names.join(" ")]);

@@ -99,6 +99,9 @@ impl Communicator for Cluster {
     fn size(&self) -> usize {
         self.ring.hosts().size()
     }
+    fn hosts(&self) -> Hosts {
+        self.ring.hosts().clone()
+    }
     fn transport(&self) -> &'static str {
         self.transport
     }

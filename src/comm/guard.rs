@@ -4,6 +4,7 @@
 //! still write into this rank's arenas. So the first error, of whatever operation or from the watch, is the answer to
 //! every later operation, and it ends this rank's other waits.
 
+use super::hosts::Hosts;
 use super::{Communicator, Update};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
@@ -35,6 +36,9 @@ impl Communicator for Guarded {
     }
     fn size(&self) -> usize {
         self.comm.size()
+    }
+    fn hosts(&self) -> Hosts {
+        self.comm.hosts()
     }
     fn transport(&self) -> &'static str {
         self.comm.transport()

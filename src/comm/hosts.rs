@@ -114,7 +114,7 @@ mod tests {
     fn equal_hosts_talk_rank_by_rank_and_send_one_sum() {
         let hosts = Hosts::new(&["a", "a", "b", "b", "c", "c", "d", "d"]);
         assert_eq!((hosts.count(), hosts.peers(3)), (4, vec![1, 5, 7]));
-        assert_eq!(hosts.subtrees(2), [4..6]);
+        assert!(hosts.subtrees(2).into_iter().eq(std::iter::once(4..6)));
         assert_eq!(hosts.represented(3).collect::<Vec<_>>(), [1, 5, 7]);
     }
 

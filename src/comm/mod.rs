@@ -102,6 +102,8 @@ pub fn mpi_library() -> Option<String> {
 pub trait Communicator: Send {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
+    /// Which ranks share memory.
+    fn hosts(&self) -> Hosts;
     /// `"shm"`, `"tcp"`, `"shm+tcp"`, and with mpi for tcp.
     fn transport(&self) -> &'static str;
 

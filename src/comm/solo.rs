@@ -1,6 +1,7 @@
 //! A world of one rank: every collective is done before it begins.
 
 use super::Communicator;
+use super::hosts::Hosts;
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
 use std::time::Duration;
@@ -13,6 +14,9 @@ impl Communicator for Solo {
     }
     fn size(&self) -> usize {
         1
+    }
+    fn hosts(&self) -> Hosts {
+        Hosts::apart(1)
     }
     fn transport(&self) -> &'static str {
         "none"

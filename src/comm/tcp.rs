@@ -6,7 +6,7 @@
 use super::ring::Mesh;
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::link::{self, Link};
-use crate::launch::rendezvous::Control;
+use crate::launch::rendezvous::{Control, host};
 use crate::launch::watch::Health;
 use rustix::event::epoll::{self, EventFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -37,7 +37,7 @@ pub struct Sockets {
 }
 
 struct Peer {
-    socket: Socket,
+    socket: Arc<Socket>,
     /// Whether the next call may succeed: set by epoll, cleared when a call says no.
     readable: bool,
     writable: bool,
@@ -46,6 +46,7 @@ struct Peer {
 /// Where a rank listens, as it tells the others.
 #[derive(Serialize, Deserialize)]
 struct Announcement {
+    host: String,
     /// `None`: on rank 0's host.
     ip: Option<IpAddr>,
     port: u16,
@@ -60,8 +61,8 @@ impl Sockets {
         let (listener, port) =
             listen(control.root_ip().is_ipv6(), size).or_kind(Kind::Internal, "listening for peers")?;
         let token = RandomState::new().hash_one(port);
-        let mine = serde_json::to_vec(&Announcement { ip: control.own_ip(), port, token }).expect("plain data");
-        let all = control.all_gather(&mine)?;
+        let mine = Announcement { host: host().to_string(), ip: control.own_ip(), port, token };
+        let all = control.all_gather(&serde_json::to_vec(&mine).expect("plain data"))?;
         let all: Vec<Announcement> = all
             .iter()
             .map(|bytes| serde_json::from_slice(bytes))
@@ -72,9 +73,9 @@ impl Sockets {
         let deadline = Instant::now() + CONNECT;
         let mut links = Vec::with_capacity(peers.len());
         for &peer in peers.iter().filter(|&&peer| peer < rank) {
-            let Announcement { ip, port, .. } = all[peer];
+            let Announcement { ref host, ip, port, .. } = all[peer];
             let address = SocketAddr::new(ip.unwrap_or(control.root_ip()), port);
-            links.push(introduce(rank, peer, address, token, deadline)?);
+            links.push(introduce(rank, peer, address, token, deadline).map_err(|e| unconnected(e, rank, peer, host))?);
         }
         while links.len() < peers.len() {
             let peer = admit(&listener, token, deadline)?;
@@ -83,9 +84,10 @@ impl Sockets {
                 Some(link) if link.peer > rank && peers.contains(&link.peer) && missing(&link.peer) => links.push(link),
                 Some(link) => return Err(Error::internal(format!("an unexpected connection from rank {}", link.peer))),
                 None => {
-                    let missing: Vec<usize> =
-                        peers.iter().copied().filter(|&peer| peer > rank).filter(missing).collect();
-                    return Err(Error::peer_lost(format!("ranks {missing:?} did not connect within {CONNECT:?}")));
+                    let missing = peers.iter().find(|&&peer| peer > rank && missing(&peer));
+                    let peer = *missing.expect("one is missing while there are fewer links than peers");
+                    let silent = Error::peer_lost(format!("it did not come within {CONNECT:?}"));
+                    return Err(unconnected(silent, rank, peer, &all[peer].host));
                 }
             }
         }
@@ -97,10 +99,12 @@ impl Sockets {
         let mut peers: Vec<Option<Peer>> = (0..size).map(|_| None).collect();
         for Link { peer, socket } in links {
             socket.set_tcp_nodelay(true)?;
-            link::keep_alive(&socket)?;
             socket.set_tcp_notsent_lowat(UNSENT)?;
+            link::keep_alive(&socket)?;
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
             epoll::add(&epoll, &socket, epoll::EventData::new_u64(peer as u64), flags)?;
+            let socket = Arc::new(socket);
+            health.look_after(peer, &socket);
             peers[peer] = Some(Peer { socket, readable: true, writable: true });
         }
         Ok(Sockets { peers, epoll, health })
@@ -193,15 +197,21 @@ fn listen(ipv6: bool, backlog: usize) -> std::io::Result<(Socket, u16)> {
 
 /// Connects to `peer` and says who comes.
 fn introduce(rank: usize, peer: usize, address: SocketAddr, token: u64, deadline: Instant) -> Result<Link> {
-    let what = format!("rank {rank} connecting to rank {peer} at {address}");
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).or_kind(Kind::Internal, &what)?;
-    socket.connect_timeout(&address.into(), CONNECT).or_kind(Kind::PeerLost, &what)?;
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).or_kind(Kind::Internal, address)?;
+    socket.connect_timeout(&address.into(), CONNECT).or_kind(Kind::PeerLost, address)?;
     let link = Link::new(peer, socket);
     let mut hello = [0; 12];
     hello[..8].copy_from_slice(&token.to_le_bytes());
     hello[8..].copy_from_slice(&(rank as u32).to_le_bytes());
-    link.write(&hello, deadline).or_kind(Kind::PeerLost, &what)?;
+    link.write(&hello, deadline).or_kind(Kind::PeerLost, address)?;
     Ok(link)
+}
+
+/// Both met rank 0, so it is the network between the two.
+fn unconnected(error: Error, rank: usize, peer: usize, peers_host: &str) -> Error {
+    let what = format!("rank {rank} on {} and rank {peer} on {peers_host} cannot connect", host());
+    let remedy = "if no firewall is between them, the hosts share another network: name it with [parallel] interface";
+    Error::new(error.kind(), format!("{what}: {error}; {remedy}"))
 }
 
 /// The next connection that shows the token; `None` at the deadline.

@@ -14,7 +14,7 @@ pub mod plan;
 pub mod raw;
 
 pub use load::load;
-pub use resolved::difference;
+pub use resolved::{difference, leaves};
 pub use schema::schema;
 
 #[cfg(test)]

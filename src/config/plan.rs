@@ -8,17 +8,8 @@ use crate::error::{Error, Result};
 pub struct Ranks {
     /// The world size.
     pub size: usize,
-    /// Ranks on this node.
-    pub local_size: usize,
-    /// Cores that the ranks of this node share.
-    pub cores: usize,
-}
-
-impl Ranks {
-    /// This rank's share of the cores.
-    pub fn threads(&self) -> usize {
-        (self.cores / self.local_size).max(1)
-    }
+    /// Compute threads of each.
+    pub threads: usize,
 }
 
 /// Samples of each part, after the validation split.
@@ -100,7 +91,7 @@ impl Plan {
             checkpoint: cadence(config.checkpoint.every_steps, config.checkpoint.every_epochs),
             log_every_steps: config.log.every_steps,
             bucket_bytes: (config.parallel.bucket_mib * f64::from(1 << 20)) as usize,
-            threads: ranks.threads(),
+            threads: ranks.threads,
         })
     }
 
@@ -190,7 +181,7 @@ mod tests {
 
     fn plan(sets: &[&str], size: usize, train: usize) -> Result<Plan> {
         let samples = Samples { train, validation: 0, test: 10 };
-        Plan::new(&parse(MINIMAL, sets).unwrap(), Ranks { size, local_size: size, cores: 8 }, samples)
+        Plan::new(&parse(MINIMAL, sets).unwrap(), Ranks { size, threads: 2 }, samples)
     }
 
     #[test]

@@ -28,11 +28,6 @@ impl Config {
         whole
     }
 
-    /// BLAKE3 of the resolved configuration: equal on ranks that run the same experiment.
-    pub fn digest(&self) -> blake3::Hash {
-        blake3::hash(self.resolved().to_string().as_bytes())
-    }
-
     fn resolved_model(&self) -> Table {
         let layers = self.model.layers.iter().map(|layer| {
             let from = layer.from.iter().cloned().map(Value::String).collect::<Vec<_>>();
@@ -98,7 +93,7 @@ fn shorten_floats(value: &mut Value) {
 }
 
 /// Every value that is neither a table nor an array, under its dotted key.
-fn leaves(table: &Table) -> BTreeMap<String, Value> {
+pub fn leaves(table: &Table) -> BTreeMap<String, Value> {
     fn walk(value: &Value, key: String, found: &mut BTreeMap<String, Value>) {
         let below = |step: &str| if key.is_empty() { step.to_owned() } else { format!("{key}.{step}") };
         match value {

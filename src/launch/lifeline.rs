@@ -53,7 +53,7 @@ pub fn receive_stars(rank: usize, size: usize) -> Result<(Control, Control)> {
     Ok((star()?, star()?))
 }
 
-/// A process's last word: to the launcher if there is one, else to standard error. Only the first call counts, so that
+/// A process's last word: to the launcher if there is one, else to standard error, unless rank 0 says it. Only the first call counts, so that
 /// the main thread and the watch do not both speak.
 pub fn report(error: &Error) {
     static SPOKEN: AtomicBool = AtomicBool::new(false);
@@ -62,7 +62,7 @@ pub fn report(error: &Error) {
     }
     let text = error.to_string();
     let heard = LIFELINE.get().is_some_and(|lifeline| lifeline.send(text.as_bytes(), Instant::now()).is_ok());
-    if !heard {
+    if !heard && !error.is_said_by_rank_0() {
         eprintln!("{}", last_word(error.kind() as i32, &text));
     }
 }

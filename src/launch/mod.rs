@@ -1,6 +1,7 @@
 //! Who am I among the ranks (`world`), starting ranks (`spawn`), finding each other (`rendezvous`), watching each other
-//! (`watch`), and the wish to stop (`signals`).
+//! (`watch`), the cores of each (`cores`), and the wish to stop (`signals`).
 
+pub mod cores;
 pub mod lifeline;
 pub mod link;
 #[cfg(feature = "mpi")]

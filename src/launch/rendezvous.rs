@@ -68,6 +68,11 @@ impl Control {
         fds.into_iter().enumerate().map(|(rank, fds)| Control::from_fds(rank, size, fds)).collect()
     }
 
+    /// A star of ranks of one node, which meet at an abstract socket. `name` must be the same for all of them and no others'.
+    pub fn abstract_unix(rank: usize, size: usize, name: &str, timeout: Duration) -> Result<Control> {
+        Ok(ways::at_socket(Party { rank, size, stars: 1, timeout }, name)?.remove(0))
+    }
+
     fn new(rank: usize, size: usize, links: Vec<Link>, timeout: Duration) -> Control {
         Control { rank, size, links, timeout, passing: None }
     }
@@ -170,8 +175,7 @@ impl Control {
         let random = RandomState::new().hash_one(std::process::id());
         let name = self.broadcast(format!("lockstep-{random:016x}").as_bytes())?;
         let name = String::from_utf8_lossy(&name).into_owned();
-        let party = Party { rank: self.rank, size: self.size, stars: 1, timeout: Duration::from_secs(5) };
-        let star = ways::at_socket(party, &name).map(|mut stars| stars.remove(0));
+        let star = Control::abstract_unix(self.rank, self.size, &name, Duration::from_secs(5));
         let votes = self.all_gather(&[u8::from(star.is_ok())])?;
         let all = votes.iter().all(|vote| vote[..] == [1]);
         if let (true, Ok(mut star)) = (all, star) {

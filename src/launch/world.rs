@@ -2,7 +2,7 @@
 //!
 //! `World::from_env` is a pure function of the variables: `variables` reads who is who, `meeting` chooses where they meet.
 
-mod lists;
+pub(super) mod lists;
 mod meeting;
 mod variables;
 
@@ -123,6 +123,9 @@ impl World {
     /// how long to wait.
     pub fn connect(&self, parallel: &Parallel) -> Result<(Control, Control)> {
         let World { rank, size, .. } = *self;
+        if rank == 0 {
+            tracing::debug!("{self}; they meet {}", self.meeting);
+        }
         let interface = Interface::choose(parallel.interface.as_deref())?;
         let timeout = MEETING_TIMEOUT.min(Duration::from_secs_f64(parallel.timeout));
         let party = Party { rank, size, stars: 2, timeout };

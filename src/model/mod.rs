@@ -93,6 +93,24 @@ pub struct Inferred {
     pub relu_output: bool,
     /// Backward can do that of a ReLU in front of the only input (`Build::masks_input`).
     pub can_mask_input: bool,
+    /// The gradients of the parameters are products of these factors, which backward can leave instead.
+    pub factors: Option<Factors>,
+}
+
+/// The factors of a linear layer's gradient: x (batch, inputs) and dy (batch, units), the gradient by what comes before its
+/// activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Factors {
+    pub inputs: usize,
+    pub units: usize,
+    pub bias: bool,
+}
+
+impl Factors {
+    /// f32 values of a sample.
+    pub fn values(self) -> usize {
+        self.inputs + self.units
+    }
 }
 
 impl Default for Shape {
@@ -167,6 +185,9 @@ pub struct Backward<'a> {
     /// Gradient by each parameter, in f32. For a running statistic: this call's value times `pass.share`, so that the sum over
     /// micro-batches and ranks is the step's mean.
     pub grad_params: &'a mut [SliceMut<'a>],
+    /// Where not empty, backward leaves its factors here, x and then dy of the greatest batch, in f32, and no gradient by a
+    /// parameter.
+    pub factors: SliceMut<'a>,
     pub saved: Slice<'a>,
     pub scratch: SliceMut<'a>,
 }
@@ -225,6 +246,7 @@ mod tests {
             params: &[],
             params_bf16: &[],
             grad_params: &mut [],
+            factors: SliceMut::empty(),
             saved: Slice::empty(),
             scratch: SliceMut::empty(),
         };

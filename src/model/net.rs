@@ -171,6 +171,18 @@ impl Net {
         pass: &Pass,
         images: &[f32],
         grads: &Arena,
+        done: impl FnMut(usize) -> Result<()>,
+    ) -> Result<()> {
+        self.backward_with_factors(pass, images, grads, |_| SliceMut::empty(), done)
+    }
+
+    /// The same, but a layer for whose number `factors` gives memory leaves its factors there and no gradient in `grads`.
+    pub fn backward_with_factors<'a>(
+        &mut self,
+        pass: &Pass,
+        images: &[f32],
+        grads: &Arena,
+        factors: impl Fn(usize) -> SliceMut<'a>,
         mut done: impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         if self.precision == Precision::Bf16 {
@@ -183,11 +195,11 @@ impl Net {
                     && self.spec.has_both_gradients(node)
                 {
                     self.timed(node, Part::WeightsAlone, |net| {
-                        net.backward_node(node, pass, images.into(), grads, Wanted::Parameters)
+                        net.backward_node(node, pass, images.into(), grads, factors(node), Wanted::Parameters)
                     })?;
                 }
                 self.timed(node, Part::Backward, |net| {
-                    net.backward_node(node, pass, images.into(), grads, Wanted::All)
+                    net.backward_node(node, pass, images.into(), grads, factors(node), Wanted::All)
                 })?;
             }
             if let Some(last) = self.table.of_node(node).last() {
@@ -266,6 +278,7 @@ impl Net {
         pass: &Pass,
         images: Slice<'_>,
         grads: &Arena,
+        factors: SliceMut<'_>,
         wanted: Wanted,
     ) -> Result<()> {
         let entry = &self.spec.nodes[node];
@@ -299,6 +312,7 @@ impl Net {
             params: &params[..tensors.len()],
             params_bf16: &params_bf16[..tensors.len()],
             grad_params: &mut grad_params[..tensors.len()],
+            factors,
             saved: self.whole(&self.plan.saved[node]).into_shared(),
             scratch: self.scratch(),
         };

@@ -190,14 +190,16 @@ impl ParamTable {
     }
 
     /// The gradient arena without its tail cut into buckets: contiguous, together everything, each at least `bytes` long
-    /// (but the last) and ending where a layer ends.
-    pub fn buckets(&self, bytes: usize) -> Vec<Range<usize>> {
+    /// (but the last) and ending where a layer ends. The layers for whose number `apart` says so have a bucket of their own.
+    pub fn buckets(&self, bytes: usize, apart: impl Fn(usize) -> bool) -> Vec<Range<usize>> {
         let mut buckets = Vec::new();
         let mut start = 0;
         for (i, param) in self.params.iter().enumerate() {
             let end = param.end_of_line();
-            let layer_ends = self.params.get(i + 1).is_none_or(|next| next.node != param.node);
-            if layer_ends && (end - start) * size_of::<f32>() >= bytes {
+            let next = self.params.get(i + 1);
+            let layer_ends = next.is_none_or(|next| next.node != param.node);
+            let cut = apart(param.node) || next.is_some_and(|next| apart(next.node));
+            if layer_ends && (cut || (end - start) * size_of::<f32>() >= bytes) {
                 buckets.push(start..end);
                 start = end;
             }
@@ -250,11 +252,12 @@ mod tests {
     #[test]
     fn buckets_end_with_layers() {
         let table = table();
-        let ends = |bytes| table.buckets(bytes).iter().map(|bucket| bucket.end).collect::<Vec<_>>();
-        assert_eq!(table.buckets(0), [0..128, 128..144, 144..448]);
+        let ends = |bytes| table.buckets(bytes, |_| false).iter().map(|bucket| bucket.end).collect::<Vec<_>>();
+        assert_eq!(table.buckets(0, |_| false), [0..128, 128..144, 144..448]);
         assert_eq!(ends(4 * 129), [144, 448]);
         assert_eq!(ends(4 * 400), [448]);
-        assert!(ParamTable::place(Vec::new()).buckets(1).is_empty());
+        assert_eq!(table.buckets(usize::MAX, |node| node == 1), [0..128, 128..144, 144..448]);
+        assert!(ParamTable::place(Vec::new()).buckets(1, |_| false).is_empty());
     }
 
     #[test]

@@ -103,6 +103,7 @@ impl Layer for Widened {
                 params: io.params,
                 params_bf16: &[],
                 grad_params: &mut grad_params[..io.params.len()],
+                factors: io.factors.reborrow(),
                 saved: io.saved.cut(saved),
                 scratch: SliceMut::from(scratch.0),
             };

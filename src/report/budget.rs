@@ -3,6 +3,7 @@
 //! A `Clock` starts once and is never stopped; each lap gives all the time since the last one to one category. So no
 //! moment is counted twice or lost, and the parts add up by construction.
 
+use super::stragglers::Stragglers;
 use comfy_table::{CellAlignment, Table, presets};
 use std::time::{Duration, Instant};
 
@@ -72,8 +73,12 @@ impl Clock {
 }
 
 impl Budget {
+    pub fn spent(&self, category: Category) -> Duration {
+        self.spent[category as usize]
+    }
+
     pub fn seconds(&self, category: Category) -> f64 {
-        self.spent[category as usize].as_secs_f64()
+        self.spent(category).as_secs_f64()
     }
 
     pub fn total_seconds(&self) -> f64 {
@@ -129,14 +134,10 @@ impl Merged {
         Budget { spent: CATEGORIES.map(|category| sum(category) / self.ranks.len() as u32) }
     }
 
-    /// The rank that the others wait for: it waits least, and the one that waits most spends at least 1 % of its time on
-    /// it more. None where no rank stands out.
-    pub fn slowest(&self) -> Option<usize> {
-        let waiting = |rank: &usize| self.ranks[*rank].seconds(Waiting);
-        let least = (0..self.ranks.len()).min_by(|a, b| waiting(a).total_cmp(&waiting(b)))?;
-        let most = (0..self.ranks.len()).max_by(|a, b| waiting(a).total_cmp(&waiting(b)))?;
-        let stands_out = waiting(&most) - waiting(&least) > 0.01 * self.ranks[most].total_seconds();
-        stands_out.then_some(least)
+    /// The ranks that the others wait for, if that takes at least 1 % of the time. None where no rank stands out.
+    pub fn slowest(&self) -> Option<Stragglers> {
+        let found = Stragglers::find(self.ranks.iter().map(|rank| rank.seconds(Waiting)));
+        found.filter(|found| found.seconds > 0.01 * self.mean().total_seconds())
     }
 
     /// The table at the end of a run: mean seconds a rank, and shares that add up to 100 %.
@@ -165,7 +166,12 @@ impl Merged {
             Compute => "compute",
             Communication => "exposed communication",
             Waiting => match self.slowest() {
-                Some(rank) => return format!("waiting for the slowest rank (rank {rank})"),
+                Some(Stragglers { rank, count: 1, .. }) => {
+                    return format!("waiting for the slowest rank (rank {rank})");
+                }
+                Some(Stragglers { rank, count, .. }) => {
+                    return format!("waiting for the slowest ranks (rank {rank} and {} more)", count - 1);
+                }
                 None => "waiting for the slowest rank (none stands out)",
             },
             Data => "data",
@@ -243,7 +249,7 @@ mod tests {
         }
         let merged = Merged::from_sum(&sum);
         assert_eq!(merged.ranks, ranks);
-        assert_eq!(merged.slowest(), Some(1));
+        assert_eq!(merged.slowest(), Some(Stragglers { rank: 1, count: 1, seconds: 0.5 }));
         assert_eq!((merged.mean().seconds(Compute), merged.mean().total_seconds()), (8.5, 10.0));
         let table = merged.table();
         let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();

@@ -5,6 +5,7 @@ pub mod budget;
 pub mod log;
 mod metrics;
 mod progress;
+pub mod stragglers;
 mod summary;
 #[cfg(test)]
 mod tests;

@@ -63,7 +63,9 @@ pub struct Summary {
     /// Share of the training time, 0 to 1, mean over ranks.
     pub exposed_communication: f64,
     pub waiting: f64,
+    /// The rank for which the others waited, and for how many milliseconds a step; null where none stands out.
     pub slowest_rank: Option<usize>,
+    pub slowest_rank_ms: Option<f64>,
     /// How often an image was passed over because it is damaged, in training and evaluation.
     pub skipped_images: u64,
 }
@@ -72,6 +74,8 @@ impl Summary {
     pub(super) fn new(report: &Report, ending: &Ending) -> Summary {
         let trained = Some(&report.epoch).filter(|epoch| epoch.samples > 0);
         let budget = ending.budget.mean();
+        let slowest = ending.budget.slowest();
+        let steps = (report.last.step - report.setup.first_step).max(1);
         Summary {
             run: report.setup.run.clone(),
             world_size: report.setup.world_size,
@@ -91,7 +95,8 @@ impl Summary {
             weights_digest: ending.weights_digest.clone(),
             exposed_communication: budget.share(Category::Communication),
             waiting: budget.share(Category::Waiting),
-            slowest_rank: ending.budget.slowest(),
+            slowest_rank: slowest.map(|slowest| slowest.rank),
+            slowest_rank_ms: slowest.map(|slowest| 1e3 * slowest.seconds / steps as f64),
             skipped_images: ending.skipped_images,
         }
     }
@@ -129,6 +134,9 @@ impl fmt::Display for Summary {
             "{} steps in {:.1} s, {speed} samples/s on {} ranks",
             self.steps, self.wall_seconds, self.world_size
         )?;
+        if let (Some(rank), Some(ms)) = (self.slowest_rank, self.slowest_rank_ms) {
+            writeln!(f, "the others waited {ms:.1} ms a step for rank {rank}")?;
+        }
         if self.skipped_images > 0 {
             writeln!(
                 f,

@@ -11,11 +11,12 @@
 //! arena 2                     m3
 //! ```
 
-use super::update::{Updater, bytes};
+use super::factors::Leaves;
+use super::update::{Part, Updater, bytes};
 use crate::comm::bucket::Reducer;
 use crate::comm::{Communicator, split};
 use crate::data::queue::DataQueue;
-use crate::device::{self, Arena};
+use crate::device::{self, Arena, SliceMut};
 use crate::error::Result;
 use crate::launch::watch::{Health, Phase};
 use crate::model::Pass;
@@ -76,8 +77,11 @@ pub struct Gradient {
     outbox: Outbox,
     /// By depth of the tree.
     arenas: Vec<Arc<Arena>>,
-    /// This rank's micro-batches of a step.
+    /// This rank's micro-batches of a step, and how many of them are done.
     micros: usize,
+    done: usize,
+    /// By layer: where it leaves its factors instead of a gradient.
+    leaves: Vec<Option<Leaves>>,
     tail: Range<usize>,
 }
 
@@ -85,7 +89,7 @@ pub struct Gradient {
 struct Outbox {
     reducer: Reducer<Updater>,
     /// The buckets, and the tail.
-    parts: Vec<Range<usize>>,
+    parts: Vec<Part>,
     /// Parts of this step that were handed to the reducer.
     started: usize,
 }
@@ -99,9 +103,10 @@ impl Gradient {
             arenas.push(Arc::new(Arena::host(arenas[0].bytes())?));
         }
         let parts = updater.parts();
-        let tail = parts.last().expect("the tail").clone();
+        let tail = parts.last().expect("the tail").elements.clone();
+        let leaves = updater.leaves();
         let reducer = Reducer::new(comm, updater, parts.len(), overlap)?;
-        Ok(Gradient { arenas, outbox: Outbox { reducer, parts, started: 0 }, micros, tail })
+        Ok(Gradient { arenas, outbox: Outbox { reducer, parts, started: 0 }, micros, done: 0, leaves, tail })
     }
 
     /// The buckets, and the tail: as many `wait`s a step.
@@ -111,7 +116,7 @@ impl Gradient {
 
     /// The elements of a part.
     pub fn range(&self, part: usize) -> Range<usize> {
-        self.outbox.parts[part].clone()
+        self.outbox.parts[part].elements.clone()
     }
 
     /// For the ranks' other collectives, and with the optimizer, between steps.
@@ -121,7 +126,7 @@ impl Gradient {
 
     /// Forward and backward of this rank's share of the step. On return every part has been started.
     pub fn compute(&mut self, work: &mut Work<'_>) -> Result<()> {
-        self.outbox.started = 0;
+        (self.outbox.started, self.done) = (0, 0);
         self.tree(self.micros, 0, true, work)
     }
 
@@ -147,7 +152,8 @@ impl Gradient {
         self.tree(left, depth, false, work)?;
         self.tree(micros - left, depth + 1, last, work)?;
         if !last {
-            join(&self.arenas, depth, &(0..self.tail.end));
+            let gradients = self.outbox.parts.iter().filter(|part| !part.factors);
+            gradients.for_each(|part| join(&self.arenas, depth, &part.elements));
         }
         Ok(())
     }
@@ -159,10 +165,14 @@ impl Gradient {
         }
         let batch = work.queue.next()?.expect("the queue goes on until the run's last epoch is over");
         work.clock.lap(Category::Data);
-        let (arenas, outbox) = (&self.arenas[..], &mut self.outbox);
+        let (arenas, outbox, leaves, micro) = (&self.arenas[..], &mut self.outbox, &self.leaves, self.done);
+        self.done += 1;
         let arena = &arenas[depth];
         let mut sums = if last { work.flags } else { Sums::default() };
         if batch.count() == 0 {
+            for leaves in leaves.iter().flatten() {
+                leaves.next(micro, 0);
+            }
             // SAFETY: nothing of this step has been started, and the last one is over.
             unsafe { arena.slice_mut(0..self.tail.end * size_of::<f32>()) }.f32().fill(0.0);
             write_tail(arena, &self.tail, sums);
@@ -184,7 +194,11 @@ impl Gradient {
             sums = Sums { loss: out.loss_sum, correct: out.correct as f32, samples: batch.count() as f32, ..sums };
             write_tail(arena, &self.tail, sums);
             work.health.set(work.step, Phase::Backward);
-            net.backward(&pass, &batch.images, arena, |final_elements| match last {
+            let factors = |node: usize| match leaves.get(node) {
+                Some(Some(leaves)) => leaves.next(micro, batch.count()),
+                _ => SliceMut::empty(),
+            };
+            net.backward_with_factors(&pass, &batch.images, arena, factors, |final_elements| match last {
                 true => outbox.ready(arenas, depth, final_elements),
                 false => Ok(()),
             })?;
@@ -201,8 +215,9 @@ impl Outbox {
     /// The first `elements` of the step's last leaf are final: adds them up the right edge of the tree, where every left
     /// sibling is complete, and starts the parts that they fill.
     fn ready(&mut self, arenas: &[Arc<Arena>], depth: usize, elements: usize) -> Result<()> {
-        while let Some(part) = self.parts.get(self.started).filter(|part| part.end <= elements) {
-            (0..depth).rev().for_each(|depth| join(arenas, depth, part));
+        while let Some(part) = self.parts.get(self.started).filter(|part| part.elements.end <= elements) {
+            let levels = if part.factors { 0 } else { depth };
+            (0..levels).rev().for_each(|depth| join(arenas, depth, &part.elements));
             // SAFETY: this rank leaves these gradients alone until `wait` has returned; and their parameters, since their
             // layers' backward is over, and forward does not begin before.
             unsafe { self.reducer.start(self.started) }?;

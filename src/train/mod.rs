@@ -5,6 +5,7 @@ mod agreement;
 pub mod bench;
 pub mod checkpoint;
 mod eval;
+pub(crate) mod factors;
 mod gradient;
 mod learner;
 mod logits;
@@ -12,7 +13,7 @@ mod norms;
 mod resume;
 mod session;
 pub(crate) mod setup;
-mod update;
+pub(crate) mod update;
 
 pub use resume::Resume;
 
@@ -22,10 +23,12 @@ use crate::data::Batch;
 use crate::error::{Context, Error, Kind, Result};
 #[cfg(feature = "mpi")]
 use crate::launch;
+use crate::launch::cores::Seats;
 use crate::launch::signals::Signals;
 use crate::launch::watch::{Health, Watch};
 use crate::launch::world::World;
 use crate::report::{self, Evaluation, Set};
+use agreement::Fact;
 use logits::Logits;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -109,20 +112,29 @@ pub fn join(
     let health = Health::new(timeout);
     let (mut control, watched) = world.connect(parallel)?;
     control.set_timeout(timeout);
+    let facts = [Fact::program()?, Fact::world(&world, control.size()), Fact::parallel(parallel)];
+    agreement::check(&facts, world.rank, |bytes| control.all_gather(bytes))?;
+    let seats = Seats::gather(&mut control, &world)?;
+    if world.rank == 0
+        && let Some(warning) = seats.warning(world.launcher)
+    {
+        tracing::warn!("{warning}");
+    }
+    let threads = seats.threads(world.rank);
     let watch = Watch::start(watched, health.clone())?;
     let rank = Rank { world, health };
     let result = comm::connect(parallel, control, rank.health.clone())
-        .and_then(|comm| pool(&rank.world)?.install(|| work(&rank, comm)));
+        .and_then(|comm| pool(threads)?.install(|| work(&rank, comm)));
     #[cfg(feature = "mpi")]
     let result = launch::mpi::leave(&rank.health, result);
     watch.finish(&result);
     result
 }
 
-/// This rank's share of the node's cores, or as many threads as RAYON_NUM_THREADS says.
-fn pool(world: &World) -> Result<rayon::ThreadPool> {
+/// `threads`, this rank's share of the cores, or as many as RAYON_NUM_THREADS says.
+fn pool(threads: usize) -> Result<rayon::ThreadPool> {
     let threads = match std::env::var("RAYON_NUM_THREADS") {
-        Err(_) => setup::ranks(world).threads(),
+        Err(_) => threads,
         Ok(text) => match text.parse() {
             Ok(threads) if threads > 0 => threads,
             _ => {

@@ -6,7 +6,7 @@ use super::gradient::Sums;
 use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
 use super::update::export_params;
-use super::{Options, Rank, agreement, setup};
+use super::{Options, Rank, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
@@ -59,7 +59,7 @@ pub fn train(
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
-    agreement::check(config, &fingerprint, &mut *comm)?;
+    setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
     if rank.world.rank == 0
         && let Some(warning) = plan.cut_warmup()
     {
@@ -180,6 +180,7 @@ impl Session<'_> {
             return Err(self.not_finite(&sums, non_finite));
         }
         self.advance();
+        self.rank.health.set_waiting(self.clock.budget().spent(Category::Waiting));
         if let Some(report) = &mut self.report {
             let step = report::Step {
                 step: self.progress.step,

@@ -1,9 +1,12 @@
 //! From the configuration to what one rank trains with.
 
+use super::Rank;
+use super::agreement::{self, Fact};
 use super::eval::Evaluator;
+use super::factors::{self, Exchange};
 use super::gradient::Gradient;
 use super::learner::Learner;
-use super::update::Updater;
+use super::update::{self, Updater};
 use crate::comm::Communicator;
 use crate::config::plan::{Plan, Ranks, Samples};
 use crate::config::raw::{self, Config};
@@ -76,12 +79,8 @@ pub fn sets(config: &Config, net: &NetSpec) -> Result<data::Sets> {
 
 /// The numbers of a run in this world, as `checked_plan`.
 pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
-    checked_plan(config, &NetSpec::new(&config.model)?, parts, ranks(world))
-}
-
-pub fn ranks(world: &World) -> Ranks {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Ranks { size: world.size, local_size: world.local_size, cores }
+    let ranks = Ranks { size: world.size, threads: rayon::current_num_threads() };
+    checked_plan(config, &NetSpec::new(&config.model)?, parts, ranks)
 }
 
 /// The numbers of a run. All that a configuration can get wrong is refused here, before anything takes memory or time:
@@ -92,6 +91,28 @@ pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks)
     Ok(plan)
 }
 
+/// Compares, over all ranks, what they are about to train with. `fingerprint` is the training set's. Collective.
+pub fn agree(
+    config: &Config,
+    parts: &Parts,
+    fingerprint: &str,
+    rank: &Rank,
+    comm: &mut dyn Communicator,
+) -> Result<()> {
+    let facts = [
+        Fact::configuration(config),
+        Fact::training_set(parts.train.len(), parts.train.classes(), fingerprint),
+        Fact::parameters(&ParamTable::new(&NetSpec::new(&config.model)?)),
+    ];
+    let agreed = agreement::check(&facts, rank.world.rank, |bytes| agreement::gather_bytes(comm, bytes));
+    if agreed.is_err() {
+        // Nobody leaves before all know why: a rank that is gone would be the others' error.
+        rank.health.ending();
+        let _ = comm.barrier();
+    }
+    agreed
+}
+
 /// The net with its loss, gradient arenas and optimizer. Collective.
 pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
@@ -100,7 +121,17 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     let net = Net::with_weights(spec, &net_options(config, plan, true), weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, &mut *comm)?;
+    let hosts = comm.hosts().count();
+    let norms = update::needs_norms(&config.optimizer);
+    let estimates = factors::estimate(&config.parallel, net.spec(), plan, hosts, norms);
+    let chosen: Vec<usize> = estimates.iter().filter(|layer| layer.chosen).map(|layer| layer.node).collect();
+    if comm.rank() == 0 && !chosen.is_empty() {
+        let names: Vec<&str> = chosen.iter().map(|&node| &*net.spec().nodes[node].name).collect();
+        tracing::info!("the hosts exchange factors instead of gradients: {}", names.join(", "));
+    }
+    let exchange = |node| Exchange::new(node, net.spec(), net.table(), plan, &mut *comm);
+    let exchanges = chosen.into_iter().map(exchange).collect::<Result<_>>()?;
+    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, exchanges, &mut *comm)?;
     let alone = comm.size() == 1;
     let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {

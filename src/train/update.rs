@@ -14,6 +14,7 @@
 //! (`Norms`) and updates.
 
 use super::checkpoint::{State, Tensor, state_name};
+use super::factors::{Exchange, Leaves};
 use super::norms::{Norms, intersection, shift};
 use crate::comm::bucket::Work;
 use crate::comm::{Communicator, chunk};
@@ -32,6 +33,7 @@ use std::time::Duration;
 pub struct Updater {
     table: ParamTable,
     shards: Vec<Shard>,
+    exchanges: Vec<Exchange>,
     weights: Arc<Weights>,
     grads: Arc<Arena>,
     rule: Box<dyn Optimizer>,
@@ -54,36 +56,65 @@ struct Shard {
     mine: Range<usize>,
     /// Where the state of `mine` begins.
     state: usize,
+    /// Its gradient is made from factors.
+    exchange: Option<Exchanged>,
+}
+
+/// How a bucket whose state every host holds is worked off and saved.
+struct Exchanged {
+    /// Its number among the exchanges.
+    number: usize,
+    /// The ranks of rank 0's host, and the elements of which each holds the state.
+    savers: Vec<(usize, Range<usize>)>,
+}
+
+/// What is reduced on its own.
+pub struct Part {
+    /// Elements of the arenas.
+    pub elements: Range<usize>,
+    /// The ranks exchange factors; there is no gradient to be added up.
+    pub factors: bool,
 }
 
 impl Updater {
-    /// For the parameters in `weights`. Makes the arena of the gradients. Collective.
+    /// For the parameters in `weights`; those of `exchanges` are made from factors. Makes the arena of the gradients.
+    /// Collective.
     pub fn new(
         config: &raw::Optimizer,
         table: &ParamTable,
         bucket_bytes: usize,
         weights: Arc<Weights>,
+        exchanges: Vec<Exchange>,
         comm: &mut dyn Communicator,
     ) -> Result<Updater> {
         let grads = Arc::new(comm.allocate(table.len_with_tail() * size_of::<f32>())?);
         let rule = optim::new(config);
-        let buckets = table.buckets(bucket_bytes);
-        let (mut shards, mut held) = (Vec::with_capacity(buckets.len()), 0);
+        let exchange_of = |node: usize| exchanges.iter().position(|exchange| exchange.node == node);
+        let buckets = table.buckets(bucket_bytes, |node| exchange_of(node).is_some());
+        let (mut shards, mut held, hosts) = (Vec::with_capacity(buckets.len()), 0, comm.hosts());
         for bucket in &buckets {
-            let mine = shift(chunk(bucket.len(), comm.size(), comm.rank()), bucket.start);
-            let state = held;
+            let first = table.params.iter().find(|param| param.range.start == bucket.start);
+            let exchange = first.and_then(|param| exchange_of(param.node));
+            let of = |rank: usize| match exchange {
+                Some(exchange) => exchanges[exchange].elements(&hosts, rank, bucket),
+                None => shift(chunk(bucket.len(), comm.size(), rank), bucket.start),
+            };
+            let (mine, state) = (of(comm.rank()), held);
             held += mine.len();
-            shards.push(Shard { bucket: bucket.clone(), mine, state });
+            let savers = || hosts.members(hosts.of(0)).iter().map(|&rank| (rank, of(rank))).collect();
+            let exchange = exchange.map(|number| Exchanged { number, savers: savers() });
+            shards.push(Shard { bucket: bucket.clone(), mine, state, exchange });
         }
         let arena = |_| Arena::host(held * size_of::<f32>()).map_err(|e| e.context("optimizer state"));
         let state = rule.state().iter().map(arena).collect::<Result<_>>()?;
         let raw::OptimizerShared { clip_value, clip_norm, .. } = config.shared;
         let tensors = table.params.len();
-        let norms = (clip_norm.is_some() || rule.needs_norms())
+        let norms = needs_norms(config)
             .then(|| (Norms::new(table, &buckets, comm.size()), [vec![0.0; tensors], vec![0.0; tensors]]));
         Ok(Updater {
             table: table.clone(),
             shards,
+            exchanges,
             weights,
             grads,
             rule,
@@ -106,9 +137,18 @@ impl Updater {
     }
 
     /// What is reduced on its own, in this order: the buckets, and the tail.
-    pub fn parts(&self) -> Vec<Range<usize>> {
-        let buckets = self.shards.iter().map(|shard| shard.bucket.clone());
-        buckets.chain([self.table.tail.clone()]).collect()
+    pub fn parts(&self) -> Vec<Part> {
+        let of = |shard: &Shard| Part { elements: shard.bucket.clone(), factors: shard.exchange.is_some() };
+        let tail = Part { elements: self.table.tail.clone(), factors: false };
+        self.shards.iter().map(of).chain([tail]).collect()
+    }
+
+    /// By layer: where its factors are left, if it has an exchange.
+    pub fn leaves(&self) -> Vec<Option<Leaves>> {
+        let nodes = self.table.params.iter().map(|param| param.node + 1).max().unwrap_or(0);
+        let mut leaves = vec![None; nodes];
+        self.exchanges.iter().for_each(|exchange| leaves[exchange.node] = Some(exchange.leaves()));
+        leaves
     }
 
     /// A step begins.
@@ -206,6 +246,19 @@ impl Updater {
         });
     }
 
+    /// Makes a layer's gradient from all ranks' factors, and updates what of it this rank has to for its host.
+    fn exchange(&mut self, exchange: usize, shard: usize, comm: &mut dyn Communicator) -> Result<Duration> {
+        let mut exchanges = std::mem::take(&mut self.exchanges);
+        let shard = &self.shards[shard];
+        let waited = exchanges[exchange].run(comm, &|elements, sums| {
+            // SAFETY: these parameters are this rank's to update, each once a step.
+            let params = unsafe { self.weights.f32.slice_mut(bytes(&elements)) };
+            self.update(shard, elements, sums, params.into_f32());
+        });
+        self.exchanges = exchanges;
+        waited
+    }
+
     /// The rule itself; `state` are elements of the state's arenas.
     fn apply(&self, at: At, params: &mut [f32], grads: &[f32], state: Range<usize>) {
         // SAFETY: every element is updated once a step, by one thread, and every state tensor has an arena of its own.
@@ -241,7 +294,13 @@ impl Updater {
                 unsafe {
                     let held = state.slice(bytes(&shard.held()));
                     self.grads.slice_mut(bytes(&shard.mine)).f32().copy_from_slice(held.f32());
-                    comm.all_gather(self.grads.slice_mut(bytes(&shard.bucket)))?;
+                    match &shard.exchange {
+                        None => drop(comm.all_gather(self.grads.slice_mut(bytes(&shard.bucket)))?),
+                        // Rank 0 lacks what the others of its host hold.
+                        Some(exchanged) => exchanged.savers.iter().skip(1).try_for_each(|(saver, elements)| {
+                            comm.broadcast(self.grads.slice_mut(bytes(elements)), *saver).map(drop)
+                        })?,
+                    }
                 }
             }
             for param in self.trainable().take_while(|_| comm.rank() == 0) {
@@ -296,6 +355,9 @@ impl Work for Updater {
         let Some(shard) = self.shards.get(part) else {
             return comm.all_reduce(of(&self.grads, &self.table.tail));
         };
+        if let Some(Exchanged { number, .. }) = shard.exchange {
+            return self.exchange(number, part, comm);
+        }
         let grads = of(&self.grads, &shard.bucket);
         if self.norms.is_some() {
             return comm.reduce_scatter(grads);
@@ -307,6 +369,11 @@ impl Work for Updater {
         self.round_received(shard, comm);
         Ok(waited)
     }
+}
+
+/// Whether an update waits for norms of whole gradients.
+pub fn needs_norms(config: &raw::Optimizer) -> bool {
+    config.shared.clip_norm.is_some() || optim::new(config).needs_norms()
 }
 
 /// All parameters in canonical layout.

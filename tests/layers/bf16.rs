@@ -178,6 +178,7 @@ impl Subject {
             params: &slices(params),
             params_bf16: &slices(&params_bf16),
             grad_params: &mut grad_params.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
+            factors: SliceMut::empty(),
             saved: Slice::from(&self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),
         };

@@ -99,6 +99,7 @@ impl Subject {
             params: &slices(params),
             params_bf16: &[],
             grad_params: &mut slices_mut(&mut grads.params),
+            factors: SliceMut::empty(),
             saved: Slice::from(&self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),
         };

@@ -43,7 +43,7 @@ fn with_measured(transport: &'static str, precision: Precision, check: impl FnOn
     std::fs::write(file.path(), CONFIG).unwrap();
     let config = crate::config::load(file.path(), &[]).unwrap();
     let samples = Samples { train: 80, validation: 0, test: 10 };
-    let plan = Plan::new(&config, Ranks { size: 2, local_size: 2, cores: 2 }, samples).unwrap();
+    let plan = Plan::new(&config, Ranks { size: 2, threads: 1 }, samples).unwrap();
     let spec = NetSpec::new(&config.model).unwrap();
     let options = Options { batch: 2, place: Place::Host, threads: 1, seed: 0, precision, training: true };
     let net = Net::new(spec, &options).unwrap();

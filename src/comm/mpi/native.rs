@@ -10,6 +10,7 @@
 //! another length, than its peers is not noticed here: MPI does not say.
 
 use super::Patience;
+use crate::comm::hosts::Hosts;
 use crate::comm::{Communicator, Operation, Words, chunk};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
@@ -170,6 +171,10 @@ impl Communicator for Native {
     }
     fn size(&self) -> usize {
         self.size
+    }
+    /// Each by itself: MPI does not say how it gets to the others.
+    fn hosts(&self) -> Hosts {
+        Hosts::apart(self.size)
     }
     fn transport(&self) -> &'static str {
         "mpi, its own collectives"

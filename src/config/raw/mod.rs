@@ -142,6 +142,12 @@ pub struct Parallel {
     pub bucket_mib: f64,
     /// Reduce while backward goes on.
     pub overlap: bool,
+    /// Between hosts, exchange the factors of linear layers' gradients (activations and deltas) instead of the gradients: the
+    /// same result, and with small batches far fewer bytes. auto: where `trainer plan` estimates that it is faster.
+    pub factor_exchange: FactorExchange,
+    /// What that estimate takes a host's link to carry, Gbit/s.
+    #[schemars(range(max = 1_000_000), extend("exclusiveMinimum" = 0))]
+    pub network_gbit_s: f64,
     /// Seconds that a rank waits for a silent peer before it gives up.
     #[schemars(range(max = 1_000_000_000), extend("exclusiveMinimum" = 0))]
     pub timeout: f64,
@@ -164,6 +170,8 @@ impl Default for Parallel {
             algorithm: Algorithm::Ring,
             bucket_mib: 1.0,
             overlap: true,
+            factor_exchange: FactorExchange::Auto,
+            network_gbit_s: 10.0,
             timeout: 300.0,
             interface: None,
         }
@@ -188,6 +196,14 @@ pub enum Algorithm {
     Ring,
     /// MPI's collectives, with sums in MPI's order.
     Native,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FactorExchange {
+    Auto,
+    On,
+    Off,
 }
 
 /// `[checkpoint]`. At the end in any case.

@@ -20,7 +20,7 @@ const VERSION: u32 = 2;
 const WELCOME: &[u8] = b"lockstep: all ranks are here";
 const RETRY: Duration = Duration::from_millis(50);
 /// A rank says hello at once. One that was slower, on a crowded machine, comes again.
-const HELLO: Duration = Duration::from_millis(500);
+const HELLO: Duration = Duration::from_secs(1);
 /// Rank 0 answers as soon as it is that rank's turn.
 const ANSWER: Duration = Duration::from_secs(5);
 /// So long another program may be at a place that is rank 0's: it may be about to leave.
@@ -61,7 +61,6 @@ pub fn gather(party: Party, token: u64, listener: Socket, place: &str) -> Result
     }
     let mut stars: Vec<Control> = stars.into_iter().map(|links| Control::new(0, size, links, timeout)).collect();
     stars.iter_mut().try_for_each(|star| star.broadcast(WELCOME).map(drop))?;
-    tracing::debug!("rank 0 on {} met {} peers at {place}", host(), size - 1);
     Ok(stars)
 }
 

@@ -139,6 +139,27 @@ fn a_port_that_is_taken_is_told_to_all_at_once() {
 }
 
 #[test]
+fn a_rank_whose_first_connection_was_lost_may_come_again() {
+    let port = free_port();
+    let results = meet(2, |rank| {
+        if rank == 1 {
+            let token = blake3::hash(b"");
+            let hello =
+                [&b"lockstep"[..], &[2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0], &token.as_bytes()[..8]].concat();
+            let mut heard = [0; 16];
+            // Until rank 0 listens and has counted this one.
+            while heard[..8] != *b"lockstep" {
+                let stream = TcpStream::connect(("127.0.0.1", port));
+                let said = stream.and_then(|mut stream| stream.write_all(&hello).and(stream.read_exact(&mut heard)));
+                said.unwrap_or_else(|_| thread::sleep(SECOND / 100));
+            }
+        }
+        tcp(rank, 2, &[port], "")
+    });
+    on_all(results.into_iter().map(Result::unwrap).collect(), exercise);
+}
+
+#[test]
 fn a_name_that_does_not_resolve_is_told_with_both_ends() {
     let party = party(1, 2, SECOND);
     let error = ways::at_ports(party, "nohost.invalid", &[29500], "", &loopback()).unwrap_err();

@@ -1,8 +1,10 @@
 //! Every wait in the program goes through `Health::wait`: it ends when the awaited thing happens, when a peer is lost, or
 //! when the time-out of `[parallel]` has passed; and the others are told meanwhile who waits for what.
 
+use super::reach::Line;
 use super::table::Table;
 use crate::error::{Error, Kind, Result};
+use socket2::Socket;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +32,8 @@ pub struct Beat {
     pub phase: Phase,
     /// How long it has been waiting for other ranks; zero: it is not.
     pub waited: Duration,
+    /// How long it has waited for other ranks in all its steps together.
+    pub waiting: Duration,
 }
 
 /// This rank's state as its peers see it, and what it knows of them. Shared by the training loop (which sets the phase),
@@ -37,6 +41,8 @@ pub struct Beat {
 pub struct Health {
     step: AtomicU64,
     phase: AtomicU8,
+    /// In all steps together, in microseconds.
+    waited_us: AtomicU64,
     waiting: Mutex<Waiting>,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
@@ -46,6 +52,8 @@ pub struct Health {
     checkpoint: Mutex<Option<String>>,
     /// The checkpoint is news to the other ranks.
     untold: AtomicBool,
+    /// Transports' connections that the watch looks after.
+    lines: Mutex<Vec<Line>>,
 }
 
 /// The wait that has lasted longest, of all threads that wait.
@@ -69,6 +77,7 @@ impl Health {
         Arc::new(Health {
             step: AtomicU64::new(0),
             phase: AtomicU8::new(Phase::Start as u8),
+            waited_us: AtomicU64::new(0),
             waiting: Mutex::new(Waiting { threads: 0, what: String::with_capacity(64), waited: Duration::ZERO }),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -77,6 +86,7 @@ impl Health {
             peers: Mutex::new(None),
             checkpoint: Mutex::new(None),
             untold: AtomicBool::new(false),
+            lines: Mutex::new(Vec::new()),
         })
     }
 
@@ -86,10 +96,20 @@ impl Health {
         self.phase.store(phase as u8, Relaxed);
     }
 
+    /// How long the training loop has waited for other ranks since it began, by which rank 0 finds the slow ones.
+    pub fn set_waiting(&self, total: Duration) {
+        self.waited_us.store(total.as_micros() as u64, Relaxed);
+    }
+
     /// Where the run could go on from, for the message when a peer is lost. The watch tells it to the other ranks.
     pub fn saved(&self, checkpoint: impl fmt::Display) {
         *lock(&self.checkpoint) = Some(checkpoint.to_string());
         self.untold.store(true, Relaxed);
+    }
+
+    /// From now on the watch looks whether the network still carries what this connection to `peer` sends.
+    pub fn look_after(&self, peer: usize, socket: &Arc<Socket>) {
+        lock(&self.lines).push(Line::new(peer, socket));
     }
 
     /// Ends all waits of this process with `error`; the first failure is kept.
@@ -192,6 +212,7 @@ impl Health {
             step: self.step.load(Relaxed),
             phase: Phase::from_number(self.phase.load(Relaxed).into()).unwrap_or(Phase::Start),
             waited: lock(&self.waiting).waited,
+            waiting: Duration::from_micros(self.waited_us.load(Relaxed)),
         }
     }
 
@@ -201,6 +222,10 @@ impl Health {
         let waiting = lock(&self.waiting);
         let what = if waiting.threads > 0 { format!("{}, ", waiting.what) } else { String::new() };
         format!("{what}in {phase} of step {step}")
+    }
+
+    pub(super) fn lines(&self) -> MutexGuard<'_, Vec<Line>> {
+        lock(&self.lines)
     }
 
     pub(super) fn timeout(&self) -> Duration {

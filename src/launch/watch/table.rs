@@ -1,6 +1,8 @@
 //! What a rank knows of all ranks, and what it says about them. Pure: time is an argument.
 
 use super::health::Beat;
+use super::pace::{HeldUp, Pace};
+use super::reach::CUT;
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,7 @@ pub struct Table {
     /// The wait after which the next warning about late ranks comes. It doubles with each, for the whole run: a net whose
     /// steps are that uneven says so a few times and not every step.
     next_late: Duration,
+    pace: Pace,
 }
 
 pub struct Peer {
@@ -39,7 +42,8 @@ impl Table {
     /// `identities`: pid and host by rank.
     pub fn new(me: usize, identities: Vec<(u32, String)>, beat: Beat, now: Instant) -> Table {
         let peer = |(pid, host)| Peer { pid, host, beat, heard: now, noted: None, ended: None, next_silent: SILENT };
-        Table { me, peers: identities.into_iter().map(peer).collect(), next_late: LATE }
+        let pace = Pace::new(identities.len());
+        Table { me, peers: identities.into_iter().map(peer).collect(), next_late: LATE, pace }
     }
 
     pub fn me(&self) -> usize {
@@ -70,6 +74,7 @@ impl Table {
     /// This process did not run for a while, so nobody could be heard.
     pub fn forgive(&mut self, now: Instant) {
         self.peers.iter_mut().for_each(|peer| peer.heard = now);
+        self.pace.forget();
     }
 
     /// Notes who is late, from heartbeats: whoever is silent, and, while others wait, whoever does not. If all wait, for
@@ -111,11 +116,14 @@ impl Table {
         words.join("; ") + &more
     }
 
-    /// One warning, when one is due: about ranks that are silent, or that let others wait. `activity` is this rank's; it is
+    /// One warning, when one is due: about ranks that are silent, that let others wait, or that are slow. `activity` is this rank's; it is
     /// written only into a warning.
     pub fn warning(&mut self, now: Instant, activity: impl Display, timeout: Duration) -> Option<String> {
-        self.silent_warning(now, activity, timeout)
-            .or_else(|| if self.me == 0 { self.late_warning(now, timeout) } else { None })
+        let silent = self.silent_warning(now, activity, timeout);
+        if silent.is_some() || self.me != 0 {
+            return silent;
+        }
+        self.late_warning(now, timeout).or_else(|| self.slow_warning(now))
     }
 
     /// Only rank 0 hears all; of rank 0 itself the next rank speaks.
@@ -170,6 +178,19 @@ impl Table {
         Some(text)
     }
 
+    fn slow_warning(&mut self, now: Instant) -> Option<String> {
+        let HeldUp { by, share, seconds, steps } = self.pace.look(self.peers.iter().map(|peer| &peer.beat), now)?;
+        let (who, whom) = match by.count {
+            1 => (format!("{} is the slowest rank", self.name(by.rank)), "it"),
+            more => (format!("{} and {} more are the slowest ranks", self.name(by.rank), more - 1), "them"),
+        };
+        Some(format!(
+            "{who}: in the last {seconds:.0} s the others waited {:.0} % of the time for {whom}, {:.1} ms a step",
+            100.0 * share,
+            1e3 * by.seconds / steps as f64
+        ))
+    }
+
     /// A rank that has ended in order at least `ago`, as the reason why a wait for it is in vain.
     pub fn gone(&self, ago: Duration, now: Instant) -> Option<String> {
         let gone = |peer: &Peer| peer.ended.is_some_and(|ended| now.saturating_duration_since(ended) >= ago);
@@ -199,6 +220,18 @@ impl Table {
         )
     }
 
+    /// That `rank` is cut off, as rank `from` has found.
+    pub fn cut_off(&self, rank: usize, from: usize) -> String {
+        let host = |rank: usize| self.peers.get(rank).map_or("?", |peer| &peer.host);
+        format!(
+            "no acknowledgement from {} for {:.1} s: the network between it and {} is cut, or host {} is gone",
+            self.name(rank),
+            CUT.as_secs_f64(),
+            self.name(from),
+            host(rank)
+        )
+    }
+
     fn longest_wait(&self) -> Duration {
         self.peers.iter().map(|peer| peer.beat.waited).max().unwrap_or(Duration::ZERO)
     }
@@ -223,7 +256,7 @@ mod tests {
     use super::*;
 
     fn beat(step: u64, phase: Phase, waited: u64) -> Beat {
-        Beat { step, phase, waited: Duration::from_millis(waited) }
+        Beat { step, phase, waited: Duration::from_millis(waited), waiting: Duration::ZERO }
     }
 
     fn table(me: usize, size: usize, now: Instant) -> Table {
@@ -307,6 +340,49 @@ mod tests {
         table.note_late(now);
         assert_eq!(table.warning(now, "", Duration::from_secs(300)), None);
         assert_eq!(table.late(now), "");
+    }
+
+    #[test]
+    fn rank_0_names_the_slowest_with_its_cost() {
+        let start = Instant::now();
+        let slow = |me: usize, host_of_two: bool| {
+            let mut table = table(me, 4, start);
+            for (seconds, step) in [(0, 1), (10, 101)] {
+                let now = start + Duration::from_secs(seconds);
+                for rank in 0..4 {
+                    let waits = rank < 2 || (rank == 2 && !host_of_two);
+                    let waiting = Duration::from_millis(if waits { seconds * 310 } else { 0 });
+                    table.heard(rank, Beat { waiting, ..beat(step, Phase::Forward, 0) }, now);
+                }
+                let warning = table.warning(now, "", Duration::from_secs(300));
+                assert!(seconds > 0 || warning.is_none(), "{warning:?}");
+                if seconds > 0 {
+                    return warning;
+                }
+            }
+            None
+        };
+        let end = "in the last 10 s the others waited 31 % of the time for";
+        assert_eq!(
+            slow(0, false),
+            Some(format!("rank 3 (pid 103 on host node3) is the slowest rank: {end} it, 31.0 ms a step"))
+        );
+        assert_eq!(
+            slow(0, true),
+            Some(format!(
+                "rank 2 (pid 102 on host node2) and 1 more are the slowest ranks: {end} them, 31.0 ms a step"
+            ))
+        );
+        assert_eq!(slow(1, false), None);
+    }
+
+    #[test]
+    fn who_is_cut_off_is_named_with_both_ends() {
+        assert_eq!(
+            table(3, 4, Instant::now()).cut_off(2, 3),
+            "no acknowledgement from rank 2 (pid 102 on host node2) for 1.2 s: the network between it and rank 3 (pid 103 on \
+             host node3) is cut, or host node2 is gone"
+        );
     }
 
     #[test]

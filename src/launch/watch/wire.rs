@@ -1,7 +1,8 @@
-//! What goes over the links of the watch: six u64 (little-endian), then for some messages a text. Nothing
+//! What goes over the links of the watch: seven u64 (little-endian), then for some messages a text. Nothing
 //! here blocks, and heartbeats allocate nothing: a stopped peer's socket fills up, and its heartbeats are then left out.
 
 use super::health::{Beat, Phase};
+use super::reach::Reach;
 use crate::launch::link::Link;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -15,13 +16,15 @@ pub enum Message {
     Late { rank: usize, beat: Beat, silent: Duration },
     /// Rank 0 tells: `rank` is gone without a word.
     Lost { rank: usize, beat: Beat, silent: Duration },
+    /// Rank 0 tells: the network carries nothing more to `rank`.
+    Cut { rank: usize },
     /// Rank 0 tells where the run could go on from.
     Saved { checkpoint: String },
     /// `rank` has ended: in order, or for a reason. From that rank to rank 0, from rank 0 to all.
     Ended { rank: usize, reason: Option<String> },
 }
 
-const NUMBERS: usize = 6;
+const NUMBERS: usize = 7;
 const HEADER: usize = NUMBERS * 8;
 /// Texts are cut to this many bytes.
 const MAX_TEXT: usize = 2048;
@@ -29,17 +32,19 @@ const MAX_TEXT: usize = 2048;
 impl Message {
     fn encode(&self, out: &mut Vec<u8>) {
         let state = |kind, rank: usize, beat: &Beat, silent: Duration| {
-            [kind, rank as u64, beat.step, beat.phase as u64, beat.waited.as_millis() as u64, silent.as_millis() as u64]
+            let [waited, waiting, silent] = [beat.waited, beat.waiting, silent].map(|time| time.as_micros() as u64);
+            [kind, rank as u64, beat.step, beat.phase as u64, waited, waiting, silent]
         };
         let (numbers, text) = match self {
             Message::Beat(beat) => (state(1, 0, beat, Duration::ZERO), &[][..]),
             Message::Late { rank, beat, silent } => (state(2, *rank, beat, *silent), &[][..]),
             Message::Lost { rank, beat, silent } => (state(3, *rank, beat, *silent), &[][..]),
+            Message::Cut { rank } => ([6, *rank as u64, 0, 0, 0, 0, 0], &[][..]),
             Message::Ended { rank, reason } => {
                 let text = cut(reason.as_deref().unwrap_or_default());
-                ([4, *rank as u64, reason.is_some().into(), text.len() as u64, 0, 0], text)
+                ([4, *rank as u64, reason.is_some().into(), text.len() as u64, 0, 0, 0], text)
             }
-            Message::Saved { checkpoint } => ([5, 0, 1, cut(checkpoint).len() as u64, 0, 0], cut(checkpoint)),
+            Message::Saved { checkpoint } => ([5, 0, 1, cut(checkpoint).len() as u64, 0, 0, 0], cut(checkpoint)),
         };
         numbers.iter().for_each(|number| out.extend_from_slice(&number.to_le_bytes()));
         out.extend_from_slice(text);
@@ -52,7 +57,7 @@ impl Message {
         for (number, bytes) in numbers.iter_mut().zip(header.as_chunks::<8>().0) {
             *number = u64::from_le_bytes(*bytes);
         }
-        let [kind, rank, a, b, c, d] = numbers;
+        let [kind, rank, a, b, waited, waiting, silent] = numbers;
         let rank = usize::try_from(rank).map_err(|_| Errno::BADMSG)?;
         if kind == 4 || kind == 5 {
             let end = usize::try_from(b).ok().filter(|length| *length <= MAX_TEXT).ok_or(Errno::BADMSG)? + HEADER;
@@ -65,12 +70,13 @@ impl Message {
             return Ok(Some((message, end)));
         }
         let phase = Phase::from_number(b).ok_or(Errno::BADMSG)?;
-        let beat = Beat { step: a, phase, waited: Duration::from_millis(c) };
-        let silent = Duration::from_millis(d);
+        let [waited, waiting, silent] = [waited, waiting, silent].map(Duration::from_micros);
+        let beat = Beat { step: a, phase, waited, waiting };
         let message = match kind {
             1 => Message::Beat(beat),
             2 => Message::Late { rank, beat, silent },
             3 => Message::Lost { rank, beat, silent },
+            6 => Message::Cut { rank },
             _ => return Err(Errno::BADMSG),
         };
         Ok(Some((message, HEADER)))
@@ -84,13 +90,15 @@ fn cut(text: &str) -> &[u8] {
 /// A link with what has come in part and what could not be sent yet.
 pub struct Stream {
     pub link: Link,
+    pub reach: Reach,
     inbox: Vec<u8>,
     outbox: Vec<u8>,
 }
 
 impl Stream {
     pub fn new(link: Link) -> Stream {
-        Stream { link, inbox: Vec::with_capacity(HEADER + MAX_TEXT), outbox: Vec::with_capacity(HEADER + MAX_TEXT) }
+        let space = || Vec::with_capacity(HEADER + MAX_TEXT);
+        Stream { link, reach: Reach::default(), inbox: space(), outbox: space() }
     }
 
     /// Sends what the socket takes now, and the rest with the next message. Heartbeats do not queue up. A link that is
@@ -135,12 +143,14 @@ mod tests {
     use crate::launch::link;
 
     fn messages() -> Vec<Message> {
-        let beat = Beat { step: 40, phase: Phase::AllReduce, waited: Duration::from_millis(1234) };
+        let (waited, waiting) = (Duration::from_millis(1234), Duration::from_micros(56_789));
+        let beat = Beat { step: 40, phase: Phase::AllReduce, waited, waiting };
         let silent = Duration::from_secs(3);
         vec![
             Message::Beat(beat),
             Message::Late { rank: 3, beat, silent },
             Message::Lost { rank: 7, beat: Beat { phase: Phase::Finish, ..beat }, silent },
+            Message::Cut { rank: 5 },
             Message::Ended { rank: 1, reason: Some("train.idx: no such file – ü".into()) },
             Message::Ended { rank: 2, reason: None },
             Message::Saved { checkpoint: "runs/x/step-30".into() },

@@ -3,6 +3,7 @@
 use super::variables::Claim;
 use super::{Launcher, lists};
 use crate::error::{Context, Error, Kind, Result};
+use std::fmt;
 use std::path::PathBuf;
 
 /// Names a folder that all hosts share: `file:/shared/folder`.
@@ -26,6 +27,25 @@ pub enum Meeting {
     /// Rank 0 tells its address, or on one node the name of a socket, by a broadcast of MPI's.
     #[cfg(feature = "mpi")]
     Mpi { one_node: bool },
+}
+
+impl fmt::Display for Meeting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Meeting::Alone => f.write_str("nowhere"),
+            Meeting::Inherited => f.write_str("at sockets from the launcher"),
+            Meeting::Node { .. } => f.write_str("at a socket of this node"),
+            Meeting::Tcp { host, ports, .. } => write!(f, "on {host}, at port {}", or(ports)),
+            Meeting::Folder { folder, .. } => write!(f, "by a note in {}", folder.display()),
+            Meeting::Pmi { .. } => f.write_str("by a note with the process manager (PMI)"),
+            #[cfg(feature = "mpi")]
+            Meeting::Mpi { .. } => f.write_str("by a broadcast of MPI's"),
+        }
+    }
+}
+
+fn or(ports: &[u16]) -> String {
+    ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" or ")
 }
 
 impl Meeting {

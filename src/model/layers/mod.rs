@@ -20,6 +20,7 @@ mod softmax;
 mod window;
 
 pub use activation::Activation;
+pub use linear::factors::{FromFactors, TILE_UNITS};
 pub use window::{Axis, NamedPadding, Padding, Window};
 
 use super::{LayerSpec, Shape};

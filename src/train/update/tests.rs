@@ -127,7 +127,8 @@ impl World {
         comm.barrier().unwrap();
         assert_rounded(&net, &weights);
         let mut updater =
-            Updater::new(&config.optimizer, net.table(), self.bucket_bytes, weights.clone(), &mut *comm).unwrap();
+            Updater::new(&config.optimizer, net.table(), self.bucket_bytes, weights.clone(), Vec::new(), &mut *comm)
+                .unwrap();
         if steps.start > 0 {
             let found = found.filter(|_| rank == 0);
             found.iter().for_each(|found| import_params(&mut net, found).unwrap());
@@ -135,7 +136,7 @@ impl World {
             updater.import(found, &mut *comm).unwrap();
         }
         let grads = updater.grads().clone();
-        let parts = updater.parts();
+        let parts: Vec<Range<usize>> = updater.parts().into_iter().map(|part| part.elements).collect();
         let mut reducer = Reducer::new(comm, updater, parts.len(), self.overlap).unwrap();
         for step in steps {
             reducer.with(|_, updater| updater.begin(at(step)));
@@ -271,7 +272,7 @@ fn norms_are_those_of_whole_tensors() {
         // SAFETY: nobody else has this arena.
         unsafe { arena.slice_mut(0..arena.bytes()) }.f32().copy_from_slice(&values);
         for bucket_bytes in [0, 5000, usize::MAX] {
-            let mut norms = Norms::new(&table, &table.buckets(bucket_bytes), comm.size());
+            let mut norms = Norms::new(&table, &table.buckets(bucket_bytes, |_| false), comm.size());
             let mut squares = vec![0.0; table.params.len()];
             // SAFETY: as above.
             unsafe { norms.measure(&arena, &mut squares, &mut *comm) }.unwrap();

@@ -117,6 +117,7 @@ impl Case {
                 params: &params,
                 params_bf16: &[],
                 grad_params: &mut grad_params,
+                factors: SliceMut::empty(),
                 saved: Slice::empty(),
                 scratch: (&mut scratch[..]).into(),
             };
@@ -282,6 +283,7 @@ fn without_a_use_for_dx_the_other_gradients_are_the_same() {
         params: &[values.weight[..].into(), values.bias[..].into()],
         params_bf16: &[],
         grad_params: &mut [(&mut dweight[..]).into(), (&mut dbias[..]).into()],
+        factors: SliceMut::empty(),
         saved: Slice::empty(),
         scratch: (&mut scratch[..]).into(),
     };

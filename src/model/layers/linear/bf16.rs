@@ -11,7 +11,7 @@
 //! block in L2. The sums of y^T and dx are kept in f32 until they are whole, and rounded once. Every sum has the same order
 //! for any number of threads.
 
-use super::super::super::kernels::convert::{narrow, nearest};
+use super::super::super::kernels::convert::{narrow, nearest, widen};
 use super::super::super::kernels::gemm::strided;
 use super::super::super::kernels::gemm16::{self, Kernel, Left, Out, Right, Store};
 use super::super::super::{Backward, Build, Forward, Layer, Pass};
@@ -133,6 +133,11 @@ impl Layer for Linear {
         mask(io.output.bf16(), dy);
         let (workers, scratch) = io.scratch.into_f32().split_at_mut(self.threads * self.worker_len());
         match io.grad_params {
+            _ if io.factors.bytes() > 0 => {
+                let (x_left, dy_left) = io.factors.into_f32().split_at_mut(self.batch * self.inputs);
+                widen(x, &mut x_left[..x.len()]);
+                widen(dy, &mut dy_left[..dy.len()]);
+            }
             [grad_weight, grad_bias @ ..] => {
                 self.backward_weight(pass.batch, x, dy, grad_weight.f32(), scratch, workers);
                 for grad_bias in grad_bias {

@@ -15,6 +15,7 @@
 use super::super::super::kernels::gemm::{self, Kernel, Left, Out, Right, Store, strided};
 use super::super::super::{Backward, Build, Forward, Layer, Pass};
 use super::super::Activation;
+use crate::device::SliceMut;
 use crate::error::Result;
 use rayon::prelude::*;
 
@@ -105,10 +106,14 @@ impl Layer for Linear {
     fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()> {
         let (x, weight, dy) = (io.inputs[0].f32(), io.params[0].f32(), io.grad_output.into_f32());
         self.undo.backward(io.output.f32(), dy);
-        let [grad_weight, grad_bias @ ..] = io.grad_params else { unreachable!("infer declares a weight") };
-        let grad_bias = grad_bias.first_mut().map(|grad| grad.f32());
         let scratch = io.scratch.into_f32();
-        self.backward_weight(pass.batch, x, dy, grad_weight.f32(), grad_bias, scratch);
+        if io.factors.bytes() > 0 {
+            let (x_left, dy_left) = io.factors.into_f32().split_at_mut(self.batch * self.inputs);
+            x_left[..x.len()].copy_from_slice(x);
+            dy_left[..dy.len()].copy_from_slice(dy);
+        } else {
+            self.backward_params(pass.batch, x, dy, io.grad_params, scratch);
+        }
         if io.grad_inputs[0].bytes() > 0 {
             self.backward_data(pass.batch, dy, weight, io.grad_inputs[0].f32(), scratch);
         }
@@ -117,6 +122,12 @@ impl Layer for Linear {
 }
 
 impl Linear {
+    fn backward_params(&self, batch: usize, x: &[f32], dy: &[f32], grads: &mut [SliceMut<'_>], scratch: &mut [f32]) {
+        let [grad_weight, grad_bias @ ..] = grads else { unreachable!("infer declares a weight") };
+        let grad_bias = grad_bias.first_mut().map(|grad| grad.f32());
+        self.backward_weight(batch, x, dy, grad_weight.f32(), grad_bias, scratch);
+    }
+
     /// dW (units, inputs) = dy^T x, dbias (units) = the sums of dy^T's rows
     fn backward_weight(
         &self,
@@ -159,7 +170,7 @@ fn add(sums: &mut [f32], values: &[f32]) {
 }
 
 /// to(j, i) = from(i, j), in squares that fit L1. Rows are `from_row` and `to_row` long; the shorter ones decide.
-fn transpose(from: &[f32], from_row: usize, to: &mut [f32], to_row: usize) {
+pub fn transpose(from: &[f32], from_row: usize, to: &mut [f32], to_row: usize) {
     const SIDE: usize = 16;
     let (rows, cols) = ((from.len() / from_row).min(to_row), (to.len() / to_row).min(from_row));
     for i in (0..rows).step_by(SIDE) {

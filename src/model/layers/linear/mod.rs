@@ -2,6 +2,7 @@
 
 mod bf16;
 mod cpu;
+pub mod factors;
 #[cfg(test)]
 mod tests;
 
@@ -9,7 +10,7 @@ use super::super::init::Initializer;
 use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
 use super::super::widened;
-use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::super::{Build, Factors, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
 use crate::error::{Error, Result};
@@ -67,6 +68,7 @@ impl LayerSpec for Linear {
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
             relu_output: self.activation == Activation::Relu,
+            factors: Some(Factors { inputs: width, units: self.units, bias: self.bias }),
             ..Inferred::default()
         })
     }

@@ -247,6 +247,7 @@ mod tests {
             params: &[],
             params_bf16: &[],
             grad_params: &mut [],
+            factors: SliceMut::empty(),
             saved: Slice::empty(),
             scratch: SliceMut::empty(),
         };
