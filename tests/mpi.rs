@@ -69,6 +69,35 @@ fn runs_under_mpirun_have_the_bits_of_those_through_shared_memory() {
     }
 }
 
+/// Ranks whose launcher puts each on a node of its own, without an address.
+#[test]
+fn ranks_of_several_nodes_meet_through_mpi() {
+    let Some(mpirun) = Mpirun::of_this_build() else { return };
+    let mut command = mpirun.command(3);
+    command.arg("env");
+    command.args([
+        "OMPI_COMM_WORLD_LOCAL_RANK=0",
+        "OMPI_COMM_WORLD_LOCAL_SIZE=1",
+        "MPI_LOCALRANKID=0",
+        "MPI_LOCALNRANKS=1",
+    ]);
+    command.args([
+        env!("CARGO_BIN_EXE_trainer"),
+        "-v",
+        "bench-comm",
+        "--transport",
+        "mpi",
+        "--min-bytes",
+        "4096",
+        "--max-bytes",
+        "4096",
+    ]);
+    let mut run = Launched::start(&mut command);
+    assert_eq!(run.wait(), 0, "{}", run.output());
+    assert!(run.output().contains("by a broadcast of MPI's"), "{}", run.output());
+    assert!(run.output().contains("all_reduce over mpi, 3 ranks"), "{}", run.output());
+}
+
 /// Whose sums may have another order.
 #[test]
 fn mpis_own_collectives_train_too() {
