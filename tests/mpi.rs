@@ -9,6 +9,7 @@ mod exact;
 mod runs;
 
 use common::{Launched, WATCHDOG, alive, send, until};
+use exact::{Operation, Where};
 use lockstep::comm::mpi_library;
 use lockstep::config::raw::{Algorithm, Parallel, TransportChoice};
 use lockstep::train;
@@ -130,6 +131,11 @@ fn rank() {
     let parallel = Parallel { algorithm, timeout: WATCHDOG.as_secs_f64(), ..Parallel::over(TransportChoice::Mpi) };
     train::join(&parallel, 0, |_, mut comm| {
         exact::check_all(&mut *comm);
+        // More pieces than are under way at once.
+        let arena = comm.allocate(0).unwrap();
+        for operation in [Operation::AllReduce, Operation::Broadcast { root: 1 }] {
+            exact::check(&mut *comm, &arena, operation, Where::Heap, 700_001, exact::integer);
+        }
         if algorithm == Algorithm::Ring {
             exact::check_order(&mut *comm);
         }
