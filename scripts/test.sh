@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test command. Needs Rust; installs the rest where it may: a C compiler for the linker and for BLAKE3's
-# assembly, rustfmt, clippy, shellcheck, Open MPI and MPICH. What is missing and cannot be installed is named and skipped, except the C
-# compiler. Tests that need a data set look into $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
+# assembly, rustfmt, clippy, shellcheck, Open MPI and MPICH. What is missing and cannot be installed is named and skipped,
+# except the C compiler. Tests that need a data set look into $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
