@@ -236,7 +236,9 @@ impl Mpirun {
         let names = named.as_deref().map_or(vec!["mpirun", "mpirun.openmpi", "mpirun.mpich"], |named| vec![named]);
         let found = names.iter().find_map(|name| {
             let version = Command::new(name).arg("--version").output().ok()?;
-            let open_mpi = String::from_utf8_lossy(&version.stdout).contains("Open MPI");
+            let version = String::from_utf8_lossy(&version.stdout).into_owned();
+            // The second where it is called by another name than mpirun.
+            let open_mpi = version.contains("Open MPI") || version.contains("OpenRTE");
             let fits = library.as_ref().is_none_or(|library| library.contains("Open MPI") == open_mpi);
             let arguments: &[&str] = if open_mpi { &["--oversubscribe"] } else { &[] };
             fits.then(|| Mpirun { program: name.to_string(), arguments })
