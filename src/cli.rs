@@ -9,7 +9,7 @@ mod slurm;
 use crate::comm;
 use crate::config;
 use crate::config::plan::global_batch;
-use crate::config::raw::{Config, Parallel, TransportChoice};
+use crate::config::raw::{Algorithm, Config, Parallel, TransportChoice};
 use crate::error::{Error, Result};
 use crate::launch::restart::{self, Restarts};
 use crate::launch::spawn;
@@ -149,9 +149,12 @@ Examples:
   trainer -n 2 bench-comm --transport shm
   trainer -n 4 bench-comm --transport tcp --max-bytes 1048576 --json")]
 pub struct BenchCommArgs {
-    /// auto, shm or tcp
+    /// auto, shm, tcp or mpi
     #[arg(long, value_enum, default_value_t = TransportChoice::Auto, hide_possible_values = true)]
     pub transport: TransportChoice,
+    /// Over mpi: ring or native
+    #[arg(long, value_enum, default_value_t = Algorithm::Ring, hide_possible_values = true)]
+    pub algorithm: Algorithm,
     #[command(flatten)]
     pub options: comm::bench::Options,
 }
@@ -257,7 +260,7 @@ fn bench_step(config: &Config, args: &BenchStepArgs, verbosity: i8) -> Result<()
 }
 
 fn bench_comm(args: &BenchCommArgs, verbosity: i8) -> Result<()> {
-    let parallel = Parallel { transport: args.transport, ..Parallel::default() };
+    let parallel = Parallel { algorithm: args.algorithm, ..Parallel::over(args.transport) };
     train::join(&parallel, verbosity, |_, comm| comm::bench::run(comm, &args.options))
 }
 

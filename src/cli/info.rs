@@ -1,5 +1,6 @@
 //! `trainer info`: what this machine offers and what this build can use.
 
+use crate::comm;
 use crate::model::kernels::gemm16::Kernel;
 use comfy_table::{Table, presets};
 use std::fs;
@@ -18,8 +19,9 @@ pub fn describe() -> String {
         ("bf16", bf16_products()),
         ("cores", format!("{cores} that this process may use")),
         ("memory", format!("{}, {} available", gib(&memory, "MemTotal"), gib(&memory, "MemAvailable"))),
-        ("transports", "shm (ranks of one node), tcp (any); mpi and nccl are not built in".to_owned()),
-        ("GPU", "none: CUDA is not built in".to_owned()),
+        ("transports", "shm (ranks of one node), tcp (any)".to_owned()),
+        ("MPI", mpi()),
+        ("GPU", "none: CUDA and NCCL are not built in".to_owned()),
     ] {
         table.add_row([what, &found]);
     }
@@ -32,6 +34,13 @@ fn bf16_products() -> String {
     match kernel.is_native() {
         true => format!("products by {}", kernel.name),
         false => "products in f32: this CPU has no instructions for bf16".to_owned(),
+    }
+}
+
+fn mpi() -> String {
+    match comm::mpi_library() {
+        Some(library) => format!("{library}, of which the thread level serialized is asked"),
+        None => "not built in".to_owned(),
     }
 }
 

@@ -144,7 +144,7 @@ impl<W: Work> Drop for Reducer<W> {
 mod tests {
     use super::*;
     use crate::comm::connect;
-    use crate::config::raw::TransportChoice;
+    use crate::config::raw::{Parallel, TransportChoice};
     use crate::device::{Place, SliceMut};
     use crate::launch::{rendezvous::Control, watch::Health};
 
@@ -175,7 +175,7 @@ mod tests {
             let rank = move |control: Control| {
                 let rank = control.rank();
                 let health = Health::new(Duration::from_secs(60));
-                let mut comm = connect(TransportChoice::Shm, control, health).unwrap();
+                let mut comm = connect(&Parallel::over(TransportChoice::Shm), control, health).unwrap();
                 let arena = comm.allocate(4 * 30_000).unwrap();
                 let addresses = (0..3).map(|bucket| arena.address() + bucket * 40_000).collect();
                 let work = AllReduce { addresses, values: 10_000 };
@@ -221,7 +221,8 @@ mod tests {
             let [first, second] = Control::local(2).unwrap().try_into().unwrap();
             let (given_up, go_on) = bounded::<()>(0);
             let late = std::thread::spawn(move || {
-                let mut comm = connect(transport, second, Health::new(Duration::from_secs(60))).unwrap();
+                let mut comm =
+                    connect(&Parallel::over(transport), second, Health::new(Duration::from_secs(60))).unwrap();
                 let mut data = vec![1.0f32; VALUES];
                 // Ends when rank 0 lets go of the other end.
                 let _ = go_on.recv();
@@ -229,7 +230,7 @@ mod tests {
             });
 
             let health = Health::new(TIMEOUT);
-            let comm = connect(transport, first, health.clone()).unwrap();
+            let comm = connect(&Parallel::over(transport), first, health.clone()).unwrap();
             let mut data = vec![vec![1.0f32; VALUES]; 3];
             let mut reducer = Reducer::new(comm, AllReduce::of(&mut data), 3, overlap).unwrap();
             let start = Instant::now();
@@ -256,7 +257,9 @@ mod tests {
     #[test]
     fn without_overlap_a_bucket_is_reduced_when_it_is_waited_for() {
         let [first, second] = Control::local(2).unwrap().try_into().unwrap();
-        let connect = |control| connect(TransportChoice::Shm, control, Health::new(Duration::from_secs(60))).unwrap();
+        let connect = |control| {
+            connect(&Parallel::over(TransportChoice::Shm), control, Health::new(Duration::from_secs(60))).unwrap()
+        };
         let (started, go_on) = bounded::<()>(0);
         let peer = std::thread::spawn(move || {
             let mut comm = connect(second);
@@ -277,7 +280,9 @@ mod tests {
     #[test]
     fn a_lost_peer_is_reported_by_wait() {
         let [first, second] = Control::local(2).unwrap().try_into().unwrap();
-        let connect = |control| connect(TransportChoice::Shm, control, Health::new(Duration::from_secs(60))).unwrap();
+        let connect = |control| {
+            connect(&Parallel::over(TransportChoice::Shm), control, Health::new(Duration::from_secs(60))).unwrap()
+        };
         let peer = std::thread::spawn(move || drop(connect(second)));
         let mut data = [vec![1.0f32; 5000]];
         let mut reducer = Reducer::new(connect(first), AllReduce::of(&mut data), 1, true).unwrap();

@@ -8,15 +8,17 @@ pub mod bucket;
 mod cluster;
 mod guard;
 pub mod hosts;
+#[cfg_attr(not(feature = "mpi"), path = "without_mpi.rs")]
+mod mpi;
 mod ring;
 mod shm;
 mod solo;
 mod sum;
 mod tcp;
 
-use crate::config::raw::TransportChoice;
+use crate::config::raw::{Algorithm, Parallel, TransportChoice};
 use crate::device::{Arena, SliceMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::launch::rendezvous::Control;
 use crate::launch::watch::Health;
 use hosts::Hosts;
@@ -24,18 +26,45 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The communicator for `choice` among the ranks of `control`. Collective. `health` ends its waits.
-pub fn connect(choice: TransportChoice, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
-    let hosts = match choice {
-        TransportChoice::Auto => Hosts::new(&control.hosts()?),
-        TransportChoice::Shm => Hosts::new(&vec![(); control.size()]),
-        TransportChoice::Tcp => Hosts::apart(control.size()),
+/// The communicator that `parallel` asks for, among the ranks of `control`. Collective. `health` ends its waits.
+pub fn connect(parallel: &Parallel, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+    let size = control.size();
+    if parallel.algorithm == Algorithm::Native && size > 1 {
+        return match parallel.transport {
+            TransportChoice::Mpi => {
+                Ok(Box::new(guard::Guarded::new(mpi::native(control.rank(), size, health.clone())?, health)))
+            }
+            _ => Err(Error::usage("algorithm = \"native\" is MPI's own; it goes with transport = \"mpi\"")),
+        };
+    }
+    let (hosts, between) = match parallel.transport {
+        TransportChoice::Auto if mpi::is_running() => (Hosts::new(&control.hosts()?), Between::Mpi),
+        TransportChoice::Auto => (Hosts::new(&control.hosts()?), Between::Tcp),
+        TransportChoice::Shm => (Hosts::new(&vec![(); size]), Between::Tcp),
+        TransportChoice::Tcp => (Hosts::apart(size), Between::Tcp),
+        TransportChoice::Mpi => (Hosts::apart(size), Between::Mpi),
     };
-    connect_hosts(hosts, control, health)
+    join_hosts(hosts, between, control, health)
 }
 
 /// The communicator for ranks that share hosts like this: shared memory inside a host, tcp between hosts. Collective.
-pub fn connect_hosts(hosts: Hosts, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+pub fn connect_hosts(hosts: Hosts, control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+    join_hosts(hosts, Between::Tcp, control, health)
+}
+
+/// What hosts are connected by.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Between {
+    Tcp,
+    Mpi,
+}
+
+fn join_hosts(
+    hosts: Hosts,
+    between: Between,
+    mut control: Control,
+    health: Arc<Health>,
+) -> Result<Box<dyn Communicator>> {
     if hosts.size() == 1 {
         return Ok(Box::new(solo::Solo));
     }
@@ -49,11 +78,20 @@ pub fn connect_hosts(hosts: Hosts, mut control: Control, health: Arc<Health>) ->
             Some(star) => Some(shm::Shm::new(star, members, health.clone())?),
             None => None,
         };
-        let transport = if hosts.count() < hosts.size() { "shm+tcp" } else { "tcp" };
-        let mesh = tcp::Sockets::connect(control, &hosts.peers(rank), health.clone())?;
-        Box::new(cluster::Cluster::new(rank, hosts, Box::new(mesh), inside, transport))
+        let peers = hosts.peers(rank);
+        let (mesh, names): (Box<dyn ring::Mesh>, _) = match between {
+            Between::Tcp => (Box::new(tcp::Sockets::connect(control, &peers, health.clone())?), ["tcp", "shm+tcp"]),
+            Between::Mpi => (mpi::mesh(hosts.size(), &peers, health.clone())?, ["mpi", "shm+mpi"]),
+        };
+        let transport = names[usize::from(hosts.count() < hosts.size())];
+        Box::new(cluster::Cluster::new(rank, hosts, mesh, inside, transport))
     };
     Ok(Box::new(guard::Guarded::new(comm, health)))
+}
+
+/// The MPI that this binary is linked with, such as `Open MPI v4.1.4`.
+pub fn mpi_library() -> Option<String> {
+    mpi::library()
 }
 
 /// N ranks that call the same operations, with the same lengths, in the same order. All data is f32.
@@ -66,7 +104,7 @@ pub trait Communicator: Send {
     fn size(&self) -> usize;
     /// Which ranks share memory.
     fn hosts(&self) -> Hosts;
-    /// `"shm"`, `"tcp"`, `"shm+tcp"`.
+    /// `"shm"`, `"tcp"`, `"shm+tcp"`, and with mpi for tcp.
     fn transport(&self) -> &'static str;
 
     /// Zeroed memory in which this transport reduces without a copy. Collective: all ranks ask for the same size. Other

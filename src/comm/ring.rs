@@ -45,6 +45,10 @@ pub trait Mesh: Send {
     /// Returns when some connection may have become ready since it last said no. `peer` is one that is waited for, `what`
     /// what this rank is doing meanwhile.
     fn wait(&mut self, what: &str, peer: usize) -> Result<()>;
+    /// Returns when all that was sent reaches its peers without this rank's help.
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// One operation, as a rank runs it. Between the arrival of all ranks of this host at the operation and their leaving it,
@@ -222,7 +226,10 @@ impl Ring {
             if moved {
                 continue;
             }
-            let Some(flow) = pass.ring.flows.iter().find(|flow| !flow.is_done()) else { return Ok(waited) };
+            let Some(flow) = pass.ring.flows.iter().find(|flow| !flow.is_done()) else {
+                pass.mesh.flush()?;
+                return Ok(waited);
+            };
             let peer = flow.peer;
             let all_here = pass.ring.flows.iter().all(|flow| flow.received.header == HEADER);
             let start = Instant::now();

@@ -5,6 +5,8 @@ pub mod cores;
 pub mod job;
 pub mod lifeline;
 pub mod link;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 pub mod rendezvous;
 pub mod restart;
 pub mod signals;

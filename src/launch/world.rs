@@ -10,6 +10,8 @@ pub use meeting::Meeting;
 pub use variables::foreign_variables;
 
 use super::lifeline;
+#[cfg(feature = "mpi")]
+use super::mpi;
 use super::rendezvous::ways::{self, Interface};
 use super::rendezvous::{Control, Party};
 use crate::config::raw::Parallel;
@@ -53,11 +55,16 @@ pub enum Launcher {
 }
 
 impl World {
-    /// This process's world. A rank of `trainer -n` ties its life to the launcher's here, so call it first.
+    /// This process's world. A rank of `trainer -n` ties its life to the launcher's here, and one of mpirun starts MPI, so
+    /// call it first.
     pub fn detect() -> Result<World> {
         let world = World::from_env(|name| std::env::var(name).ok())?;
         if world.launcher == Launcher::Lockstep {
             lifeline::tie_to_launcher()?;
+        }
+        #[cfg(feature = "mpi")]
+        if world.size > 1 && world.launcher.starts_mpi() {
+            mpi::initialize(&world)?;
         }
         Ok(world)
     }
@@ -129,6 +136,8 @@ impl World {
             Meeting::Tcp { host, ports, job } => ways::at_ports(party, host, ports, job, &interface)?,
             Meeting::Folder { folder, job } => ways::through_folder(party, folder, job, &interface)?,
             Meeting::Pmi { fd } => ways::through_pmi(party, *fd, &interface)?,
+            #[cfg(feature = "mpi")]
+            Meeting::Mpi { one_node } => ways::through_broadcast(party, *one_node, &interface, mpi::broadcast)?,
         };
         let [first, second] = <[Control; 2]>::try_from(stars).expect("two stars were asked for");
         Ok((first, second))
@@ -137,6 +146,14 @@ impl World {
     /// One process on its own.
     pub fn alone() -> World {
         World { rank: 0, size: 1, local_rank: 0, local_size: 1, launcher: Launcher::None, meeting: Meeting::Alone }
+    }
+}
+
+#[cfg(feature = "mpi")]
+impl Launcher {
+    /// Whether MPI finds the other ranks under it.
+    fn starts_mpi(self) -> bool {
+        !matches!(self, Launcher::None | Launcher::Lockstep | Launcher::Torchrun)
     }
 }
 

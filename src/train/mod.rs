@@ -25,6 +25,8 @@ use crate::comm::{self, Communicator};
 use crate::config::raw::{Config, Parallel};
 use crate::data::Batch;
 use crate::error::{Context, Error, Kind, Result};
+#[cfg(feature = "mpi")]
+use crate::launch;
 use crate::launch::cores::Seats;
 use crate::launch::signals::Signals;
 use crate::launch::watch::{Health, Watch};
@@ -142,8 +144,10 @@ pub fn join(
     let threads = seats.threads(world.rank);
     let watch = Watch::start(watched, health.clone())?;
     let rank = Rank { world, health };
-    let result = comm::connect(parallel.transport, control, rank.health.clone())
+    let result = comm::connect(parallel, control, rank.health.clone())
         .and_then(|comm| pool(threads)?.install(|| work(&rank, comm)));
+    #[cfg(feature = "mpi")]
+    let result = launch::mpi::leave(&rank.health, result);
     watch.finish(&result);
     result
 }

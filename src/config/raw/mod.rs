@@ -135,6 +135,8 @@ pub enum Balanced {
 #[serde(deny_unknown_fields, default)]
 pub struct Parallel {
     pub transport: TransportChoice,
+    /// Of the transport mpi.
+    pub algorithm: Algorithm,
     /// Gradients of about this many MiB are reduced together.
     #[schemars(range(max = 1_048_576), extend("exclusiveMinimum" = 0))]
     pub bucket_mib: f64,
@@ -156,10 +158,18 @@ pub struct Parallel {
     pub audit_every_steps: u64,
 }
 
+impl Parallel {
+    /// The defaults, over this transport.
+    pub fn over(transport: TransportChoice) -> Parallel {
+        Parallel { transport, ..Parallel::default() }
+    }
+}
+
 impl Default for Parallel {
     fn default() -> Self {
         Parallel {
             transport: TransportChoice::Auto,
+            algorithm: Algorithm::Ring,
             bucket_mib: 1.0,
             overlap: true,
             factor_exchange: FactorExchange::Auto,
@@ -174,10 +184,21 @@ impl Default for Parallel {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum TransportChoice {
-    /// shm where all ranks share a node, else tcp.
+    /// shm where all ranks share a node, else mpi where the ranks were started through it, else tcp.
     Auto,
     Shm,
     Tcp,
+    /// Needs a build with `--features mpi`.
+    Mpi,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Algorithm {
+    /// Messages of MPI under our own schedule: the same bits as every other transport.
+    Ring,
+    /// MPI's collectives, with sums in MPI's order.
+    Native,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

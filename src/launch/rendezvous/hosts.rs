@@ -1,6 +1,6 @@
 //! Which ranks share a host, and a star of their own for those that do.
 
-use super::Control;
+use super::{Control, Party, ways};
 use crate::error::{Error, Result};
 use std::hash::{BuildHasher, RandomState};
 use std::os::unix::fs::MetadataExt;
@@ -34,7 +34,9 @@ impl Control {
         let name = format!("{}-{}", String::from_utf8_lossy(&token), members[0]);
         let position = members.iter().position(|&rank| rank == self.rank);
         let position = position.ok_or_else(|| Error::internal("this rank is not among the ranks of its host"))?;
-        let mut star = Control::abstract_unix(position, members.len(), &name, MEETING)
+        let party = Party { rank: position, size: members.len(), stars: 1, timeout: MEETING };
+        let mut star = ways::at_socket(party, &name)
+            .map(|mut stars| stars.remove(0))
             .map_err(|e| e.context("the ranks of a host meeting (`[parallel] transport = \"tcp\"` does without)"))?;
         star.timeout = self.timeout;
         star.links.iter_mut().for_each(|link| link.peer = members[link.peer]);

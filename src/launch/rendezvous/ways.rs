@@ -170,6 +170,33 @@ pub fn through_pmi(party: Party, fd: i32, interface: &Interface) -> Result<Vec<C
     star::join(party, place, false, || Ok(note.candidates(interface.chosen_ip())))
 }
 
+/// Rank 0's note, or on one node the name of its socket, goes to the others by `broadcast`, which gives every rank what rank 0
+/// gives it, by the deadline.
+#[cfg(feature = "mpi")]
+pub fn through_broadcast(
+    party: Party,
+    one_node: bool,
+    interface: &Interface,
+    broadcast: impl FnOnce(&str, Instant) -> Result<String>,
+) -> Result<Vec<Control>> {
+    let deadline = Instant::now() + party.timeout;
+    if one_node {
+        let name = format!("lockstep-{:016x}", RandomState::new().hash_one(party.size));
+        return at_socket(party, &broadcast(&name, deadline)?);
+    }
+    if party.rank == 0 {
+        let (listener, note) = Note::of_listener(interface)?;
+        broadcast(&note.to_string(), deadline)?;
+        let at = format!("{} (MPI)", note.place());
+        say_waiting(party, &at, interface);
+        return star::gather(party, note.token, listener, &at);
+    }
+    let text = broadcast("", deadline)?;
+    let unknown = || Error::internal(format!("MPI passed on \"{text}\", which rank 0 did not say"));
+    let note = Note::parse(&text).ok_or_else(unknown)?;
+    star::join(party, "the address that MPI passes on", false, || Ok(note.candidates(interface.chosen_ip())))
+}
+
 /// The addresses of this host that may be used: one, if the user chose.
 pub struct Interface {
     pub addresses: Vec<Address>,

@@ -24,6 +24,9 @@ pub enum Meeting {
     Folder { folder: PathBuf, job: String },
     /// Rank 0 tells its address to the process manager at the other end of this descriptor.
     Pmi { fd: i32 },
+    /// Rank 0 tells its address, or on one node the name of a socket, by a broadcast of MPI's.
+    #[cfg(feature = "mpi")]
+    Mpi { one_node: bool },
 }
 
 impl fmt::Display for Meeting {
@@ -35,6 +38,8 @@ impl fmt::Display for Meeting {
             Meeting::Tcp { host, ports, .. } => write!(f, "on {host}, at port {}", or(ports)),
             Meeting::Folder { folder, .. } => write!(f, "by a note in {}", folder.display()),
             Meeting::Pmi { .. } => f.write_str("by a note with the process manager (PMI)"),
+            #[cfg(feature = "mpi")]
+            Meeting::Mpi { .. } => f.write_str("by a broadcast of MPI's"),
         }
     }
 }
@@ -57,6 +62,10 @@ impl Meeting {
         }
         if let Some(place) = lookup(RENDEZVOUS) {
             return Ok(Meeting::Folder { folder: folder(&place)?, job: job.unwrap_or_default() });
+        }
+        #[cfg(feature = "mpi")]
+        if first.launcher.starts_mpi() && (one_node || lookup("MASTER_ADDR").is_none()) {
+            return Ok(Meeting::Mpi { one_node });
         }
         if one_node {
             return Ok(Meeting::Node { job });

@@ -1,0 +1,72 @@
+//! MPI (`--features mpi`), by one of two algorithms.
+//!
+//! As `ring` it connects hosts, or single ranks, with messages under the ring schedule, so the sums have the order of all
+//! transports and their bits. As `native` its own collectives do everything: they know the cluster's network, and may use
+//! it to add; the order of their sums is MPI's.
+
+mod messages;
+mod native;
+
+use super::Communicator;
+use super::ring::Mesh;
+use crate::error::{Error, Result};
+use crate::launch::mpi;
+use crate::launch::watch::Health;
+use messages::Messages;
+use native::Native;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use mpi::is_running;
+
+/// The MPI that this binary is linked with.
+pub fn library() -> Option<String> {
+    Some(mpi::library())
+}
+
+/// Messages between this rank and its `peers`, of `size` ranks that MPI has started. Collective over all of these.
+pub fn mesh(size: usize, peers: &[usize], health: Arc<Health>) -> Result<Box<dyn Mesh>> {
+    must_run()?;
+    Ok(Box::new(Messages::new(size, peers, health)?))
+}
+
+/// MPI's own collectives over all ranks that it has started. Collective.
+pub fn native(rank: usize, size: usize, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+    must_run()?;
+    Ok(Box::new(Native::new(rank, size, health)?))
+}
+
+fn must_run() -> Result<()> {
+    if is_running() {
+        return Ok(());
+    }
+    Err(Error::usage(
+        "transport = \"mpi\", but these ranks were not started through MPI; start them with `mpirun -np N trainer ...` or \
+         `srun --mpi=pmix trainer ...`, or leave transport out",
+    ))
+}
+
+/// What a wait does between two looks at MPI, which has nothing to sleep on: at first nothing much, since most answers
+/// come at once; then it lets others have the core, and at last it sleeps.
+struct Patience(Instant);
+
+impl Patience {
+    const SPIN: Duration = Duration::from_micros(20);
+    const YIELD: Duration = Duration::from_millis(1);
+    const SLEEP: Duration = Duration::from_micros(50);
+
+    fn new() -> Patience {
+        Patience(Instant::now())
+    }
+
+    fn rest(&self) {
+        let waited = self.0.elapsed();
+        if waited < Self::SPIN {
+            std::hint::spin_loop();
+        } else if waited < Self::YIELD {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Self::SLEEP);
+        }
+    }
+}
