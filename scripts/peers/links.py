@@ -1,6 +1,6 @@
 """The rows of links.sh, from the folder in which it has left its results.
 
-    python links.py FOLDER LINK...
+    python links.py FOLDER "LINK..." "BATCH..."
 """
 
 import glob
@@ -13,10 +13,12 @@ GBIT = {"1gbit": 1, "10gbit": 10}
 
 
 def main():
-    folder, links = sys.argv[1], sys.argv[2:]
+    folder, links, batches = sys.argv[1], sys.argv[2].split(), sys.argv[3].split()
     header = ["date", "commit", "hardware", "link", "trainer, Gb/s", "of line rate", "Gloo, Gb/s", "ratio", "#wrong"]
     rows.show(header, *[row(folder, link) for link in links])
     alexnet(folder)
+    header = ["date", "commit", "hardware", "samples a rank", "gradients, ms a step", "factors, ms a step", "ratio"]
+    rows.show(header, *[exchange(folder, batch) for batch in batches])
 
 
 def row(folder, link):
@@ -25,6 +27,11 @@ def row(folder, link):
     share = rows.cell([100 * rate / GBIT[link] for rate in ours], 1) + " %" if link in GBIT else ""
     wrong = sum(result["wrong"] for runs in results for result in runs)
     return [*rows.provenance(), link, rows.cell(ours, 2), share, rows.cell(gloo, 2), rows.ratio(ours, gloo), str(wrong)]
+
+
+def exchange(folder, batch):
+    on, off = ([result["step_ms"] for result in read(f"{folder}/step.{batch}.{which}.jsonl")] for which in ("on", "off"))
+    return [*rows.provenance(), batch, rows.cell(off), rows.cell(on), rows.ratio(off, on)]
 
 
 def read(path):

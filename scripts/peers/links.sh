@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All-reduce of 64 MiB between two hosts, beside Gloo, over links of 1 and 10 Gb/s and one that is as fast as it goes; and
-# what a link of 10 Gb/s costs AlexNet's step.
+# All-reduce of 64 MiB between two hosts, beside Gloo, over links of 1 and 10 Gb/s and one that is as fast as it goes; what a
+# link of 10 Gb/s costs AlexNet's step; and how long that step takes over 1 Gb/s where the hosts exchange the factors of the
+# linear layers' gradients, and where they exchange the gradients.
 #
 #     scripts/peers/links.sh [PAIRS]
 #
@@ -14,6 +15,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 pairs=${1:-5}
 bytes=$((64 << 20))
 links=(1gbit 10gbit unshaped)
+# Samples a rank.
+batches=(8 32)
 
 main() {
     for tool in ip tc; do
@@ -37,8 +40,14 @@ main() {
         done
         shape 10gbit
         train_alexnet
+        shape 1gbit
+        for batch in "${batches[@]}"; do
+            for exchange in on off; do
+                time_alexnet "$batch" $exchange >>"$scratch/step.$batch.$exchange.jsonl"
+            done
+        done
     done
-    PYTHONPATH=scripts/peers "$PYTHON" scripts/peers/links.py "$scratch" "${links[@]}"
+    PYTHONPATH=scripts/peers "$PYTHON" scripts/peers/links.py "$scratch" "${links[*]}" "${batches[*]}"
 }
 
 # Host h has the address 10.99.0.(h + 1) on its end, eth0.
@@ -82,6 +91,12 @@ train_alexnet() {
         --set schedule.warmup_epochs=0 --set optimizer.lr=0.001 --set data.format=synthetic --set data.augment='[]' \
         --set data.test=64 --set batch.local=32 --set parallel.transport=tcp --resume none --out "$scratch/alexnet" >&2
     cp "$scratch/alexnet/summary.json" "$scratch/alexnet.$pair.json"
+}
+
+# time_alexnet BATCH EXCHANGE: the step in f32, as `bench-step --json` tells it.
+time_alexnet() {
+    on_both target/release/trainer bench-step --config configs/alexnet.toml --steps 3 --warmup 1 --json \
+        --set data.format=synthetic --set batch.local="$1" --set parallel.transport=tcp --set parallel.factor_exchange="$2"
 }
 
 main
