@@ -118,7 +118,7 @@ pub trait Communicator: Send {
 
     /// Calls `each` with the ranges of a buffer of `len` values that in `reduce_update` and `all_gather` of replicated memory
     /// come to this rank from elsewhere, for all ranks that share its copy.
-    fn received(&self, _len: usize, _each: &mut dyn FnMut(Range<usize>)) {}
+    fn received(&self, len: usize, each: &mut dyn FnMut(Range<usize>));
 
     /// Every rank ends with the sum over ranks.
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration>;

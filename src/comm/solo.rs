@@ -4,6 +4,7 @@ use super::Communicator;
 use super::hosts::Hosts;
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
+use std::ops::Range;
 use std::time::Duration;
 
 pub struct Solo;
@@ -27,6 +28,8 @@ impl Communicator for Solo {
     fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
         Arena::host(bytes)
     }
+    /// Nothing: there is one copy.
+    fn received(&self, _len: usize, _each: &mut dyn FnMut(Range<usize>)) {}
     fn all_reduce(&mut self, _: SliceMut<'_>) -> Result<Duration> {
         Ok(Duration::ZERO)
     }

@@ -14,7 +14,7 @@ use crate::data::augment::{self, Augmenter};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::{self, Dataset, order};
-use crate::device::Place;
+use crate::device::{Place, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::world::World;
 use crate::model::Shape;
@@ -124,7 +124,11 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     let hosts = comm.hosts().count();
     let norms = update::needs_norms(&config.optimizer);
     let estimates = factors::estimate(&config.parallel, net.spec(), plan, hosts, norms);
-    let chosen: Vec<usize> = estimates.iter().filter(|layer| layer.chosen).map(|layer| layer.node).collect();
+    // Rank 0 decides for all: by its threads, of which other ranks may have more or fewer.
+    let mut flags: Vec<f32> = estimates.iter().map(|layer| f32::from(u8::from(layer.chosen))).collect();
+    comm.broadcast(SliceMut::from(&mut flags[..]), 0)?;
+    let chosen = estimates.iter().zip(&flags).filter(|(_, flag)| **flag > 0.0);
+    let chosen: Vec<usize> = chosen.map(|(layer, _)| layer.node).collect();
     if comm.rank() == 0 && !chosen.is_empty() {
         let names: Vec<&str> = chosen.iter().map(|&node| &*net.spec().nodes[node].name).collect();
         tracing::info!("the hosts exchange factors instead of gradients: {}", names.join(", "));

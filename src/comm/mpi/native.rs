@@ -18,6 +18,7 @@ use crate::launch::mpi::{check, duplicate_world, is_complete, null};
 use crate::launch::watch::Health;
 use ::mpi::ffi;
 use std::ffi::{c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,8 +33,8 @@ pub struct Native {
     size: usize,
     comm: ffi::MPI_Comm,
     health: Arc<Health>,
-    /// A piece for every place in the window.
-    sums: Vec<f32>,
+    /// A piece for every place in the window. Never freed: after a failure MPI may still write there.
+    sums: ManuallyDrop<Vec<f32>>,
 }
 
 // SAFETY: MPI's handles belong to the process, and one thread after the other may use them (MPI_THREAD_SERIALIZED).
@@ -65,7 +66,7 @@ struct Flight {
 impl Native {
     /// Collective.
     pub fn new(rank: usize, size: usize, health: Arc<Health>) -> Result<Native> {
-        Ok(Native { rank, size, comm: duplicate_world()?, health, sums: vec![0.0; WINDOW * PIECE] })
+        Ok(Native { rank, size, comm: duplicate_world()?, health, sums: ManuallyDrop::new(vec![0.0; WINDOW * PIECE]) })
     }
 
     /// Does `call` with all pieces. MPI does not tell waiting for a rank from moving its bytes, so no wait is reported.
@@ -184,6 +185,10 @@ impl Communicator for Native {
     }
     fn allocate_replicated(&mut self, bytes: usize) -> Result<Arena> {
         Arena::host(bytes)
+    }
+    fn received(&self, len: usize, each: &mut dyn FnMut(Range<usize>)) {
+        let own = chunk(len, self.size, self.rank);
+        [0..own.start, own.end..len].into_iter().for_each(each);
     }
     fn all_reduce(&mut self, mut data: SliceMut<'_>) -> Result<Duration> {
         let data = data.f32();

@@ -237,6 +237,8 @@ impl Communicator for Shm {
         Ok(unsafe { Arena::from_raw(Place::Host, one.address(), bytes, Box::new(one)) })
     }
 
+    /// Nothing: there is one copy.
+    fn received(&self, _len: usize, _each: &mut dyn FnMut(Range<usize>)) {}
     fn all_reduce(&mut self, data: SliceMut<'_>) -> Result<Duration> {
         self.run(Operation::AllReduce, 0, data)
     }

@@ -37,7 +37,10 @@ pub fn at_ports(party: Party, master: &str, ports: &[u16], job: &str, interface:
         // Without a choice every interface: MASTER_ADDR may be a name that resolves to a loopback address on its own host.
         let ipv6 = (master, 0).to_socket_addrs().is_ok_and(|mut found| found.all(|address| address.is_ipv6()));
         let (listener, port) = listen_at_one_of(interface.chosen_ip().unwrap_or(any(ipv6)), ports)?;
-        let place = format!("{master}:{port}");
+        let place = match interface.chosen_ip() {
+            Some(ip) => format!("{ip}:{port} ([parallel] interface)"),
+            None => format!("{master}:{port}"),
+        };
         say_waiting(party, &place, interface);
         return star::gather(party, token, listener, &place);
     }
@@ -45,6 +48,10 @@ pub fn at_ports(party: Party, master: &str, ports: &[u16], job: &str, interface:
     let place = match ports {
         [port] => format!("{master}:{port}"),
         _ => format!("{master}, ports {ports:?}"),
+    };
+    let place = match from {
+        Some(ip) => format!("{place}, from {ip} ([parallel] interface: does {master} lead into that network?)"),
+        None => place,
     };
     star::join(party, &place, ports.len() == 1, || {
         // Resolved anew each time: a cluster's name service may learn of a host late.
@@ -103,6 +110,13 @@ fn listen(address: SocketAddr) -> std::io::Result<(Socket, u16)> {
 /// Rank 0 leaves a note in a folder that all hosts share, and takes it away once all have met. One of an earlier run, which
 /// was killed, is recognised by nobody answering there with its token, and replaced.
 pub fn through_folder(party: Party, folder: &Path, job: &str, interface: &Interface) -> Result<Vec<Control>> {
+    if !folder.is_dir() {
+        return Err(Error::usage(format!(
+            "LOCKSTEP_RENDEZVOUS: there is no folder {} on {}; give one that all hosts share",
+            folder.display(),
+            host()
+        )));
+    }
     let job = if job.is_empty() { format!("{}-ranks", party.size) } else { job.to_string() };
     let safe = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
     let file = folder.join(format!("lockstep-{}.rendezvous", job.chars().map(safe).collect::<String>()));

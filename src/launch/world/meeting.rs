@@ -68,7 +68,10 @@ impl Meeting {
             return Ok(Meeting::Mpi { one_node });
         }
         if one_node {
-            return Ok(Meeting::Node { job });
+            // Ranks that were started one by one, with torchrun's variables, have no common parent.
+            let master = || Some(format!("{}:{}", lookup("MASTER_ADDR")?, lookup("MASTER_PORT")?));
+            let by_hand = (first.launcher == Launcher::Torchrun).then(master).flatten();
+            return Ok(Meeting::Node { job: job.or(by_hand) });
         }
         let slurm = claims.iter().find(|claim| claim.launcher == Launcher::Slurm);
         let (host, port) = (lookup("MASTER_ADDR"), master_port(lookup)?);

@@ -38,7 +38,7 @@ fn every_launcher_is_understood() {
             "RANK=3 WORLD_SIZE=4 LOCAL_RANK=3 LOCAL_WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500",
             (3, 4, 3, 4),
             Torchrun,
-            here.clone(),
+            node("127.0.0.1:29500"),
         ),
         (
             "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_ADDR=n0 MASTER_PORT=29500",
