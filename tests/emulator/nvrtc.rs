@@ -1,0 +1,168 @@
+//! libnvrtc for the emulator: hands CUDA sources to the C++ compiler of the machine (`$CXX`, or else `c++`), behind cuda.hpp.
+//!
+//! What it returns as a cubin is a shared library. It exports `emulator_launch`, which finds a kernel by its name; the names
+//! are read from the source after the preprocessor.
+
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+const SUCCESS: c_int = 0;
+const INVALID_INPUT: c_int = 3;
+const COMPILATION: c_int = 6;
+
+pub struct Program {
+    source: String,
+    binary: Vec<u8>,
+    log: CString,
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcVersion(major: *mut c_int, minor: *mut c_int) -> c_int {
+    unsafe { (*major, *minor) = (13, 0) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvrtcGetErrorString(result: c_int) -> *const c_char {
+    let text = match result {
+        SUCCESS => c"NVRTC_SUCCESS",
+        COMPILATION => c"NVRTC_ERROR_COMPILATION",
+        _ => c"NVRTC_ERROR_INVALID_INPUT",
+    };
+    text.as_ptr()
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcCreateProgram(
+    program: *mut *mut Program,
+    source: *const c_char,
+    _name: *const c_char,
+    headers: c_int,
+    _headers: *const *const c_char,
+    _names: *const *const c_char,
+) -> c_int {
+    if headers != 0 {
+        return INVALID_INPUT;
+    }
+    let source = unsafe { CStr::from_ptr(source) }.to_string_lossy().into_owned();
+    unsafe { *program = Box::into_raw(Box::new(Program { source, binary: Vec::new(), log: CString::default() })) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcDestroyProgram(program: *mut *mut Program) -> c_int {
+    unsafe { drop(Box::from_raw(*program)) };
+    SUCCESS
+}
+
+/// Of the options only definitions (`-D`) mean something here.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcCompileProgram(program: *mut Program, count: c_int, options: *const *const c_char) -> c_int {
+    let program = unsafe { &mut *program };
+    let option = |i: usize| unsafe { CStr::from_ptr(*options.add(i)) }.to_string_lossy().into_owned();
+    let definitions: Vec<String> = (0..count as usize).map(option).filter(|option| option.starts_with("-D")).collect();
+    match compile(&program.source, &definitions) {
+        Ok(binary) => {
+            program.binary = binary;
+            SUCCESS
+        }
+        Err(log) => {
+            program.log = CString::new(log.replace('\0', "")).unwrap_or_default();
+            COMPILATION
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetCUBINSize(program: *mut Program, size: *mut usize) -> c_int {
+    unsafe { *size = (*program).binary.len() };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetCUBIN(program: *mut Program, to: *mut u8) -> c_int {
+    let binary = unsafe { &(*program).binary };
+    unsafe { to.copy_from_nonoverlapping(binary.as_ptr(), binary.len()) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetProgramLogSize(program: *mut Program, size: *mut usize) -> c_int {
+    unsafe { *size = (*program).log.as_bytes_with_nul().len() };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetProgramLog(program: *mut Program, to: *mut u8) -> c_int {
+    let log = unsafe { &(*program).log }.as_bytes_with_nul();
+    unsafe { to.copy_from_nonoverlapping(log.as_ptr(), log.len()) };
+    SUCCESS
+}
+
+/// The shared library, or what the compiler says.
+fn compile(source: &str, definitions: &[String]) -> Result<Vec<u8>, String> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let name = format!("lockstep-emulator-{}-{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
+    let folder = std::env::temp_dir().join(name);
+    fs::create_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let compiled = compile_in(&folder, source, definitions);
+    let _ = fs::remove_dir_all(&folder);
+    compiled
+}
+
+fn compile_in(folder: &Path, source: &str, definitions: &[String]) -> Result<Vec<u8>, String> {
+    let write = |name: &str, text: &str| fs::write(folder.join(name), text).map_err(|error| error.to_string());
+    write("kernels.cu", source)?;
+    write("cuda.hpp", include_str!("cuda.hpp"))?;
+    let run = |arguments: &[&str]| {
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let mut command = Command::new(&compiler);
+        command.current_dir(folder).args(["-x", "c++", "-std=c++17"]).args(definitions).args(arguments);
+        let output = command.output().map_err(|error| format!("{compiler}: {error}"))?;
+        match output.status.success() {
+            true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
+    };
+    // `__global__` is a plain word to the preprocessor as long as cuda.hpp is not there.
+    let names = kernels(&run(&["-E", "-P", "kernels.cu"])?);
+    let known = names.iter().map(|name| format!("{{\"{name}\", [](void **p) {{ emulator::call({name}, p); }}}},"));
+    let main = format!(
+        "#include \"cuda.hpp\"\n\
+         #include \"kernels.cu\"\n\
+         static const struct {{ const char *name; void (*call)(void **); }} KERNELS[] = {{ {} {{nullptr, nullptr}} }};\n\
+         // An error in words, or null. With no blocks it only looks for the kernel.\n\
+         extern \"C\" const char *emulator_launch(const char *name, const unsigned *grid, const unsigned *block, void **p) {{\n\
+             for (auto &kernel : KERNELS) {{\n\
+                 if (!kernel.name || strcmp(kernel.name, name) != 0) continue;\n\
+                 if (!grid) return nullptr;\n\
+                 return emulator::launch(kernel.call, {{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, p);\n\
+             }}\n\
+             return \"no such kernel\";\n\
+         }}\n",
+        known.collect::<String>()
+    );
+    write("main.cpp", &main)?;
+    // Warnings for what nvcc would refuse; contraction into fused multiply-adds as on a GPU is left to the code.
+    run(&["-O1", "-ffp-contract=off", "-fPIC", "-shared", "-o", "kernels.so", "main.cpp"])?;
+    fs::read(folder.join("kernels.so")).map_err(|error| error.to_string())
+}
+
+/// The names behind `__global__ void`, launch bounds or not between them.
+fn kernels(preprocessed: &str) -> Vec<String> {
+    let declarations = preprocessed.split("__global__").skip(1);
+    declarations.filter_map(|text| {
+        let text = text.trim_start().strip_prefix("void").unwrap_or(text).trim_start();
+        let text = match text.strip_prefix("__launch_bounds__") {
+            Some(bounds) => bounds.split_once(')')?.1,
+            None => text,
+        };
+        let text = text.trim_start().strip_prefix("void").unwrap_or(text);
+        let name = text.split_once('(')?.0.trim();
+        Some(name.to_owned())
+    })
+    .collect()
+}
