@@ -94,10 +94,11 @@ impl Run {
     }
 
     fn start_from(&mut self, canonical: impl Fn(&str) -> Vec<f32>) {
-        let params = self.net.table().params.clone();
-        for Param { name, spec, range, .. } in params {
-            spec.to_arena(&canonical(&name), &mut self.net.params_mut()[range]);
-        }
+        self.net.edit_params(|table, params| {
+            for Param { name, spec, range, .. } in &table.params {
+                spec.to_arena(&canonical(name), &mut params[range.clone()]);
+            }
+        });
     }
 
     fn step(&mut self, step: usize, images: &[f32], labels: &[u32]) -> Result<f32> {
@@ -108,18 +109,20 @@ impl Run {
         self.net.backward(&self.pass, images, &self.grads, |_| Ok(()))?;
         // SAFETY: backward is over.
         let grads = unsafe { self.grads.slice(0..self.grads.bytes()) }.f32();
-        for Param { spec, range, .. } in self.net.table().params.clone() {
-            let (values, slot) = (&mut self.net.params_mut()[range.clone()], &grads[range.clone()]);
-            match spec.role {
-                Role::Trainable => {
-                    let at = At { lr: self.lr, step: step as u64 };
-                    self.optimizer.update(at, values, slot, &mut [&mut self.momentum[range]]);
-                }
-                Role::Running { momentum } => {
-                    values.iter_mut().zip(slot).for_each(|(v, new)| *v = (1.0 - momentum) * *v + momentum * new);
+        self.net.edit_params(|table, params| {
+            for Param { spec, range, .. } in &table.params {
+                let (values, slot) = (&mut params[range.clone()], &grads[range.clone()]);
+                match spec.role {
+                    Role::Trainable => {
+                        let at = At { lr: self.lr, step: step as u64 };
+                        self.optimizer.update(at, values, slot, &mut [&mut self.momentum[range.clone()]]);
+                    }
+                    Role::Running { momentum } => {
+                        values.iter_mut().zip(slot).for_each(|(v, new)| *v = (1.0 - momentum) * *v + momentum * new);
+                    }
                 }
             }
-        }
+        });
         Ok(loss)
     }
 }

@@ -121,21 +121,17 @@ impl Net {
     }
     /// All parameters, in the order of the table.
     pub fn params(&self) -> &[f32] {
-        // SAFETY: parameters are written through `params_mut`, and by others at no time at which someone asks for all.
+        // SAFETY: parameters are written through `edit_params`, and by others at no time at which someone asks for all.
         unsafe { self.weights.f32.slice(0..self.weights.f32.bytes()) }.f32()
     }
-    /// For writing; `round_params` is to follow.
-    pub fn params_mut(&mut self) -> &mut [f32] {
-        self.table_and_params_mut().1
-    }
-    pub fn table_and_params_mut(&mut self) -> (&ParamTable, &mut [f32]) {
+    /// Lends all parameters for writing.
+    pub fn edit_params<T>(&mut self, edit: impl FnOnce(&ParamTable, &mut [f32]) -> T) -> T {
         // SAFETY: `&mut self`.
-        (&self.table, unsafe { self.weights.f32.slice_mut(0..self.weights.f32.bytes()) }.into_f32())
-    }
-    /// Parameters were written: brings up to date what layers in bf16 read of them.
-    pub fn round_params(&mut self) {
-        // SAFETY: `&mut self`.
+        let params = unsafe { self.weights.f32.slice_mut(0..self.weights.f32.bytes()) };
+        let result = edit(&self.table, params.into_f32());
+        // SAFETY: as above. What layers in bf16 read of them is brought up to date.
         unsafe { self.weights.round_all(0..self.table.len()) };
+        result
     }
 
     /// From `Some` to `None` its layers are timed.
@@ -231,11 +227,11 @@ impl Net {
     }
 
     fn initialise(&mut self, seed: u64) {
-        let (table, params) = self.table_and_params_mut();
-        for param in &table.params {
-            param.spec.initialise(seed, param.number, &mut params[param.range.clone()]);
-        }
-        self.round_params();
+        self.edit_params(|table, params| {
+            for param in &table.params {
+                param.spec.initialise(seed, param.number, &mut params[param.range.clone()]);
+            }
+        });
     }
 
     /// In bf16 the layers read a copy of the images.

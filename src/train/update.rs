@@ -384,13 +384,13 @@ pub fn export_params(net: &Net) -> Vec<Tensor> {
 
 /// Sets all parameters from a checkpoint; fails, naming the tensor, where it was made by another net.
 pub fn import_params(net: &mut Net, state: &State) -> Result<()> {
-    let (table, params) = net.table_and_params_mut();
-    for param in &table.params {
-        let tensor = state.tensor(&param.name, &param.spec.shape)?;
-        param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
-    }
-    net.round_params();
-    Ok(())
+    net.edit_params(|table, params| {
+        for param in &table.params {
+            let tensor = state.tensor(&param.name, &param.spec.shape)?;
+            param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
+        }
+        Ok(())
+    })
 }
 
 fn canonical(name: String, param: &Param, values: &[f32]) -> Tensor {

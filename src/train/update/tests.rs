@@ -132,7 +132,7 @@ impl World {
         if steps.start > 0 {
             let found = found.filter(|_| rank == 0);
             found.iter().for_each(|found| import_params(&mut net, found).unwrap());
-            comm.broadcast(net.params_mut().into(), 0).unwrap();
+            net.edit_params(|_, params| comm.broadcast(params.into(), 0)).unwrap();
             updater.import(found, &mut *comm).unwrap();
         }
         let grads = updater.grads().clone();
@@ -191,8 +191,8 @@ fn plainly(optimizer: &str, size: usize, steps: u64, terms: Terms) -> (Vec<f32>,
     let rule = optim::new(&config.optimizer);
     let options =
         Options { batch: 1, place: Place::Host, threads: 1, seed: 3, precision: Precision::F32, training: true };
-    let mut net = Net::new(NetSpec::new(&config.model).unwrap(), &options).unwrap();
-    let (table, params) = net.table_and_params_mut();
+    let net = Net::new(NetSpec::new(&config.model).unwrap(), &options).unwrap();
+    let (table, mut params) = (net.table().clone(), net.params().to_vec());
     let mut state = vec![vec![0.0; params.len()]; rule.state().len()];
     for step in 0..steps {
         let mut grads: Vec<f32> = (0..params.len()).map(|index| tree_of(size, step, index, terms)).collect();
@@ -222,7 +222,7 @@ fn plainly(optimizer: &str, size: usize, steps: u64, terms: Terms) -> (Vec<f32>,
             named.push((tensor.name, tensor.values));
         }
     }
-    (params.to_vec(), named)
+    (params, named)
 }
 
 fn worlds() -> impl Iterator<Item = World> {
