@@ -139,7 +139,8 @@ impl World {
             #[cfg(feature = "mpi")]
             Meeting::Mpi { one_node } => ways::through_broadcast(party, *one_node, &interface, mpi::broadcast)?,
         };
-        let [first, second] = <[Control; 2]>::try_from(stars).expect("two stars were asked for");
+        let [mut first, second] = <[Control; 2]>::try_from(stars).expect("two stars were asked for");
+        first.choose_data_ip(interface.chosen_ip());
         Ok((first, second))
     }
 
