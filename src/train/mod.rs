@@ -134,7 +134,7 @@ pub fn join(
     let (mut control, watched) = world.connect(parallel)?;
     control.set_timeout(timeout);
     let facts = [Fact::program()?, Fact::world(&world, control.size()), Fact::parallel(parallel)];
-    agreement::check(&facts, world.rank, |bytes| control.all_gather(bytes))?;
+    agreement::check(&facts, &world, |bytes| control.all_gather(bytes))?;
     let seats = Seats::gather(&mut control, &world)?;
     if world.rank == 0
         && let Some(warning) = seats.warning(world.launcher)
