@@ -1,13 +1,15 @@
 //! A run with its folder, and what it leaves.
 
 use crate::common::{Launched, alive, until};
+use crate::configs::small_net;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 use tempfile::TempDir;
 
-const CONFIG: &str = r#"
+/// The rest is the small net.
+const SECTIONS: &str = r#"
 [run]
 name = "rehearsal"
 steps = 40
@@ -18,24 +20,6 @@ test = 32
 [batch]
 global = 64
 micro = 16
-[model]
-input = [32, 32, 3]
-[[model.layers]]
-type = "conv2d"
-filters = 4
-kernel = 3
-stride = 4
-activation = "relu"
-[[model.layers]]
-type = "global_avg_pool"
-[[model.layers]]
-type = "linear"
-units = 10
-[optimizer]
-type = "sgd"
-lr = 0.01
-[checkpoint]
-every_steps = 10
 [eval]
 every_steps = 1000
 "#;
@@ -54,7 +38,7 @@ pub struct Ended {
 impl Rehearsal {
     pub fn new() -> Rehearsal {
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
+        fs::write(folder.path().join("config.toml"), small_net(SECTIONS)).unwrap();
         Rehearsal { folder }
     }
 
