@@ -72,7 +72,12 @@ impl Rehearsal {
 
     /// Steps of the checkpoints, ascending.
     pub fn checkpoints(&self) -> Vec<u64> {
-        let entries = fs::read_dir(self.out().join("checkpoints")).into_iter().flatten().flatten();
+        self.steps("checkpoints")
+    }
+
+    /// The same of a folder in the run's directory.
+    pub fn steps(&self, folder: &str) -> Vec<u64> {
+        let entries = fs::read_dir(self.out().join(folder)).into_iter().flatten().flatten();
         let step = |name: String| name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok();
         let mut steps: Vec<u64> = entries.filter_map(|entry| step(entry.file_name().into_string().ok()?)).collect();
         steps.sort();
@@ -84,16 +89,23 @@ impl Rehearsal {
 pub fn ended(mut launched: Launched) -> Ended {
     let launcher = format!("LOCKSTEP_LAUNCHER={}", launched.pid());
     let code = launched.wait();
-    until("all ranks to be gone", || (!runs_with(&launcher)).then_some(()));
+    until("all ranks to be gone", || runs_with(&[&launcher]).is_none().then_some(()));
     Ended { code, output: launched.output() }
 }
 
-fn runs_with(variable: &str) -> bool {
+/// The process of a rank, once it has started.
+pub fn rank(launched: &Launched, rank: usize) -> Option<i32> {
+    runs_with(&[&format!("LOCKSTEP_LAUNCHER={}", launched.pid()), &format!("LOCKSTEP_RANK={rank}")])
+}
+
+/// A process that has these variables.
+fn runs_with(variables: &[&str]) -> Option<i32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.any(|pid: i32| {
+    pids.find(|&pid| {
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        alive(pid) && environment.split(|byte| *byte == 0).any(|found| found == variable.as_bytes())
+        let has = |variable: &&str| environment.split(|byte| *byte == 0).any(|found| found == variable.as_bytes());
+        alive(pid) && variables.iter().all(has)
     })
 }
 
