@@ -121,6 +121,6 @@ impl Learner {
                 comm.broadcast(SliceMut::from(params), 0)?;
                 updater.import(found, comm)
             })
-        })
+        })?
     }
 }
