@@ -107,9 +107,9 @@ fn error(product: &Product, samples: usize) -> f32 {
 
 fn run(matmul: &mut Matmul, product: &Product, samples: usize) -> f32 {
     let &Product { m, n, k, factors, result, epilogue, .. } = product;
-    let (left, right) = (Values::new(m * k, 1, factors), Values::new(k * n, 2, factors));
+    let (left, right) = (values_of(m * k, 1, factors), values_of(k * n, 2, factors));
     let sums = epilogue == Epilogue::SumLeft;
-    let bias = if sums { Values::poisoned(m, result) } else { Values::new(n, 3, result) };
+    let bias = if sums { Values::poisoned(m, result) } else { values_of(n, 3, result) };
     let output = Values::poisoned(m * n, result);
     let workspace = Values::poisoned(matmul.workspace_bytes(), Element::F32);
     let operands = Operands {
@@ -181,10 +181,10 @@ impl Case {
             return;
         }
         let exact = Element::Bf16;
-        let x = Values::new(batch * self.inputs.len(), 1, exact).values;
-        let dy = Values::new(batch * inferred.output.len(), 2, exact).values;
+        let x = values_of(batch * self.inputs.len(), 1, exact).values;
+        let dy = values_of(batch * inferred.output.len(), 2, exact).values;
         let params: Vec<_> =
-            inferred.params.iter().enumerate().map(|(i, p)| Values::new(p.len(), 3 + i, exact).values).collect();
+            inferred.params.iter().enumerate().map(|(i, p)| values_of(p.len(), 3 + i, exact).values).collect();
         let expected = self.on_cpu(&*spec, batch, &x, &dy, &params);
         let found = self.on_gpu(&*spec, batch, &x, &dy, &params);
         let most = if self.element == Element::F32 { 1e-6 } else { 1.5e-2 };
@@ -282,4 +282,10 @@ impl Case {
 
 fn pass(batch: usize) -> Pass {
     Pass { batch, training: true, first_sample: 0, share: 1.0 }
+}
+
+/// Values that depend on their index, as the type holds them.
+fn values_of(len: usize, seed: usize, element: Element) -> Values {
+    let value = |i: usize| ((i * 37 + seed * 101) % 211) as f32 / 211.0 - 0.45;
+    Values::of(&(0..len).map(value).collect::<Vec<_>>(), element)
 }

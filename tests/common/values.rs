@@ -30,12 +30,6 @@ impl Values {
         made
     }
 
-    /// Values that depend on their index, as the type holds them.
-    pub fn new(len: usize, seed: usize, element: Element) -> Values {
-        let value = |i: usize| ((i * 37 + seed * 101) % 211) as f32 / 211.0 - 0.45;
-        Values::of(&(0..len).map(value).collect::<Vec<_>>(), element)
-    }
-
     pub fn poisoned(len: usize, element: Element) -> Values {
         Values::of(&vec![f32::NAN; len], element)
     }
