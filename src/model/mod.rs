@@ -127,6 +127,8 @@ pub struct Build<'a> {
     /// Samples at most in one call.
     pub batch: usize,
     pub place: Place,
+    /// Whether a GPU may multiply f32 values cut to TF32.
+    pub tf32: bool,
     /// Threads of this rank's rayon pool, for sizing per-thread scratch.
     pub threads: usize,
     pub seed: u64,

@@ -93,6 +93,7 @@ impl Net {
                 inputs: &inputs,
                 batch: options.batch,
                 place: options.place,
+                tf32: false,
                 threads: options.threads,
                 seed: options.seed,
                 layer: number,

@@ -8,6 +8,7 @@
 
 #[macro_use]
 mod call;
+pub mod cublaslt;
 mod elementwise;
 mod gpu;
 pub mod kernels;
