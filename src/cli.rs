@@ -286,7 +286,9 @@ fn ranks(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n @ 1..=65536) => Ok(n),
         Ok(_) => Err("give a number from 1 to 65536".into()),
-        Err(_) if text == "gpus" => Err("this build has no GPU support; give a number of ranks, such as -n 2".into()),
+        Err(_) if text == "gpus" => {
+            Err("no rank computes on a GPU in this version; give a number of ranks, such as -n 2".into())
+        }
         Err(_) => Err("give a number of ranks, such as 2".into()),
     }
 }

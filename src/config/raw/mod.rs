@@ -7,6 +7,7 @@ mod optim;
 pub use data::*;
 pub use optim::*;
 
+use crate::device::Choice;
 use crate::model::layers::Parsed;
 use crate::model::precision::Precision;
 use schemars::JsonSchema;
@@ -41,6 +42,9 @@ pub struct Run {
     /// Of activations and of the matrix work; parameters, gradients and optimizer state are f32 in either case.
     #[serde(default)]
     pub precision: Precision,
+    /// What each rank computes on. auto: a GPU where one can be used, else the CPU.
+    #[serde(default)]
+    pub device: Choice,
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
     #[schemars(range(min = 1))]
