@@ -8,6 +8,8 @@
 
 #[macro_use]
 mod call;
+mod choices;
+pub mod cudnn;
 mod elementwise;
 mod gpu;
 pub mod kernels;
