@@ -5,6 +5,7 @@
 mod program;
 
 mod harness;
+mod header;
 mod kernels;
 mod libraries;
 mod work;

@@ -9,6 +9,31 @@ use lockstep::device::{self, Place, Slice, SliceMut};
 use lockstep::error::Kind;
 use lockstep::model::layers;
 use lockstep::model::{Backward, Build, Forward, Pass, Shape};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+/// Counts this thread's allocations; those of the stub, a library of its own, are not among them.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: everything is the system allocator's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's contract is passed on.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's contract is passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
 
 static SCALE: Source = Source {
     name: "scale",
@@ -107,6 +132,27 @@ fn a_source_is_compiled_once_for_each_type_and_its_kernels_are_launched() {
             unsafe { kernel.launch(gpu.compute(), gpu.grid_over(8), arguments) }.unwrap();
         }
         assert_eq!(launches(), 3);
+    });
+}
+
+#[test]
+fn launches_copies_and_events_allocate_nothing_after_the_first() {
+    under_the_stub("", || {
+        let gpu = Gpu::take(0).unwrap();
+        let elementwise = Elementwise::new(&gpu, Element::F32).unwrap();
+        let (memory, event) = (gpu.allocate(64).unwrap(), gpu.event().unwrap());
+        // SAFETY: the stub runs nothing, and copies at once.
+        let step = || unsafe {
+            elementwise.fill(memory.slice_mut(0..64), 1.0).unwrap();
+            gpu.copies().copy(memory.slice(0..32), memory.slice_mut(32..64)).unwrap();
+            gpu.copies().record(&event).unwrap();
+            gpu.compute().wait_for(&event).unwrap();
+        };
+        step();
+        let before = ALLOCATIONS.get();
+        (0..10).for_each(|_| step());
+        assert_eq!(ALLOCATIONS.get(), before);
+        assert_eq!(launches(), 11);
     });
 }
 
