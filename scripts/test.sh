@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole test command. Needs Rust; installs the rest where it may: a C compiler for the linker and for BLAKE3's
-# assembly, rustfmt, clippy, shellcheck, iproute2 for hosts made of network namespaces, Open MPI and MPICH, and for root Slurm.
+# assembly, rustfmt, clippy, shellcheck, iproute2 for hosts made of network namespaces, Open MPI and MPICH, NVRTC, and for root
+# Slurm.
 # What is missing and cannot be installed is named and skipped, except the C compiler. Tests that need a data set look into
 # $LOCKSTEP_DATA, else ../shared/data, and say so when they skip.
 set -euo pipefail
@@ -29,12 +30,22 @@ for path in glob.glob("scripts/**/*.py", recursive=True): compile(open(path).rea
     fi
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
     { have ip && have tc; } || apt_install iproute2 || true
+    nvrtc || true
     step cargo test
     mpi openmpi "libopenmpi-dev openmpi-bin" && open_mpi_5
     mpi mpich "libmpich-dev mpich" || true
 
     echo
     echo "scripts/test.sh: all passed in $SECONDS s${skipped:+; skipped, because missing:$skipped}"
+}
+
+# NVRTC compiles for GPUs without one; the tests find it where the variable says.
+nvrtc() {
+    local at=target/nvrtc
+    local folder="$PWD/$at/lib/python3*/site-packages/nvidia/*/lib"
+    compgen -G "$folder" >/dev/null || { python3 -m venv $at && $at/bin/pip install --quiet nvidia-cuda-nvrtc; } || skip nvrtc || return
+    LOCKSTEP_CUDA_PATH=$(compgen -G "$folder")
+    export LOCKSTEP_CUDA_PATH
 }
 
 # mpi NAME PACKAGES: builds with the feature mpi against Debian's NAME and runs its tests under that mpirun. The nets are small:

@@ -74,7 +74,7 @@ fn mistakes_on_the_command_line_are_usage_errors() {
         (&["--config", config, "--set", "optimizer.lrr=1"], "unknown key optimizer.lrr"),
         (&["--config", config, "--set", "lr"], "expected KEY=VALUE"),
         (&["--confg", config], "--config"),
-        (&["-n", "gpus", "--config", config], "no GPU support"),
+        (&["-n", "gpus", "--config", config], "no rank computes on a GPU"),
         (&["-n", "0", "--config", config], "from 1 to"),
         (&["-n", "2"], "--config <FILE>"),
         (&["--config", config, "info"], "before a subcommand"),

@@ -1,6 +1,9 @@
 //! `trainer info`: what this machine offers and what this build can use.
 
 use crate::comm;
+use crate::device::cuda::libraries::{self, Library};
+use crate::device::cuda::probe::{self, Found};
+use crate::error::Result;
 use crate::model::kernels::gemm16::Kernel;
 use comfy_table::{Table, presets};
 use std::fs;
@@ -21,8 +24,10 @@ pub fn describe() -> String {
         ("memory", format!("{}, {} available", gib(&memory, "MemTotal"), gib(&memory, "MemAvailable"))),
         ("transports", "shm (ranks of one node), tcp (any)".to_owned()),
         ("MPI", mpi()),
-        ("GPU", "none: CUDA and NCCL are not built in".to_owned()),
     ] {
+        table.add_row([what, &found]);
+    }
+    for (what, found) in gpus(probe::gpus()) {
         table.add_row([what, &found]);
     }
     format!("{}\n", table.trim_fmt())
@@ -42,6 +47,28 @@ fn mpi() -> String {
         Some(library) => format!("{library}, of which the thread level serialized is asked"),
         None => "not built in".to_owned(),
     }
+}
+
+/// The GPUs and the libraries that work on them; without a GPU why there is none.
+fn gpus(found: Result<Found>) -> Vec<(&'static str, String)> {
+    let Found { driver, module, devices } = match found {
+        Ok(found) => found,
+        Err(error) => return vec![("GPU", format!("none: {error}"))],
+    };
+    let devices = devices.iter().map(|gpu| {
+        let (mib, architecture) = (gpu.memory_bytes >> 20, gpu.architecture());
+        ("GPU", format!("{}: {}, {mib} MiB, {architecture}, {}", gpu.ordinal, gpu.name, gpu.uuid))
+    });
+    let module = module.map_or(String::new(), |version| format!("driver {version}, "));
+    let driver = ("CUDA", format!("{module}for CUDA up to {}, {}", driver.version, driver.path.display()));
+    let libraries =
+        [("NVRTC", libraries::nvrtc()), ("cuBLASLt", libraries::cublas_lt()), ("cuDNN", libraries::cudnn())];
+    let library = |found: Result<&Library>| match found {
+        Ok(library) => format!("{}, {}", library.version, library.path.display()),
+        Err(error) => error.to_string(),
+    };
+    let libraries = libraries.map(|(name, found)| (name, library(found)));
+    devices.chain([driver]).chain(libraries).collect()
 }
 
 /// Those that the kernels ask for.

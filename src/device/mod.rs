@@ -3,10 +3,13 @@
 //! for the wrong one is a bug and asserts, so the choice of device is made once, where a layer is built, and nowhere else.
 
 mod arena;
+pub mod cuda;
 
 use crate::error::{Error, Result};
 pub use arena::{ALIGN, Arena};
 use half::bf16;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -19,11 +22,35 @@ pub enum Place {
     Cuda,
 }
 
+/// `[run] device`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Choice {
+    /// A GPU where one can be used, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// Why no rank computes on a GPU.
+pub const NOT_YET: &str = "not all layers of this version have kernels for it";
+
+/// Where a rank computes.
+pub fn choose(choice: Choice) -> Result<Place> {
+    match choice {
+        Choice::Auto | Choice::Cpu => Ok(Place::Host),
+        Choice::Cuda => Err(Error::usage(format!(
+            "[run] device = \"cuda\" asks for a GPU, but {NOT_YET}; set it to \"auto\" or \"cpu\""
+        ))),
+    }
+}
+
 /// Zeroed memory of a device.
 pub fn allocate(place: Place, bytes: usize) -> Result<Arena> {
     match place {
         Place::Host => Arena::host(bytes),
-        Place::Cuda => Err(Error::device("this build has no CUDA support; run on the CPU")),
+        Place::Cuda => cuda::Gpu::of_this_rank()?.allocate(bytes),
     }
 }
 

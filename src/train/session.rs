@@ -4,7 +4,7 @@ use super::audit::Audit;
 use super::checkpoint::{self, State};
 use super::eval::Evaluator;
 use super::gradient::Sums;
-use super::inject::Faults;
+use super::inject::{self, Faults};
 use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
 use super::time_limit::TimeLimit;
@@ -73,7 +73,9 @@ pub fn train(
     let plan = setup::plan(config, &parts, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
-    let faults = Faults::new(options, &directory, &rank.world)?;
+    inject::check_ranks(&options.inject, &job, &rank.world)?;
+    let anew = resume::agree_on_anew(&options.resume, &job, &checkpoints, &mut *comm)?;
+    let faults = Faults::new(options, anew, &directory, &rank.world)?;
     if rank.world.rank == 0
         && let Some(warning) = plan.cut_warmup()
     {
@@ -81,7 +83,10 @@ pub fn train(
     }
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
-        0 => resume::find(options, &checkpoints, config, |state| learner.fits(state))?,
+        0 => {
+            let beginner = anew.then_some(&job);
+            resume::find(&options.resume, beginner, &checkpoints, config, |state| learner.fits(state))?
+        }
         _ => None,
     };
     let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;

@@ -14,7 +14,7 @@ use crate::data::augment::{self, Augmenter};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::{self, Dataset, order};
-use crate::device::{Place, SliceMut};
+use crate::device::{self, Choice, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::world::World;
 use crate::model::Shape;
@@ -86,6 +86,7 @@ pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
 /// The numbers of a run. All that a configuration can get wrong is refused here, before anything takes memory or time:
 /// what `trainer plan` accepts is what training accepts.
 pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks) -> Result<Plan> {
+    device::choose(config.run.device)?;
     let plan = Plan::new(config, ranks, parts.samples())?;
     loss(config, net, &*parts.train)?;
     Ok(plan)
@@ -104,7 +105,7 @@ pub fn agree(
         Fact::training_set(parts.train.len(), parts.train.classes(), fingerprint),
         Fact::parameters(&ParamTable::new(&NetSpec::new(&config.model)?)),
     ];
-    let agreed = agreement::check(&facts, rank.world.rank, |bytes| agreement::gather_bytes(comm, bytes));
+    let agreed = agreement::check(&facts, &rank.world, |bytes| agreement::gather_bytes(comm, bytes));
     if agreed.is_err() {
         // Nobody leaves before all know why: a rank that is gone would be the others' error.
         rank.health.ending();
@@ -118,7 +119,7 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
     let weights = Arc::new(Weights::new(len, config.run.precision, |bytes| comm.allocate_replicated(bytes))?);
-    let net = Net::with_weights(spec, &net_options(config, plan, true), weights.clone())?;
+    let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
     let hosts = comm.hosts().count();
@@ -151,18 +152,21 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
 
 /// The net of one rank, for evaluation alone.
 pub fn net(config: &Config, plan: &Plan) -> Result<Net> {
-    Net::new(NetSpec::new(&config.model)?, &net_options(config, plan, false))
+    Net::new(NetSpec::new(&config.model)?, &net_options(config, plan, false)?)
 }
 
-fn net_options(config: &Config, plan: &Plan, training: bool) -> net::Options {
-    net::Options {
+fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Options> {
+    if config.run.device == Choice::Auto {
+        tracing::debug!("computing on the CPU, not on a GPU: {}", device::NOT_YET);
+    }
+    Ok(net::Options {
         batch: plan.micro_batch,
-        place: Place::Host,
+        place: device::choose(config.run.device)?,
         threads: rayon::current_num_threads(),
         seed: config.run.seed,
         precision: config.run.precision,
         training,
-    }
+    })
 }
 
 pub fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {

@@ -3,10 +3,14 @@
 
 pub mod bf16;
 mod cpu;
+pub mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::single;
+use crate::device::Place;
+use crate::device::cuda::kernels::Element;
 use crate::error::Result;
+use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +30,16 @@ pub enum Activation {
 impl Activation {
     pub fn is_relu_or_none(self) -> bool {
         matches!(self, Activation::None | Activation::Relu)
+    }
+
+    /// Its name in `activation.cuh`.
+    pub fn number(self) -> u32 {
+        match self {
+            Activation::None => 0,
+            Activation::Relu => 1,
+            Activation::Sigmoid => 2,
+            Activation::Tanh => 3,
+        }
     }
 
     /// What backward has to undo of it: nothing where the reader of the output has.
@@ -52,8 +66,18 @@ macro_rules! activation_layer {
                 })
             }
             fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-                let activation = Activation::$name;
-                Ok(Box::new(cpu::Elementwise { activation, undo: activation.to_undo(build) }))
+                let (activation, undo) = (Activation::$name, Activation::$name.to_undo(build));
+                Ok(match build.place {
+                    Place::Host => Box::new(cpu::Elementwise { activation, undo }),
+                    Place::Cuda => Box::new(cuda::Elementwise::new(activation, undo, Element::F32)?),
+                })
+            }
+            fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+                let (activation, undo) = (Activation::$name, Activation::$name.to_undo(build));
+                match build.place {
+                    Place::Host => widened::around(self, build),
+                    Place::Cuda => Ok(Box::new(cuda::Elementwise::new(activation, undo, Element::Bf16)?)),
+                }
             }
         }
     };

@@ -1,10 +1,14 @@
 //! Sum of several inputs of one shape: the end of a residual block.
 
 mod cpu;
+mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, several};
+use crate::device::Place;
+use crate::device::cuda::kernels::Element;
 use crate::error::Result;
+use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +39,19 @@ impl LayerSpec for Add {
         })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(Box::new(cpu::Add { activation: self.activation, undo: self.activation.to_undo(build) }))
+        let (activation, undo) = (self.activation, self.activation.to_undo(build));
+        Ok(match build.place {
+            Place::Host => Box::new(cpu::Add { activation, undo }),
+            Place::Cuda => Box::new(cuda::Add::new(activation, undo, Element::F32)?),
+        })
+    }
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match build.place {
+            Place::Host => widened::around(self, build),
+            Place::Cuda => {
+                let undo = self.activation.to_undo(build);
+                Ok(Box::new(cuda::Add::new(self.activation, undo, Element::Bf16)?))
+            }
+        }
     }
 }

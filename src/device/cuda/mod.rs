@@ -1,0 +1,21 @@
+//! GPUs through CUDA. Nothing of it is linked: the libraries are looked for when a GPU is asked for (`libraries`), and what
+//! is missing is an error that says which package brings it. `probe` lists the GPUs; `Gpu` is the one that this rank works
+//! on, with its memory and streams; `kernels` compiles the `.cu` files that stand beside their layers.
+//!
+//! The crate cudarc has the declarations and looks functions up by name. Only its `sys` modules are used: what its safe
+//! wrappers add, events at each allocation and allocations at each launch, is what a captured step must not have. A function
+//! that a library lacks makes cudarc panic, so those that are called are listed in `libraries` and asked for first.
+
+#[macro_use]
+mod call;
+mod elementwise;
+mod gpu;
+pub mod kernels;
+pub mod libraries;
+pub mod probe;
+mod search;
+mod stream;
+
+pub use elementwise::Elementwise;
+pub use gpu::{Gpu, Memory};
+pub use stream::{Event, Stream};

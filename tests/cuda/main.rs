@@ -1,0 +1,16 @@
+//! CUDA without a GPU: what is said where libraries are missing or unfit, whether the kernels compile, and all that is not a
+//! kernel on a stub that stands for libcuda and NVRTC (`stub`).
+
+#[path = "../common/program.rs"]
+mod program;
+
+mod harness;
+mod header;
+mod kernels;
+mod libraries;
+mod work;
+
+// A library of its own, which `harness` compiles; named here so that `cargo fmt` sees it.
+#[cfg(any())]
+#[path = "stub/lib.rs"]
+mod stub;
