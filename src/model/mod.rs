@@ -129,6 +129,11 @@ pub struct Build<'a> {
     pub place: Place,
     /// Whether a GPU may multiply f32 values cut to TF32.
     pub tf32: bool,
+    /// Whether a GPU may add in an order of chance where that is faster.
+    pub nondeterministic: bool,
+    /// Whether backward will be called, and whether the gradients by the inputs will be wanted then.
+    pub training: bool,
+    pub grad_inputs: bool,
     /// Threads of this rank's rayon pool, for sizing per-thread scratch.
     pub threads: usize,
     pub seed: u64,

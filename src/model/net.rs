@@ -79,7 +79,7 @@ impl Net {
     /// The same with parameters in memory that is given, as many as `ParamTable::len` says.
     pub fn with_weights(spec: NetSpec, options: &Options, weights: Arc<Weights>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
-        let table = ParamTable::new(&spec);
+        let table = ParamTable::new(&spec).on(options.place);
         let plan = Plan::new(&spec, options);
         let allocate = |bytes| device::allocate(options.place, bytes);
         // The largest memory first: where it is not to be had, that is said before layers make tables of its size.
@@ -94,6 +94,9 @@ impl Net {
                 batch: options.batch,
                 place: options.place,
                 tf32: false,
+                nondeterministic: false,
+                training: options.training,
+                grad_inputs: node.inputs.iter().any(|&input| spec.needs_gradient(input)),
                 threads: options.threads,
                 seed: options.seed,
                 layer: number,

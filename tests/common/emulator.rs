@@ -11,8 +11,12 @@ use std::sync::OnceLock;
 use std::{env, fs};
 
 /// Sources in tests/emulator, and the names by which the libraries are looked for.
-const LIBRARIES: [(&str, &str); 3] =
-    [("driver.rs", "libcuda.so.1"), ("nvrtc.rs", "libnvrtc.so.13"), ("cublaslt.rs", "libcublasLt.so.13")];
+const LIBRARIES: [(&str, &str); 4] = [
+    ("driver.rs", "libcuda.so.1"),
+    ("nvrtc.rs", "libnvrtc.so.13"),
+    ("cublaslt.rs", "libcublasLt.so.13"),
+    ("cudnn/lib.rs", "libcudnn.so.9"),
+];
 
 /// The GPU that all tests of this process share.
 pub fn gpu() -> &'static Gpu {
