@@ -82,11 +82,14 @@ impl<'a> Operands<'a> {
             inputs: &self.case.inputs,
             batch: self.batch,
             place,
+            training: true,
+            grad_inputs: true,
             threads: rayon::current_num_threads(),
             seed: 0x1234_5678_9abc_def0,
             layer: 3,
             masks_input: self.case.masks_input,
             grad_masked: self.case.grad_masked,
+            ..Build::default()
         }
     }
 
