@@ -10,8 +10,11 @@ mod runs;
 
 use common::{Launched, WATCHDOG, alive, send, until};
 use exact::{Operation, Where};
-use lockstep::comm::mpi_library;
+use lockstep::comm::{self, mpi_library};
 use lockstep::config::raw::{Algorithm, Parallel, TransportChoice};
+use lockstep::error::Kind;
+use lockstep::launch::watch::Health;
+use lockstep::launch::world::World;
 use lockstep::train;
 use rustix::process::Signal;
 use std::fs;
@@ -126,8 +129,7 @@ fn every_operation_is_exact_over_mpi() {
 /// A rank of the test above; a test of its own only in name.
 #[test]
 fn rank() {
-    let Ok(name) = std::env::var("MPI_TEST_ALGORITHM") else { return };
-    let algorithm = if name == "native" { Algorithm::Native } else { Algorithm::Ring };
+    let Some(algorithm) = algorithm() else { return };
     let parallel = Parallel { algorithm, timeout: WATCHDOG.as_secs_f64(), ..Parallel::over(TransportChoice::Mpi) };
     train::join(&parallel, 0, |_, mut comm| {
         exact::check_all(&mut *comm);
@@ -143,6 +145,40 @@ fn rank() {
         Ok(())
     })
     .unwrap();
+}
+
+#[test]
+fn a_rank_that_makes_no_communicator_is_not_waited_for_for_ever() {
+    let Some(mpirun) = Mpirun::of_this_build() else { return };
+    let mut command = mpirun.command(2);
+    command.arg(std::env::current_exe().unwrap()).args(["--exact", "one_connects", "--nocapture"]);
+    let mut run = Launched::start(command.env("MPI_TEST_ALGORITHM", "native"));
+    run.wait();
+    assert!(run.output().contains("it gave up"), "{}", run.output());
+}
+
+/// A rank of the test above; a test of its own only in name.
+#[test]
+fn one_connects() {
+    let Some(algorithm) = algorithm() else { return };
+    let parallel = Parallel { algorithm, ..Parallel::over(TransportChoice::Mpi) };
+    let world = World::detect().unwrap();
+    let (mut control, _watched) = world.connect(&parallel).unwrap();
+    if world.rank == 1 {
+        // Ends when rank 0 does.
+        control.broadcast(&[]).unwrap_err();
+        return;
+    }
+    let connected = comm::connect(&parallel, control, Health::new(Duration::from_secs(2)));
+    let error = connected.err().expect("rank 1 does not connect");
+    assert_eq!(error.kind(), Kind::PeerLost, "{error}");
+    assert!(error.to_string().contains("waiting for the other ranks to make a communicator of MPI's"), "{error}");
+    println!("it gave up");
+}
+
+fn algorithm() -> Option<Algorithm> {
+    let name = std::env::var("MPI_TEST_ALGORITHM").ok()?;
+    Some(if name == "native" { Algorithm::Native } else { Algorithm::Ring })
 }
 
 /// mpirun does not see the death, as under an MPICH that leaves peers running: a shell stands between it and each rank.

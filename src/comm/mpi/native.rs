@@ -66,7 +66,13 @@ struct Flight {
 impl Native {
     /// Collective.
     pub fn new(rank: usize, size: usize, health: Arc<Health>) -> Result<Native> {
-        Ok(Native { rank, size, comm: duplicate_world()?, health, sums: ManuallyDrop::new(vec![0.0; WINDOW * PIECE]) })
+        Ok(Native {
+            rank,
+            size,
+            comm: duplicate_world(&health)?,
+            health,
+            sums: ManuallyDrop::new(vec![0.0; WINDOW * PIECE]),
+        })
     }
 
     /// Does `call` with all pieces. MPI does not tell waiting for a rank from moving its bytes, so no wait is reported.
