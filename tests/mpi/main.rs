@@ -2,20 +2,25 @@
 //! ranks talk through MPI. $MPIRUN names the mpirun to use; without it, one that fits the build is looked for.
 
 #[allow(dead_code)] // Of what tests share, this one needs a part.
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "common/exact.rs"]
+#[path = "../common/exact.rs"]
 mod exact;
-#[path = "common/runs.rs"]
+#[path = "../common/mpirun.rs"]
+mod mpirun;
+mod rounded;
+#[path = "../common/runs.rs"]
 mod runs;
 
 use common::{Launched, WATCHDOG, alive, send, until};
 use exact::{Operation, Where};
-use lockstep::comm::{self, mpi_library};
-use lockstep::config::raw::{Algorithm, Parallel, TransportChoice};
+use lockstep::comm::{self, Communicator, mpi_library};
+use lockstep::config::raw::{Algorithm, Parallel, ReduceDtype, TransportChoice};
 use lockstep::error::Kind;
 use lockstep::launch::watch::Health;
 use lockstep::launch::world::World;
-use lockstep::train;
+use lockstep::train::join;
+use mpirun::{Mpirun, skip};
 use rustix::process::Signal;
 use std::fs;
 use std::path::Path;
@@ -67,7 +72,7 @@ fn runs_under_mpirun_have_the_bits_of_those_through_shared_memory() {
     let transports: &[&str] = if mpi_library().is_some() { &["auto", "tcp", "mpi"] } else { &["auto", "tcp"] };
     for transport in transports {
         let out = folder.path().join(transport);
-        let mut run = mpirun.train(4, &out, &[&format!("parallel.transport={transport:?}")]);
+        let mut run = train(&mpirun, 4, &out, &[&format!("parallel.transport={transport:?}")]);
         assert_eq!(run.wait(), 0, "{transport}: {}", run.output());
         assert_eq!(runs::summary(&out)["weights_digest"], expected, "{transport}");
     }
@@ -102,24 +107,51 @@ fn ranks_of_several_nodes_meet_through_mpi() {
     assert!(run.output().contains("all_reduce over mpi, 3 ranks"), "{}", run.output());
 }
 
-/// Whose sums may have another order.
+/// Two terms have one order of addition, so here the bits are those of all transports.
 #[test]
 fn mpis_own_collectives_train_too() {
     let Some(mpirun) = Mpirun::of_this_build() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let settings = ["parallel.transport=\"mpi\"", "parallel.algorithm=\"native\""];
-    let mut run = mpirun.train(3, &folder.path().join("native"), &settings);
-    assert_eq!(run.wait(), 0, "{}", run.output());
+    for precision in ["f32", "bf16"] {
+        let precision_is = format!("run.precision={precision:?}");
+        let shm = folder.path().join(format!("shm-{precision}"));
+        runs::trainer(CONFIG, &shm, 2, &[&precision_is]).assert().success();
+        let native = folder.path().join(format!("native-{precision}"));
+        let settings = [&precision_is, "parallel.transport=\"mpi\"", "parallel.algorithm=\"native\""];
+        let mut run = train(&mpirun, 2, &native, &settings);
+        assert_eq!(run.wait(), 0, "{precision}: {}", run.output());
+        assert_eq!(runs::summary(&native)["weights_digest"], runs::summary(&shm)["weights_digest"], "{precision}");
+    }
+}
+
+/// The audit of every step finds the same parameters on all ranks, and the loss is that of sums in f32, or nearly.
+#[test]
+fn gradients_in_bf16_train_too() {
+    let Some(mpirun) = Mpirun::of_this_build() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let runs = ["f32", "bf16"].map(|dtype| {
+        let out = folder.path().join(dtype);
+        let dtype_is = format!("parallel.reduce_dtype={dtype:?}");
+        let settings = ["transport=\"mpi\"", "algorithm=\"native\"", "audit_every_steps=1"];
+        let settings = settings.map(|setting| format!("parallel.{setting}"));
+        let settings: Vec<&str> = settings.iter().chain([&dtype_is]).map(String::as_str).collect();
+        let mut run = train(&mpirun, 3, &out, &settings);
+        assert_eq!(run.wait(), 0, "{dtype}: {}", run.output());
+        runs::summary(&out)
+    });
+    let [wide, narrow] = runs.each_ref().map(|summary| summary["train_loss"].as_f64().unwrap());
+    assert!((narrow / wide - 1.0).abs() < 0.01, "{narrow} with gradients in bf16, {wide} in f32");
+    assert_ne!(runs[0]["weights_digest"], runs[1]["weights_digest"], "the setting makes a difference");
 }
 
 #[test]
 fn every_operation_is_exact_over_mpi() {
     let Some(mpirun) = Mpirun::of_this_build() else { return };
-    for algorithm in ["ring", "native"] {
-        for ranks in [2, 3, 5] {
+    for (algorithm, worlds) in [("ring", [2, 3, 5]), ("native", [2, 3, 5]), ("native in bf16", [2, 3, 4])] {
+        for ranks in worlds {
             let mut command = mpirun.command(ranks);
             command.arg(std::env::current_exe().unwrap()).args(["--exact", "rank", "--nocapture"]);
-            let mut run = Launched::start(command.env("MPI_TEST_ALGORITHM", algorithm));
+            let mut run = Launched::start(command.env(ALGORITHM, algorithm));
             assert_eq!(run.wait(), 0, "{algorithm}, {ranks} ranks: {}", run.output());
             assert_eq!(run.output().matches("all is exact").count(), ranks, "{}", run.output());
         }
@@ -129,17 +161,21 @@ fn every_operation_is_exact_over_mpi() {
 /// A rank of the test above; a test of its own only in name.
 #[test]
 fn rank() {
-    let Some(algorithm) = algorithm() else { return };
-    let parallel = Parallel { algorithm, timeout: WATCHDOG.as_secs_f64(), ..Parallel::over(TransportChoice::Mpi) };
-    train::join(&parallel, 0, |_, mut comm| {
-        exact::check_all(&mut *comm);
-        // More pieces than are under way at once.
-        let arena = comm.allocate(0).unwrap();
-        for operation in [Operation::AllReduce, Operation::Broadcast { root: 1 }] {
-            exact::check(&mut *comm, &arena, operation, Where::Heap, 700_001, exact::integer);
+    let Some(parallel) = parallel() else { return };
+    join(&parallel, 0, |_, mut comm| {
+        let comm = &mut *comm;
+        match parallel.reduce_dtype {
+            ReduceDtype::F32 => exact::check_all(comm),
+            ReduceDtype::Bf16 => rounded::check_all(comm),
         }
-        if algorithm == Algorithm::Ring {
-            exact::check_order(&mut *comm);
+        // More pieces than are under way at once; none of these is about gradients.
+        let arena = comm.allocate(0).unwrap();
+        for operation in [Operation::AllReduce, Operation::AllGather, Operation::Broadcast { root: 1 }] {
+            exact::check(comm, &arena, operation, Where::Heap, 700_001, exact::integer);
+        }
+        check_received(comm, 700_001);
+        if parallel.algorithm == Algorithm::Ring {
+            exact::check_order(comm);
         }
         println!("all is exact");
         Ok(())
@@ -147,12 +183,33 @@ fn rank() {
     .unwrap();
 }
 
+/// Of replicated memory a rank alone on its host gets what is not its chunk, each value once.
+fn check_received(comm: &dyn Communicator, len: usize) {
+    let mut times = vec![0; len];
+    comm.received(len, &mut |range| times[range].iter_mut().for_each(|times| *times += 1));
+    times[comm::chunk(len, comm.size(), comm.rank())].iter_mut().for_each(|times| *times += 1);
+    assert!(times.iter().all(|times| *times == 1));
+}
+
+const ALGORITHM: &str = "MPI_TEST_ALGORITHM";
+
+/// What a rank of these tests is to connect with; nothing in other processes.
+fn parallel() -> Option<Parallel> {
+    let (algorithm, reduce_dtype) = match std::env::var(ALGORITHM).ok()?.as_str() {
+        "native" => (Algorithm::Native, ReduceDtype::F32),
+        "native in bf16" => (Algorithm::Native, ReduceDtype::Bf16),
+        _ => (Algorithm::Ring, ReduceDtype::F32),
+    };
+    let timeout = WATCHDOG.as_secs_f64();
+    Some(Parallel { algorithm, reduce_dtype, timeout, ..Parallel::over(TransportChoice::Mpi) })
+}
+
 #[test]
 fn a_rank_that_makes_no_communicator_is_not_waited_for_for_ever() {
     let Some(mpirun) = Mpirun::of_this_build() else { return };
     let mut command = mpirun.command(2);
     command.arg(std::env::current_exe().unwrap()).args(["--exact", "one_connects", "--nocapture"]);
-    let mut run = Launched::start(command.env("MPI_TEST_ALGORITHM", "native"));
+    let mut run = Launched::start(command.env(ALGORITHM, "native"));
     run.wait();
     assert!(run.output().contains("it gave up"), "{}", run.output());
 }
@@ -160,8 +217,7 @@ fn a_rank_that_makes_no_communicator_is_not_waited_for_for_ever() {
 /// A rank of the test above; a test of its own only in name.
 #[test]
 fn one_connects() {
-    let Some(algorithm) = algorithm() else { return };
-    let parallel = Parallel { algorithm, ..Parallel::over(TransportChoice::Mpi) };
+    let Some(parallel) = parallel() else { return };
     let world = World::detect().unwrap();
     let (mut control, _watched) = world.connect(&parallel).unwrap();
     if world.rank == 1 {
@@ -174,11 +230,6 @@ fn one_connects() {
     assert_eq!(error.kind(), Kind::PeerLost, "{error}");
     assert!(error.to_string().contains("waiting for the other ranks to make a communicator of MPI's"), "{error}");
     println!("it gave up");
-}
-
-fn algorithm() -> Option<Algorithm> {
-    let name = std::env::var("MPI_TEST_ALGORITHM").ok()?;
-    Some(if name == "native" { Algorithm::Native } else { Algorithm::Ring })
 }
 
 /// mpirun does not see the death, as under an MPICH that leaves peers running: a shell stands between it and each rank.
@@ -248,74 +299,26 @@ fn transport_mpi_without_mpi_says_what_to_do() {
         Some(_) => "start them with `mpirun -np N trainer ...`",
         None => "build it with `cargo build --release --features mpi`",
     };
-    for (arguments, remedy) in
-        [(&["--transport", "mpi"][..], remedy), (&["--algorithm", "native"][..], "it goes with transport = \"mpi\"")]
-    {
-        let output = runs::program().args(["-n", "2", "bench-comm"]).args(arguments).output().unwrap();
+    for (arguments, remedy) in [
+        ("--transport mpi", remedy),
+        ("--algorithm native", "it goes with transport = \"mpi\""),
+        ("--reduce-dtype bf16", "goes with transport = \"mpi\" and algorithm = \"native\""),
+    ] {
+        let output = runs::program().args(["-n", "2", "bench-comm"]).args(arguments.split(' ')).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{error}");
         assert!(error.contains(remedy) && error.lines().count() == 1, "{error}");
     }
 }
 
-/// An mpirun, and the arguments without which it refuses what tests do.
-struct Mpirun {
-    program: String,
-    arguments: &'static [&'static str],
-}
-
-impl Mpirun {
-    /// One that fits this build; any fits a build without the feature.
-    fn find() -> Option<Mpirun> {
-        let library = mpi_library();
-        let named = std::env::var("MPIRUN").ok();
-        let names = named.as_deref().map_or(vec!["mpirun", "mpirun.openmpi", "mpirun.mpich"], |named| vec![named]);
-        let found = names.iter().find_map(|name| {
-            let version = Command::new(name).arg("--version").output().ok()?;
-            let version = String::from_utf8_lossy(&version.stdout).into_owned();
-            // The second where it is called by another name than mpirun.
-            let open_mpi = version.contains("Open MPI") || version.contains("OpenRTE");
-            let fits = library.as_ref().is_none_or(|library| library.contains("Open MPI") == open_mpi);
-            let arguments: &[&str] = if open_mpi { &["--oversubscribe"] } else { &[] };
-            fits.then(|| Mpirun { program: name.to_string(), arguments })
-        });
-        if found.is_none() {
-            skip(&format!("no mpirun{}", library.map_or(String::new(), |library| format!(" of {library}"))));
-        }
-        found
+/// Trains with `CONFIG`.
+fn train(mpirun: &Mpirun, ranks: usize, out: &Path, settings: &[&str]) -> Launched {
+    let config = out.with_extension("toml");
+    fs::write(&config, CONFIG).unwrap();
+    let mut command = mpirun.command(ranks);
+    command.arg(env!("CARGO_BIN_EXE_trainer")).arg("--config").arg(config).arg("--out").arg(out);
+    for setting in settings {
+        command.args(["--set", setting]);
     }
-
-    fn of_this_build() -> Option<Mpirun> {
-        match mpi_library() {
-            Some(_) => Mpirun::find(),
-            None => {
-                skip("built without MPI");
-                None
-            }
-        }
-    }
-
-    fn command(&self, ranks: usize) -> Command {
-        let mut command = Command::new(&self.program);
-        // Open MPI refuses to serve root, who may be all there is in a container.
-        command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
-        command.args(self.arguments).args(["-np", &ranks.to_string()]);
-        command
-    }
-
-    /// Trains with `CONFIG`.
-    fn train(&self, ranks: usize, out: &Path, settings: &[&str]) -> Launched {
-        let config = out.with_extension("toml");
-        fs::write(&config, CONFIG).unwrap();
-        let mut command = self.command(ranks);
-        command.arg(env!("CARGO_BIN_EXE_trainer")).arg("--config").arg(config).arg("--out").arg(out);
-        for setting in settings {
-            command.args(["--set", setting]);
-        }
-        Launched::start(&mut command)
-    }
-}
-
-fn skip(why: &str) {
-    eprintln!("skipped: {why}");
+    Launched::start(&mut command)
 }
