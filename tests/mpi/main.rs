@@ -64,17 +64,59 @@ every_steps = 1
 
 #[test]
 fn runs_under_mpirun_have_the_bits_of_those_through_shared_memory() {
-    let Some(mpirun) = Mpirun::find() else { return };
     let folder = tempfile::tempdir().unwrap();
     let shm = folder.path().join("shm");
     runs::trainer(CONFIG, &shm, 4, &["parallel.transport=\"shm\""]).assert().success();
     let expected = runs::summary(&shm)["weights_digest"].clone();
     let transports: &[&str] = if mpi_library().is_some() { &["auto", "tcp", "mpi"] } else { &["auto", "tcp"] };
-    for transport in transports {
-        let out = folder.path().join(transport);
-        let mut run = train(&mpirun, 4, &out, &[&format!("parallel.transport={transport:?}")]);
-        assert_eq!(run.wait(), 0, "{transport}: {}", run.output());
-        assert_eq!(runs::summary(&out)["weights_digest"], expected, "{transport}");
+    for (number, mpirun) in Mpirun::all().iter().enumerate() {
+        for transport in transports {
+            let out = folder.path().join(format!("{number}-{transport}"));
+            let mut run = train(mpirun, 4, &out, &[&format!("parallel.transport={transport:?}")]);
+            assert_eq!(run.wait(), 0, "{transport}: {}", run.output());
+            assert_eq!(runs::summary(&out)["weights_digest"], expected, "{transport}");
+        }
+    }
+}
+
+/// Each rank has a parent of its own, so that is not how they find each other.
+#[test]
+fn ranks_in_shells_of_their_own_meet() {
+    for mpirun in Mpirun::all() {
+        let mut command = mpirun.command(3);
+        command.args(["sh", "-c", "\"$@\"; exit $?", "sh", env!("CARGO_BIN_EXE_trainer")]);
+        command.args(["bench-comm", "--max-bytes", "8"]);
+        let mut run = Launched::start(&mut command);
+        assert_eq!(run.wait(), 0, "{}: {}", mpirun.program, run.output());
+        assert!(run.output().contains(", 3 ranks"), "{}", run.output());
+    }
+}
+
+/// The commands themselves, in a folder where those experiments are small ones.
+#[test]
+fn the_commands_of_readme_train() {
+    let readme = include_str!("../../README.md");
+    let commands: Vec<&str> = readme.lines().map(str::trim_start).filter(|line| line.starts_with("mpirun ")).collect();
+    assert!(commands.len() >= 3, "{commands:?}");
+    for mpirun in Mpirun::all() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir_all(folder.path().join("configs")).unwrap();
+        let pictures = ["data", "generate", "DIR", "--images", "60", "--classes", "3", "--size", "32x32"];
+        runs::program().current_dir(folder.path()).args(pictures).assert().success();
+        let of_pictures =
+            CONFIG.replace("format = \"shapes\"\ntrain = 400\ntest = 40", "format = \"images\"\nvalidation = 0.1");
+        for (name, config) in [("alexnet", &*of_pictures), ("fashion-mnist", CONFIG), ("quickstart", CONFIG)] {
+            fs::write(folder.path().join(format!("configs/{name}.toml")), config).unwrap();
+        }
+        let path = mpirun.path_with(&folder.path().join("bin"), env!("CARGO_BIN_EXE_trainer"));
+        for command in &commands {
+            let mut shell = mpirun.prepared(Command::new("sh"));
+            let mut run = Launched::start(shell.args(["-c", command]).env("PATH", &path).current_dir(folder.path()));
+            assert_eq!(run.wait(), 0, "{command}: {}", run.output());
+            let steps = runs::summary(&folder.path().join("runs/mpi"))["steps"].as_u64();
+            assert_eq!(steps, Some(6), "{command}: {}", run.output());
+            fs::remove_dir_all(folder.path().join("runs")).unwrap();
+        }
     }
 }
 
