@@ -5,3 +5,6 @@
 mod emulator;
 mod layers;
 mod operands;
+mod products;
+mod step;
+mod values;
