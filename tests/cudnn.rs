@@ -8,9 +8,36 @@ use half::bf16;
 use lockstep::device::cuda::cudnn::{Convolution, Graph, Product, Rules, fastest, first};
 use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{Arena, Place, Slice, SliceMut};
+use lockstep::model::params::ParamSpec;
 use lockstep::model::{Backward, Build, Forward, Layer, LayerSpec, Pass, Shape, layers};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::fs;
 use std::sync::Arc;
+
+/// Counts what the calling thread asks for.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // A thread that ends may have no counter any more.
+        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
 
 /// A convolution as `[[model.layers]]` has it, over images of a shape.
 struct Case {
@@ -120,6 +147,20 @@ struct Subject<'a> {
     case: &'a Case,
     element: Element,
     layer: Box<dyn Layer>,
+    specs: Vec<ParamSpec>,
+    reads_output: bool,
+}
+
+/// Device memory of a pass. Parameters are there as they are and rounded.
+struct Buffers {
+    x: Arena,
+    y: Arena,
+    dx: Arena,
+    dy: Arena,
+    params: Vec<Arena>,
+    rounded: Vec<Arena>,
+    grads: Vec<Arena>,
+    scratch: Arena,
 }
 
 impl Subject<'_> {
@@ -130,56 +171,76 @@ impl Subject<'_> {
         (build.training, build.grad_inputs) = (true, true);
         with(&mut build);
         let spec = case.spec();
+        let inferred = spec.infer(&inputs).unwrap();
         let layer = if element == Element::F32 { spec.build(&build) } else { spec.build_bf16(&build) };
-        Subject { layer: layer.unwrap_or_else(|error| panic!("{}: {error}", case.keys)), case, element }
+        Subject {
+            layer: layer.unwrap_or_else(|error| panic!("{}: {error}", case.keys)),
+            specs: inferred.params.into_iter().map(|param| param.on(Place::Cuda)).collect(),
+            reads_output: inferred.backward_reads_output,
+            case,
+            element,
+        }
     }
 
     /// Forward and backward into poisoned memory.
     fn run(&mut self, batch: usize, value: impl Fn(usize, usize) -> f32) -> Results {
+        let buffers = self.buffers(batch, value);
+        self.pass(batch, &buffers);
+        let grad = |i: usize| buffers.grads.get(i).map_or(vec![], download);
+        let mut dweight = vec![0.0; self.specs[0].len()];
+        self.specs[0].to_canonical(&grad(0), &mut dweight);
+        [self.download(&buffers.y), self.download(&buffers.dx), dweight, grad(1)]
+    }
+
+    fn buffers(&self, batch: usize, value: impl Fn(usize, usize) -> f32) -> Buffers {
         let (x, dy, params) = self.case.values(batch, value);
-        let inferred = self.case.spec().infer(&[self.case.input]).unwrap();
-        let specs: Vec<_> = inferred.params.iter().map(|param| param.clone().on(Place::Cuda)).collect();
-        let params: Vec<Vec<f32>> = (specs.iter().zip(&params))
-            .map(|(spec, canonical)| {
-                let mut arena = vec![0.0; canonical.len()];
-                spec.to_arena(canonical, &mut arena);
-                arena
-            })
-            .collect();
-        let wide: Vec<Arena> = params.iter().map(|param| upload(param)).collect();
-        let rounded: Vec<Arena> = params.iter().map(|param| self.upload(param)).collect();
-        let (wide_slices, rounded_slices): (Vec<Slice>, Vec<Slice>) =
-            (wide.iter().map(all).collect(), rounded.iter().map(all).collect());
+        let arena = |(spec, canonical): (&ParamSpec, &Vec<f32>)| {
+            let mut arena = vec![0.0; canonical.len()];
+            spec.to_arena(canonical, &mut arena);
+            arena
+        };
+        let params: Vec<Vec<f32>> = self.specs.iter().zip(&params).map(arena).collect();
         let (x, dy) = (self.upload(&x), self.upload(&dy));
-        let (y, dx) = (poisoned(dy.bytes()), poisoned(x.bytes()));
-        let grads: Vec<Arena> = wide.iter().map(|param| poisoned(param.bytes())).collect();
-        let scratch = poisoned(self.layer.scratch_bytes());
+        Buffers {
+            y: poisoned(dy.bytes()),
+            dx: poisoned(x.bytes()),
+            params: params.iter().map(|param| upload(param)).collect(),
+            rounded: params.iter().map(|param| self.upload(param)).collect(),
+            grads: params.iter().map(|param| poisoned(4 * param.len())).collect(),
+            scratch: poisoned(self.layer.scratch_bytes()),
+            x,
+            dy,
+        }
+    }
+
+    /// Forward, and backward from its output.
+    fn pass(&mut self, batch: usize, buffers: &Buffers) {
+        let Buffers { x, y, dx, dy, scratch, .. } = buffers;
+        let (params, rounded) = (two(&buffers.params), two(&buffers.rounded));
+        let count = self.specs.len();
         let io = Forward {
-            inputs: &[all(&x)],
-            output: all_mut(&y),
-            params: &wide_slices,
-            params_bf16: if self.element == Element::F32 { &[] } else { &rounded_slices },
+            inputs: &[all(x)],
+            output: all_mut(y),
+            params: &params[..count],
+            params_bf16: if self.element == Element::F32 { &[] } else { &rounded[..count] },
             saved: SliceMut::empty(),
-            scratch: all_mut(&scratch),
+            scratch: all_mut(scratch),
         };
         self.layer.forward(&pass(batch), io).unwrap();
+        let mut grads = [0, 1].map(|i| buffers.grads.get(i).map_or(SliceMut::empty(), all_mut));
         let io = Backward {
-            inputs: &[all(&x)],
-            output: if inferred.backward_reads_output { all(&y) } else { Slice::empty() },
-            grad_output: all_mut(&dy),
-            grad_inputs: &mut [all_mut(&dx)],
-            params: &wide_slices,
-            params_bf16: if self.element == Element::F32 { &[] } else { &rounded_slices },
-            grad_params: &mut grads.iter().map(all_mut).collect::<Vec<_>>(),
+            inputs: &[all(x)],
+            output: if self.reads_output { all(y) } else { Slice::empty() },
+            grad_output: all_mut(dy),
+            grad_inputs: &mut [all_mut(dx)],
+            params: &params[..count],
+            params_bf16: if self.element == Element::F32 { &[] } else { &rounded[..count] },
+            grad_params: &mut grads[..count],
             factors: SliceMut::empty(),
             saved: Slice::empty(),
-            scratch: all_mut(&scratch),
+            scratch: all_mut(scratch),
         };
         self.layer.backward(&pass(batch), io).unwrap();
-        let grad = |i: usize| grads.get(i).map_or(vec![], download);
-        let mut dweight = vec![0.0; params[0].len()];
-        specs[0].to_canonical(&grad(0), &mut dweight);
-        [self.download(&y), self.download(&dx), dweight, grad(1)]
     }
 
     /// In the layer's type.
@@ -196,6 +257,11 @@ impl Subject<'_> {
             _ => download::<bf16>(arena).into_iter().map(f32::from).collect(),
         }
     }
+}
+
+/// At most two, empty ones behind them.
+fn two(arenas: &[Arena]) -> [Slice<'_>; 2] {
+    [0, 1].map(|i| arenas.get(i).map_or(Slice::empty(), all))
 }
 
 /// NaNs in any type.
@@ -258,6 +324,19 @@ fn arranged_images_give_the_same_products() {
     ] {
         let found = Subject::new(&case, Element::F32, |_| ()).run(BATCH, integer);
         assert!(found == case.cpu(BATCH, false, integer), "{}", case.keys);
+    }
+}
+
+/// Once a layer has met its buffers, its passes ask the heap of this program for nothing.
+#[test]
+fn a_pass_allocates_nothing_on_the_host() {
+    for case in CASES {
+        let mut subject = Subject::new(case, Element::Bf16, |build| build.masks_input = true);
+        let buffers = subject.buffers(BATCH, mixed);
+        subject.pass(BATCH, &buffers);
+        let before = ALLOCATIONS.get();
+        subject.pass(BATCH, &buffers);
+        assert_eq!(ALLOCATIONS.get() - before, 0, "{}", case.keys);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The engines that a graph has here, what heuristics say of them, and what can be asked of the descriptors that cuDNN makes.
 //!
-//! Fused graphs run on tensor cores alone, as in cuDNN's runtime fusion; padding must be the same on both sides; a weight
-//! gradient in f32 from halves has an engine only without groups. So callers meet every way on which a graph can fail.
+//! Fused graphs run on tensor cores alone, as in cuDNN's runtime fusion; padding must be the same on both sides; and `rules`
+//! refuses a weight gradient in f32 from halves if there are groups. So callers meet every way on which a graph can fail.
 
 use super::rules::{self, Product};
 use super::{Descriptor, Failure, NOT_SUPPORTED, Table, bad};
@@ -131,8 +131,7 @@ fn engines(table: &Table, heuristics: &Descriptor) -> Result<Vec<Engine>, Failur
     };
     let wide = product.x.data_type == rules::F32 && product.y.data_type == rules::F32;
     let mixed = !fused && !wide && output.data_type == rules::F32;
-    let grouped = product.x.dimensions[1] != product.w.dimensions[1];
-    if product.before != product.after || (mixed && (kind != rules::BACKWARD_FILTER || grouped)) {
+    if product.before != product.after || (mixed && kind != rules::BACKWARD_FILTER) {
         return Err((NOT_SUPPORTED, "no engine for the graph".into()));
     }
 

@@ -296,6 +296,9 @@ impl Product {
         if inputs[0].data_type != inputs[1].data_type || inputs.iter().any(|input| input.is_virtual) {
             return bad("convolution: the operands differ in type, or one is virtual");
         }
+        if kind == BACKWARD_FILTER && c != channels && self.w.data_type != self.x.data_type {
+            return bad("convolution: with groups the weight's gradient has the operands' type");
+        }
         Ok(())
     }
 }

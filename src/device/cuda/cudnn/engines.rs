@@ -48,9 +48,11 @@ pub fn configurations(graph: &Graph, rules: Rules) -> Result<Vec<Configuration>>
         let proposed = propose(graph, mode).unwrap_or_default();
         for descriptor in proposed {
             let engine = Engine::of(&descriptor)?;
-            if let Some(name) = engine.keeps(rules, graph.element).then(|| engine.name(&descriptor)).transpose()?
-                && !found.iter().any(|known| known.name == name)
-            {
+            if !engine.keeps(rules, graph.element) {
+                continue;
+            }
+            let name = engine.name(&descriptor)?;
+            if !found.iter().any(|known| known.name == name) {
                 found.push(Configuration { descriptor, name });
             }
         }

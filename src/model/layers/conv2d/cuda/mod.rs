@@ -23,7 +23,7 @@ use kernels::{Images, Kernels};
 use plans::{Planner, Plans};
 
 /// Bytes of workspace that a plan may use.
-const WORKSPACE: usize = 256 << 20;
+const WORKSPACE: usize = 128 << 20;
 /// Bytes to whose multiples the parts of the scratch are aligned: a GPU's transaction.
 const ALIGN: usize = 128;
 

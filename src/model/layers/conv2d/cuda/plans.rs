@@ -85,28 +85,36 @@ impl Planner {
         }
     }
 
-    /// Of the first product for which there is an engine.
+    /// Of the first product for which there is an engine. cuDNN may refuse a graph, or propose nothing for it.
     fn plan(&self, batch: usize, products: &[Product], choice: Choice) -> Result<Plan> {
         let convolution = convolution(&self.geometry, self.arrangement.as_ref(), batch);
-        let mut wanted = None;
+        let mut reason = None;
         for &product in products {
-            let graph = Arc::new(Graph::new(&self.handle, convolution, product, self.element)?);
-            let plan = match choice {
-                Choice::Timed => cudnn::fastest(&self.gpu, &graph, self.rules)?,
-                Choice::First { workspace } => cudnn::first(&graph, Rules { workspace, ..self.rules })?,
-            };
-            if let Some(plan) = plan {
-                return Ok(plan);
+            let graph = Graph::new(&self.handle, convolution, product, self.element).map(Arc::new);
+            let plan = graph.and_then(|graph| self.choose(&graph, choice));
+            match plan {
+                Ok(plan) => return Ok(plan),
+                Err(error) => reason = Some(error),
             }
-            wanted = Some(graph);
         }
-        let (graph, library) = (wanted.expect("a product is wanted"), libraries::cudnn()?);
-        Err(Error::device(format!(
-            "cuDNN {} ({}) has no engine on {} for the {graph} that keeps to {:?}; install a newer cuDNN, or train on the CPU",
-            library.version,
-            library.path.display(),
-            self.gpu.device(),
-            self.rules
-        )))
+        Err(reason.expect("a product is wanted"))
+    }
+
+    fn choose(&self, graph: &Arc<Graph>, choice: Choice) -> Result<Plan> {
+        let plan = match choice {
+            Choice::Timed => cudnn::fastest(&self.gpu, graph, self.rules)?,
+            Choice::First { workspace } => cudnn::first(graph, Rules { workspace, ..self.rules })?,
+        };
+        let library = libraries::cudnn()?;
+        plan.ok_or_else(|| {
+            Error::device(format!(
+                "cuDNN {} ({}) has no engine on {} for the {graph} that keeps to {:?}; install a newer cuDNN, or train on the \
+                 CPU",
+                library.version,
+                library.path.display(),
+                self.gpu.device(),
+                self.rules
+            ))
+        })
     }
 }
