@@ -49,12 +49,9 @@ impl Signals {
         Ok(Signals { first })
     }
 
-    /// The name of the first signal that asked to stop.
-    pub fn requested(&self) -> Option<&'static str> {
-        match self.first.load(Relaxed) {
-            0 => None,
-            signal => Some(name(signal)),
-        }
+    /// The first signal that asked to stop.
+    pub fn requested(&self) -> Option<i32> {
+        Some(self.first.load(Relaxed)).filter(|signal| *signal != 0)
     }
 }
 

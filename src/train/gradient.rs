@@ -18,6 +18,7 @@ use crate::comm::{Communicator, split};
 use crate::data::queue::DataQueue;
 use crate::device::{self, Arena, SliceMut};
 use crate::error::Result;
+use crate::launch::signals::STOP;
 use crate::launch::watch::{Health, Phase};
 use crate::model::Pass;
 use crate::model::loss::Loss;
@@ -38,8 +39,8 @@ pub struct Sums {
     pub loss: f32,
     pub correct: f32,
     pub samples: f32,
-    /// How many ranks were asked by a signal to stop.
-    pub stop: f32,
+    /// How many ranks were first asked to stop by which signal, in the order of `signals::STOP`.
+    pub signals: [f32; STOP.len()],
     /// How many ranks found the run's time to be up.
     pub deadline: f32,
     /// How many ranks found the end of the job to be near.
@@ -48,21 +49,20 @@ pub struct Sums {
 
 impl Sums {
     fn to_tail(self) -> [f32; TAIL] {
+        let Sums { loss, correct, samples, signals: [term, usr1, hup, int], deadline, time_limit } = self;
         let mut tail = [0.0; TAIL];
-        let Sums { loss, correct, samples, stop, deadline, time_limit } = self;
-        tail[..6].copy_from_slice(&[loss, correct, samples, stop, deadline, time_limit]);
+        tail[..9].copy_from_slice(&[loss, correct, samples, term, usr1, hup, int, deadline, time_limit]);
         tail
     }
 
-    fn from_tail(tail: &[f32]) -> Sums {
-        Sums {
-            loss: tail[0],
-            correct: tail[1],
-            samples: tail[2],
-            stop: tail[3],
-            deadline: tail[4],
-            time_limit: tail[5],
-        }
+    fn from_tail(tail: &[f32; TAIL]) -> Sums {
+        let [loss, correct, samples, term, usr1, hup, int, deadline, time_limit, ..] = *tail;
+        Sums { loss, correct, samples, signals: [term, usr1, hup, int], deadline, time_limit }
+    }
+
+    /// That by which a rank was asked to stop; of several the first of `STOP`.
+    pub fn signal(&self) -> Option<i32> {
+        STOP.into_iter().zip(self.signals).find_map(|(signal, ranks)| (ranks > 0.0).then_some(signal))
     }
 }
 
@@ -149,7 +149,8 @@ impl Gradient {
     /// After the last `wait`: the sums of the step.
     pub fn sums(&self) -> Sums {
         // SAFETY: nobody writes between steps.
-        Sums::from_tail(unsafe { self.arenas[0].slice(bytes(&self.tail)) }.f32())
+        let tail = unsafe { self.arenas[0].slice(bytes(&self.tail)) }.f32();
+        Sums::from_tail(tail.try_into().expect("the tail has its length"))
     }
 
     /// Leaves the sum of the next `micros` micro-batches in the arena of this depth. `last` says that the step ends with

@@ -4,7 +4,7 @@ use super::audit::Audit;
 use super::checkpoint::{self, State};
 use super::eval::Evaluator;
 use super::gradient::Sums;
-use super::inject::Faults;
+use super::inject::{self, Faults};
 use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
 use super::time_limit::TimeLimit;
@@ -17,7 +17,7 @@ use crate::data::{self, queue::DataQueue};
 use crate::device::SliceMut;
 use crate::error::{Error, Kind, Result};
 use crate::launch::job::Job;
-use crate::launch::signals::Signals;
+use crate::launch::signals::{self, STOP, Signals};
 use crate::launch::watch::Phase;
 use crate::report::budget::{Category, Clock, Merged};
 use crate::report::{self, Ending, Report, Set, StoppedBy};
@@ -53,6 +53,8 @@ pub struct Session<'a> {
     audit: Option<Audit>,
     audited: u64,
     faults: Faults,
+    /// The signal to whichever rank for which the run ends.
+    ended_by: Option<i32>,
 }
 
 /// Trains until the run ends. `Stopped` after a signal or ahead of the job's time limit, with everything saved.
@@ -71,7 +73,9 @@ pub fn train(
     let plan = setup::plan(config, &parts, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
-    let faults = Faults::new(options, &directory, &rank.world)?;
+    inject::check_ranks(&options.inject, &job, &rank.world)?;
+    let anew = resume::agree_on_anew(&options.resume, &job, &checkpoints, &mut *comm)?;
+    let faults = Faults::new(options, anew, &directory, &rank.world)?;
     if rank.world.rank == 0
         && let Some(warning) = plan.cut_warmup()
     {
@@ -79,7 +83,10 @@ pub fn train(
     }
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
-        0 => resume::find(options, &checkpoints, config, |state| learner.fits(state))?,
+        0 => {
+            let beginner = anew.then_some(&job);
+            resume::find(&options.resume, beginner, &checkpoints, config, |state| learner.fits(state))?
+        }
         _ => None,
     };
     let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;
@@ -147,6 +154,7 @@ pub fn train(
         audit,
         audited: progress.step,
         faults,
+        ended_by: None,
     };
     session.clock.lap(Category::Other);
     // Without an end, it was interrupted between its last step and its results.
@@ -165,7 +173,7 @@ impl Session<'_> {
     fn run(&mut self) -> Result<StoppedBy> {
         loop {
             let sums = self.step()?;
-            let asked = self.asked_to_end(&sums);
+            let asked = asked_to_end(&sums);
             if self.plan.audit.due(self.progress.step) {
                 self.audit()?;
             }
@@ -182,6 +190,7 @@ impl Session<'_> {
             }
             self.clock.lap(Category::Other);
             if let Some(end) = end {
+                self.ended_by = sums.signal();
                 return Ok(end);
             }
         }
@@ -193,7 +202,7 @@ impl Session<'_> {
         let injected = self.faults.before_step(self.progress.step + 1, self.rank)?;
         let flags = Sums {
             loss: injected,
-            stop: flag(self.signals.requested().is_some()),
+            signals: STOP.map(|signal| flag(self.signals.requested() == Some(signal))),
             deadline: flag(self.deadline.is_some_and(|deadline| now >= deadline)),
             time_limit: flag(self.time_limit.as_mut().is_some_and(|limit| limit.is_near(now))),
             ..Sums::default()
@@ -233,16 +242,6 @@ impl Session<'_> {
         if position.consumed >= self.learner.samples {
             position.consumed = 0;
             position.epoch += 1;
-        }
-    }
-
-    /// Any rank's signal, or end of its time, ends the run on all ranks, after the same step.
-    fn asked_to_end(&self, sums: &Sums) -> Option<StoppedBy> {
-        match sums {
-            sums if sums.stop > 0.0 => Some(StoppedBy::Signal),
-            sums if sums.time_limit > 0.0 => Some(StoppedBy::TimeLimit),
-            sums if sums.deadline > 0.0 => Some(StoppedBy::MaxMinutes),
-            _ => None,
         }
     }
 
@@ -367,7 +366,7 @@ impl Session<'_> {
             format!("stopped by {by} after step {step}; everything is saved, {again} goes on from there")
         };
         match end {
-            StoppedBy::Signal => interrupted(self.signals.requested().unwrap_or("a signal to another rank")),
+            StoppedBy::Signal => interrupted(self.ended_by.map_or("a signal", signals::name)),
             StoppedBy::TimeLimit => interrupted("the job's time limit"),
             StoppedBy::Epochs => format!("all {} epochs are done", self.progress.position.epoch),
             StoppedBy::Steps => format!("all {} steps are done", self.progress.step),
@@ -434,6 +433,16 @@ fn warn_of_other_data(path: &Path, state: &State, fingerprint: &str) {
              the set as it is now. If that is not meant, restore the data, or begin anew: --resume none",
             path.display()
         );
+    }
+}
+
+/// Any rank's signal, or end of its time, ends the run on all ranks, after the same step.
+fn asked_to_end(sums: &Sums) -> Option<StoppedBy> {
+    match sums {
+        sums if sums.signal().is_some() => Some(StoppedBy::Signal),
+        sums if sums.time_limit > 0.0 => Some(StoppedBy::TimeLimit),
+        sums if sums.deadline > 0.0 => Some(StoppedBy::MaxMinutes),
+        _ => None,
     }
 }
 

@@ -22,7 +22,7 @@ fn what_ends_a_run_happens_once_and_the_same_command_goes_on() {
         (2, "--inject kill:rank=1@step=25", 4, "was killed by signal 9 (SIGKILL)"),
         (2, "--inject kill:rank=0@step=25", 4, "rank 0 (pid "),
         (2, "--inject nan:rank=1@step=25", 5, "the loss is NaN in step 25: on rank 1, it was put there by --inject"),
-        (2, "--inject term:rank=1@step=25", 75, "stopped by a signal to another rank after step 2"),
+        (2, "--inject term:rank=1@step=25", 75, "stopped by SIGTERM after step 2"),
         (2, "--inject usr1:rank=0@step=25", 75, "stopped by SIGUSR1 after step 2"),
         (
             4,
