@@ -52,6 +52,8 @@ const fn case(h: usize, w: usize, c: usize, keys: &'static str) -> Case {
 const CASES: &[Case] = &[
     case(5, 4, 7, "filters = 9\nkernel = 1"),
     case(7, 6, 8, "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\""),
+    // So many pixels that the bias's gradient is summed in more parts than a block has lanes.
+    case(12, 12, 2, "filters = 33\nkernel = 1\nactivation = \"relu\""),
     case(9, 7, 3, "filters = 40\nkernel = 3\npadding = \"same\"\nactivation = \"sigmoid\""),
     case(6, 9, 5, "filters = 6\nkernel = 3\npadding = 2\nbias = false\nactivation = \"relu\""),
     case(5, 5, 4, "filters = 3\nkernel = [3, 2]\npadding = [1, 0]\nbias = false\nactivation = \"tanh\""),
