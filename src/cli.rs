@@ -11,6 +11,7 @@ use crate::config;
 use crate::config::plan::global_batch;
 use crate::config::raw::{Algorithm, Config, Parallel, TransportChoice};
 use crate::error::{Error, Result};
+use crate::launch::job::Job;
 use crate::launch::restart::{self, Restarts};
 use crate::launch::spawn;
 use crate::launch::world::{Launcher, World};
@@ -206,18 +207,15 @@ impl Cli {
         };
         let config = experiment.load()?;
         let resume = self.resume.clone().unwrap_or(Resume::Auto);
-        let options = train::Options {
-            resume,
-            out: self.out.clone(),
-            verbosity: self.verbosity(),
-            inject: self.inject.clone(),
-            restarted: spawn::is_restart(),
-        };
+        let options =
+            train::Options { resume, out: self.out.clone(), verbosity: self.verbosity(), inject: self.inject.clone() };
         match self.ranks_to_start()? {
             None => train::run(&config, &options).map(|()| 0),
             Some(size) => {
+                let job = Job::launching()?;
                 let run = restart::Run {
-                    saved: &|| options.newest_checkpoint(&config),
+                    launch: job.launch.as_deref().unwrap_or_default(),
+                    saved: &|| options.newest_checkpoint(&config, &job),
                     fits: &|ranks| global_batch(&config.batch, ranks).map(drop),
                 };
                 spawn::run(size, Some(Restarts::new(&self.restarts, size, run)?))

@@ -41,13 +41,18 @@ pub struct Rng {
 impl Rng {
     /// The stream for sample or element `index` of `epoch`.
     pub fn new(seed: u64, purpose: Purpose, epoch: u32, index: u64) -> Self {
-        let seed = seed ^ (purpose as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         Rng {
-            key: [seed as u32, (seed >> 32) as u32],
+            key: Rng::key(seed, purpose),
             counter: [0, index as u32, (index >> 32) as u32, epoch],
             block: [0; 4],
             used: 4,
         }
+    }
+
+    /// What Philox is keyed with, for kernels that count for themselves.
+    pub fn key(seed: u64, purpose: Purpose) -> [u32; 2] {
+        let seed = seed ^ (purpose as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        [seed as u32, (seed >> 32) as u32]
     }
 
     pub fn next_u32(&mut self) -> u32 {

@@ -132,6 +132,6 @@ fn train(folder: &Path) {
     let sets: Vec<String> = std::env::var("ALLOCATIONS_SETS").unwrap().split(' ').map(str::to_owned).collect();
     let config = config::load(&folder.join("config.toml"), &sets).unwrap();
     let out = Some(folder.join("run"));
-    let options = Options { resume: Resume::Never, out, verbosity: 0, inject: Vec::new(), restarted: false };
+    let options = Options { resume: Resume::Never, out, verbosity: 0, inject: Vec::new() };
     train::run(&config, &options).unwrap();
 }

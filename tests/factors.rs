@@ -1,9 +1,16 @@
 //! Linear layers by their factors: the bits of the all-reduce, whatever the ranks, micro-batches and precision.
 
+#[allow(dead_code)]
+mod common;
 #[path = "common/runs.rs"]
 mod runs;
+#[allow(dead_code)]
+#[path = "common/shells.rs"]
+mod shells;
 
 use runs::{program, summary, trainer};
+use shells::Shells;
+use std::fs;
 use std::path::Path;
 
 /// 150 training samples are 4.7 steps of 32: in the short one some ranks have micro-batches without a sample.
@@ -86,6 +93,29 @@ fn factors_give_the_bits_of_the_all_reduce() {
     }
 }
 
+/// A rank with eight threads would exchange the factors of two layers over this network, one with a single thread none.
+#[test]
+fn rank_0_chooses_for_ranks_with_other_threads() {
+    const NETWORK: &str = "parallel.network_gbit_s=100";
+    let folder = tempfile::tempdir().unwrap();
+    let plain = folder.path().join("plain");
+    trainer(CONFIG, &plain, 2, &["parallel.transport=tcp", "parallel.factor_exchange=off"]).assert().success();
+    for threads in [["1", "8"], ["8", "1"]] {
+        let shells = Shells::new(2);
+        (0..2).for_each(|rank| fs::write(shells.machine(rank).join("run.toml"), CONFIG).unwrap());
+        let ranks = shells.run(|rank, command| {
+            command.env("RAYON_NUM_THREADS", threads[rank]);
+            for setting in [NETWORK, "parallel.transport=tcp", "parallel.timeout=60"] {
+                command.args(["--set", setting]);
+            }
+        });
+        assert!(ranks.iter().all(|(_, code)| *code == 0), "{ranks:?}");
+        let told = ranks[0].0.lines().find_map(|line| line.split("factors instead of gradients: ").nth(1));
+        assert_eq!(told, (threads[0] == "8").then_some("hidden, narrow"), "{}", ranks[0].0);
+        assert_eq!(digest(&shells.machine(0).join("runs/factors")), digest(&plain), "{threads:?}");
+    }
+}
+
 /// State that every host holds whole is saved whole, and taken up by ranks that share it out.
 #[test]
 fn a_run_goes_on_with_and_without_factors() {
@@ -104,12 +134,14 @@ fn a_run_goes_on_with_and_without_factors() {
 fn plan_shows_what_either_way_costs() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("plan.toml");
-    std::fs::write(&file, CONFIG).unwrap();
+    fs::write(&file, CONFIG).unwrap();
     let plan = |arguments: &[&str]| {
         let output = program().args(["plan", "--config"]).arg(&file).args(arguments).unwrap();
         String::from_utf8(output.stdout).unwrap()
     };
     assert!(!plan(&["--np", "2"]).contains("Linear layers"), "one host");
+    let whole = plan(&["--np", "2", "--hosts", "2"]);
+    assert!(whole.contains("\n\n# Linear layers") && !whole.contains("\n\n\n"), "{whole}");
     // hidden: 192 * 101 + 101 values, all of it through the link of either host; factors: half of (192 + 101) * 32 values.
     let of = |text: &str| {
         text.lines().rfind(|line| line.starts_with("| hidden") && line.contains("KiB")).unwrap().to_owned()

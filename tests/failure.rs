@@ -2,6 +2,8 @@
 //! are damaged. Every wait has a deadline, and only processes that a test started are signalled.
 
 mod common;
+#[path = "common/configs.rs"]
+mod configs;
 
 use common::{Launched, alive, send, stat, until};
 use rustix::process::Signal;
@@ -15,42 +17,6 @@ use tempfile::TempDir;
 
 /// Survivors end within one second; a crowded machine gets this long.
 const PROMPT: Duration = Duration::from_millis(1500);
-
-const CONFIG: &str = r#"
-[run]
-name = "failure"
-steps = 1000000
-[data]
-format = "shapes"
-train = 960
-test = 64
-[batch]
-global = 48
-[model]
-input = [32, 32, 3]
-[[model.layers]]
-type = "conv2d"
-filters = 4
-kernel = 3
-stride = 4
-activation = "relu"
-[[model.layers]]
-type = "global_avg_pool"
-[[model.layers]]
-type = "linear"
-units = 10
-[loss]
-type = "softmax_cross_entropy"
-[optimizer]
-type = "sgd"
-lr = 0.01
-[checkpoint]
-every_steps = 10
-[eval]
-every_epochs = 50
-[log]
-every_steps = 5
-"#;
 
 /// Each setting makes the run spend most of its time elsewhere.
 const STEPS: &[&str] = &[];
@@ -271,7 +237,7 @@ struct Run {
 impl Run {
     fn start(folder: &TempDir, ranks: usize, settings: &[&str]) -> Run {
         let config = folder.path().join("failure.toml");
-        fs::write(&config, CONFIG).unwrap();
+        fs::write(&config, configs::endless()).unwrap();
         let out = folder.path().join("out");
         let mut args = vec!["--config", config.to_str().unwrap(), "--out", out.to_str().unwrap()];
         args.extend(settings.iter().flat_map(|setting| ["--set", setting]));

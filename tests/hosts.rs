@@ -4,6 +4,8 @@
 // Some of it is for other tests.
 #[allow(dead_code)]
 mod common;
+#[path = "common/configs.rs"]
+mod configs;
 #[path = "common/hosts.rs"]
 mod hosts;
 
@@ -18,44 +20,6 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
-
-const CONFIG: &str = r#"
-[run]
-name = "hosts"
-steps = 1000000
-[data]
-format = "shapes"
-train = 960
-test = 64
-[batch]
-global = 48
-[model]
-input = [32, 32, 3]
-[[model.layers]]
-type = "conv2d"
-filters = 4
-kernel = 3
-stride = 4
-activation = "relu"
-[[model.layers]]
-type = "global_avg_pool"
-[[model.layers]]
-type = "linear"
-units = 10
-[loss]
-type = "softmax_cross_entropy"
-[optimizer]
-type = "sgd"
-lr = 0.01
-[checkpoint]
-every_steps = 10
-[eval]
-every_epochs = 50
-[log]
-every_steps = 5
-[parallel]
-transport = "tcp"
-"#;
 
 #[test]
 fn a_run_on_several_hosts_ends_with_the_weights_of_one_host() {
@@ -293,7 +257,7 @@ fn digest_on_one_host(ranks: usize, settings: &[&str]) -> String {
 
 fn config(folder: &TempDir) -> String {
     let path = folder.path().join("hosts.toml");
-    fs::write(&path, CONFIG).unwrap();
+    fs::write(&path, configs::endless() + "[parallel]\ntransport = \"tcp\"\n").unwrap();
     path.display().to_string()
 }
 

@@ -9,7 +9,7 @@ use common::{Launched, WATCHDOG, alive, send, until};
 use lockstep::config::raw::Parallel;
 use lockstep::error::{Error, Result};
 use lockstep::launch::link::Link;
-use lockstep::launch::signals::Signals;
+use lockstep::launch::signals::{self, Signals};
 use lockstep::launch::watch::{Health, Phase, Watch};
 use lockstep::launch::world::{Launcher, World};
 use lockstep::launch::{report, spawn};
@@ -310,7 +310,7 @@ fn work(world: &World, mode: &str, health: &Health, links: &[Link]) -> Result<()
             }
             _ => {}
         }
-        let request = signals.requested();
+        let request = signals.requested().map(signals::name);
         if let (Some(name), "stubborn") = (request, mode) {
             eprintln!("rank {} was asked by {name}", world.rank);
             std::thread::sleep(FOREVER);

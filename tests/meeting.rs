@@ -106,7 +106,7 @@ fn an_interface_by_its_network_carries_meeting_and_data() {
         command.args(["--set", "parallel.interface=127.0.0.0/8", "--set", "parallel.transport=tcp"]);
     });
     all_well(&ranks);
-    assert!(ranks[0].0.contains("; lo (127.0.0.1)"), "{}", ranks[0].0);
+    assert!(ranks[0].0.contains("; data go over lo (127.0.0.1)"), "{}", ranks[0].0);
 }
 
 #[test]
@@ -166,18 +166,12 @@ fn of_two_networks_the_one_that_is_named_is_used() {
     hosts.cut(0, 1);
     let (shells, shared) = (Shells::new(2), tempfile::tempdir().unwrap());
     let run = |choice: Option<&str>| {
-        shells.run(|rank, command| {
-            let mut inside = hosts.command(rank, env!("CARGO_BIN_EXE_trainer"));
-            inside.args(command.get_args()).args(["--resume", "none"]);
+        run_on(&hosts, &shells, |_, command| {
             if let Some(choice) = choice {
-                inside.args(["--set", &format!("parallel.interface={choice}"), "--set", "parallel.timeout=10"]);
+                command.args(["--set", &format!("parallel.interface={choice}"), "--set", "parallel.timeout=10"]);
             }
-            inside
-                .current_dir(shells.machine(rank))
-                .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-            inside.env_remove("MASTER_ADDR").env_remove("MASTER_PORT");
-            inside.env("LOCKSTEP_RENDEZVOUS", format!("file:{}", shared.path().display()));
-            *command = inside;
+            command.env_remove("MASTER_ADDR").env_remove("MASTER_PORT");
+            command.env("LOCKSTEP_RENDEZVOUS", format!("file:{}", shared.path().display()));
         })
     };
     // Without a choice, the first address that answers.
@@ -193,6 +187,60 @@ fn of_two_networks_the_one_that_is_named_is_used() {
     assert!(ranks[0].0.contains("ranks [1] of 2 did not come to rank 0 on a at 10.99.0.1:"), "{}", ranks[0].0);
     let words = ["rank 1 on b could not reach rank 0 at ", "10.99.0.1:", "timed out"];
     words.iter().for_each(|words| assert!(ranks[1].0.contains(words), "{}", ranks[1].0));
+}
+
+/// MASTER_ADDR is in the first network, the interface in the second.
+#[test]
+fn ranks_meet_over_one_network_and_exchange_data_over_the_other() {
+    /// Of the net's 650 parameters each host sends one half of the gradients and one of the new values, 4 bytes each.
+    const DATA: u64 = STEPS * 650 * 4;
+    const STEPS: u64 = 1000;
+    let Some(hosts) = Hosts::new(2) else { return };
+    second_network(&hosts);
+    let shells = Shells::new(2);
+    let run = |interfaces: [&str; 2]| {
+        run_on(&hosts, &shells, |rank, command| {
+            command.envs([("MASTER_ADDR", hosts::address(0)), ("MASTER_PORT", hosts::PORT.to_string())]);
+            command.args(["--set", &format!("run.steps={STEPS}"), "--set", "parallel.factor_exchange=off"]);
+            command.args(["--set", &format!("parallel.interface={}", interfaces[rank])]);
+        })
+    };
+    let sent = || ["eth0", "eth1"].map(|interface| [0, 1].map(|host| sent_bytes(&hosts, host, interface)));
+    let [before_0, before_1] = sent();
+    let ranks = run(["eth1", "10.98.0.0/24"]);
+    let [after_0, after_1] = sent();
+    all_well(&ranks);
+    assert!(ranks[0].0.contains("peers at 10.99.0.1:29500; data go over eth1 (10.98.0.1)"), "{}", ranks[0].0);
+    assert!(ranks[1].0.contains("debug: rank 1 on b (10.99.0.2) met rank 0 at 10.99.0.1:29500"), "{}", ranks[1].0);
+    for host in [0, 1] {
+        let (meeting, data) = (after_0[host] - before_0[host], after_1[host] - before_1[host]);
+        assert!(data > DATA && meeting < DATA / 2, "host {host}: {meeting} bytes to meet, {data} of data");
+    }
+
+    // They meet, but rank 1's choice leads nowhere; both know at once.
+    for (rank, (output, code)) in run(["eth1", "lo"]).iter().enumerate() {
+        assert_eq!(*code, 4, "rank {rank}: {output}");
+        let words = "rank 1 on b and rank 0 on a cannot connect: from 127.0.0.1 to 10.98.0.1:";
+        assert!(output.contains(words), "rank {rank}: {output}");
+        assert!(output.contains("name it with [parallel] interface"), "rank {rank}: {output}");
+    }
+}
+
+/// Each rank in a host of its own; its command may be changed before it starts.
+fn run_on(hosts: &Hosts, shells: &Shells, change: impl Fn(usize, &mut Command)) -> Vec<(String, i32)> {
+    shells.run(|rank, command| {
+        let mut inside = hosts.command(rank, env!("CARGO_BIN_EXE_trainer"));
+        inside.args(command.get_args()).args(["--resume", "none"]).current_dir(shells.machine(rank));
+        inside.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        change(rank, &mut inside);
+        *command = inside;
+    })
+}
+
+fn sent_bytes(hosts: &Hosts, host: usize, interface: &str) -> u64 {
+    let file = format!("/sys/class/net/{interface}/statistics/tx_bytes");
+    let output = hosts.command(host, "/bin/cat").arg(file).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
 }
 
 /// A cable between the two hosts, beside the switch.

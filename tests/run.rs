@@ -8,7 +8,7 @@ use runs::{program, summary};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 /// 150 training samples are 4.7 steps of 32, so every epoch ends with a short one; validation, dropout, batch statistics
@@ -238,24 +238,29 @@ fn checkpoints_are_never_lost_to_a_run_that_cannot_use_them() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
     let checkpoints = out.join("checkpoints");
-    let files = |path: &Path| fs::read_dir(path).unwrap().count();
+    let saved = |path: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")).collect()
+    };
     trainer(&out, 2, &["checkpoint.keep=3"]).assert().success();
-    assert_eq!(files(&checkpoints), 3);
+    assert_eq!(saved(&checkpoints).len(), 3);
 
     let older = checkpoints.join("step-00000005.safetensors");
     let kept = folder.path().join("older");
     fs::copy(&older, &kept).unwrap();
     trainer(&out, 2, &["checkpoint.keep=3"]).arg("--resume").arg(&older).assert().success();
-    assert_eq!((files(&out.join("checkpoints.1")), files(&checkpoints)), (3, 2), "later ones are moved aside");
+    let aside = saved(&out.join("checkpoints.1")).len();
+    assert_eq!((aside, saved(&checkpoints).len()), (2, 3), "later ones are moved aside");
 
-    for entry in fs::read_dir(&checkpoints).unwrap() {
-        fs::write(entry.unwrap().path(), "not a checkpoint").unwrap();
+    for checkpoint in saved(&checkpoints) {
+        fs::write(checkpoint, "not a checkpoint").unwrap();
     }
     let output = trainer(&out, 2, &[]).assert().code(3).get_output().clone();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("none of the checkpoints") && said.contains("--resume none"), "{said}");
-    assert_eq!(files(&checkpoints), 2);
+    assert_eq!(saved(&checkpoints).len(), 3);
     trainer(&out, 2, &["run.epochs=2"]).arg("--resume").arg(&kept).assert().success();
+    assert_eq!(saved(&out.join("checkpoints.2")).len(), 3);
 }
 
 #[test]

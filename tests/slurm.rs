@@ -30,8 +30,10 @@ const MORE: u64 = 20;
 #[test]
 fn a_job_that_is_requeued_preempted_and_signalled_ends_with_the_weights_of_an_undisturbed_run() {
     let Some(cluster) = Cluster::start(1) else { return };
-    let job = cluster.submit(&[SCRIPT, "--set", "checkpoint.every_steps=10"], "");
+    cluster.has_run(MORE);
+    let job = cluster.submit(&[SCRIPT, "--resume", "none", "--set", "checkpoint.every_steps=10"], "");
 
+    job.begins_anew();
     job.trains();
     cluster.run("scontrol", &["requeue", &job.id]);
     job.is_queued_again(1, "SIGTERM");
@@ -236,6 +238,13 @@ impl Cluster {
         configure(self.folder.path(), steps);
     }
 
+    /// Leaves a run of so many steps where jobs will train.
+    fn has_run(&self, steps: u64) {
+        self.configure(steps);
+        self.run("trainer", &["--config", CONFIG]);
+        self.configure(ENDLESS);
+    }
+
     /// The digest of a run without Slurm.
     fn undisturbed(&self, args: &[&str]) -> Json {
         let mut command = self.command("trainer");
@@ -262,6 +271,15 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// Waits until the checkpoints of an earlier run are out of the way.
+    fn begins_anew(&self) {
+        let moved = self.cluster.folder.path().join("runs/slurm/checkpoints.1");
+        until("the earlier checkpoints to be moved", || moved.exists().then_some(()));
+        until("the job to have noted that it has", || {
+            moved.with_file_name("checkpoints/job.json").exists().then_some(())
+        });
+    }
+
     /// Waits until steps are being done.
     fn trains(&self) {
         let steps = self.newest_checkpoint();
@@ -305,6 +323,8 @@ impl Job<'_> {
         let summary = self.cluster.summary("runs/slurm");
         assert_eq!((&summary["steps"], &summary["job_restarts"]), (&steps.into(), &restarts.into()));
         assert_eq!(summary["weights_digest"], self.cluster.undisturbed(args), "{log}");
+        // What was there before was moved aside once, if at all.
+        assert!(!self.cluster.folder.path().join("runs/slurm/checkpoints.2").exists(), "{log}");
     }
 
     fn ends(&self, state: &str, code: &str) {

@@ -32,7 +32,7 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
     if hosts > 1 && !estimates.is_empty() {
         let _ = write!(
             text,
-            "\n# Linear layers: what a host sends in a step, and how long it takes\n\n{}\n",
+            "\n# Linear layers: what a host sends in a step, and how long it takes\n\n{}",
             exchange(config, &net, &estimates)
         );
     }

@@ -1,12 +1,13 @@
 //! Connections over TCP, under the ring schedule.
 //!
 //! Every rank listens at a port that the system chooses and tells the others through the control star. Of two ranks the
-//! higher connects. The sockets never block; one edge-triggered epoll knows which of them are ready.
+//! higher connects. Where `[parallel] interface` chose an address of the host, they listen at and connect from that one,
+//! whatever network the ranks have met in. The sockets never block; one edge-triggered epoll knows which of them are ready.
 
 use super::ring::Mesh;
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::link::{self, Link};
-use crate::launch::rendezvous::{Control, host};
+use crate::launch::rendezvous::{Control, host, ways::any};
 use crate::launch::watch::Health;
 use rustix::event::epoll::{self, EventFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, Type};
 use std::hash::{BuildHasher, RandomState};
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -57,8 +58,9 @@ impl Sockets {
     /// Connects with `peers`, who all do. Collective over the world.
     pub fn connect(mut control: Control, peers: &[usize], health: Arc<Health>) -> Result<Sockets> {
         let (rank, size) = (control.rank(), control.size());
-        let (listener, port) =
-            listen(control.root_ip().is_ipv6(), size).or_kind(Kind::Internal, "listening for peers")?;
+        let own = control.data_ip();
+        let (listener, port) = listen(own.unwrap_or(any(control.root_ip().is_ipv6())), size)
+            .or_kind(Kind::Internal, "listening for peers")?;
         let token = RandomState::new().hash_one(port);
         let mine = Announcement { host: host().to_string(), ip: control.own_ip(), port, token };
         let all = control.all_gather(&serde_json::to_vec(&mine).expect("plain data"))?;
@@ -74,7 +76,8 @@ impl Sockets {
         for &peer in peers.iter().filter(|&&peer| peer < rank) {
             let Announcement { ref host, ip, port, .. } = all[peer];
             let address = SocketAddr::new(ip.unwrap_or(control.root_ip()), port);
-            links.push(introduce(rank, peer, address, token, deadline).map_err(|e| unconnected(e, rank, peer, host))?);
+            let link = introduce((rank, own), (peer, address), token, deadline);
+            links.push(link.map_err(|error| unconnected(error, rank, peer, host))?);
         }
         while links.len() < peers.len() {
             let peer = admit(&listener, token, deadline)?;
@@ -193,38 +196,44 @@ fn lost(peer: usize, error: Errno) -> Error {
     })
 }
 
-fn listen(ipv6: bool, backlog: usize) -> std::io::Result<(Socket, u16)> {
-    let (domain, any) = match ipv6 {
-        true => (Domain::IPV6, IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
-        false => (Domain::IPV4, IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
-    };
-    let listener = Socket::new(domain, Type::STREAM, None)?;
-    listener.bind(&SocketAddr::new(any, 0).into())?;
+fn listen(ip: IpAddr, backlog: usize) -> std::io::Result<(Socket, u16)> {
+    let address = SocketAddr::new(ip, 0);
+    let listener = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    listener.bind(&address.into())?;
     listener.listen(backlog as i32)?;
     let port = listener.local_addr()?.as_socket().map_or(0, |address| address.port());
     Ok((listener, port))
 }
 
-/// Connects to `peer` and says who comes.
-fn introduce(rank: usize, peer: usize, address: SocketAddr, token: u64, deadline: Instant) -> Result<Link> {
+/// Connects to `peer`, from the address that was chosen, and says who comes.
+fn introduce(
+    (rank, own): (usize, Option<IpAddr>),
+    (peer, address): (usize, SocketAddr),
+    token: u64,
+    deadline: Instant,
+) -> Result<Link> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).or_kind(Kind::Internal, address)?;
-    socket.connect_timeout(&address.into(), CONNECT).or_kind(Kind::PeerLost, address)?;
+    let way = own.map_or(address.to_string(), |own| format!("from {own} to {address}"));
+    if let Some(own) = own {
+        socket.bind(&SocketAddr::new(own, 0).into()).or_kind(Kind::PeerLost, &way)?;
+    }
+    socket.connect_timeout(&address.into(), CONNECT).or_kind(Kind::PeerLost, &way)?;
     let link = Link::new(peer, socket);
     let mut hello = [0; 12];
     hello[..8].copy_from_slice(&token.to_le_bytes());
     hello[8..].copy_from_slice(&(rank as u32).to_le_bytes());
-    link.write(&hello, deadline).or_kind(Kind::PeerLost, address)?;
+    link.write(&hello, deadline).or_kind(Kind::PeerLost, &way)?;
     Ok(link)
 }
 
-/// Both met rank 0, so it is the network between the two.
+/// Both met rank 0, so it is the network between the two, or each has chosen another.
 fn unconnected(error: Error, rank: usize, peer: usize, peers_host: &str) -> Error {
     let what = format!("rank {rank} on {} and rank {peer} on {peers_host} cannot connect", host());
     let remedy = "if no firewall is between them, the hosts share another network: name it with [parallel] interface";
     Error::new(error.kind(), format!("{what}: {error}; {remedy}"))
 }
 
-/// The next connection that shows the token; `None` at the deadline.
+/// The next connection that shows the token; `None` at the deadline. Where a peer has failed instead, the watch ends this.
 fn admit(listener: &Socket, token: u64, deadline: Instant) -> Result<Option<Link>> {
     while let Some(socket) = link::accept(listener, deadline)? {
         let stranger = Link::new(usize::MAX, socket);

@@ -27,6 +27,8 @@ pub struct Control {
     size: usize,
     links: Vec<Link>,
     timeout: Duration,
+    /// The address of this host by which data are to go, if one was chosen.
+    data_ip: Option<IpAddr>,
     /// Beside a TCP star of ranks that share a host: carries descriptors. Made when first needed.
     passing: Option<Box<Control>>,
 }
@@ -74,7 +76,7 @@ impl Control {
     }
 
     fn new(rank: usize, size: usize, links: Vec<Link>, timeout: Duration) -> Control {
-        Control { rank, size, links, timeout, passing: None }
+        Control { rank, size, links, timeout, data_ip: None, passing: None }
     }
 
     pub fn rank(&self) -> usize {
@@ -86,6 +88,13 @@ impl Control {
     /// How long an operation waits for another rank's message.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
+    }
+    /// Connections for data are to use this address of this host, if any, whatever the network in which the ranks have met.
+    pub fn choose_data_ip(&mut self, ip: Option<IpAddr>) {
+        self.data_ip = ip;
+    }
+    pub fn data_ip(&self) -> Option<IpAddr> {
+        self.data_ip
     }
     /// The links, for a thread that goes on to watch them.
     pub fn into_links(self) -> Vec<Link> {
@@ -148,10 +157,11 @@ impl Control {
         })
     }
 
-    /// Address of this rank on its link to rank 0; `None` if that is on the same host (or this is rank 0).
+    /// Address at which other ranks reach this one: the one that was chosen, else that of its link to rank 0; `None` if
+    /// rank 0 is on the same host (or this is rank 0).
     pub fn own_ip(&self) -> Option<IpAddr> {
-        if self.rank == 0 {
-            return None;
+        if self.data_ip.is_some() || self.rank == 0 {
+            return self.data_ip;
         }
         let link = &self.links[0];
         link.local_ip().filter(|own| Some(*own) != link.peer_ip() && !own.is_loopback())

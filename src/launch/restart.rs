@@ -1,6 +1,7 @@
 //! `trainer -n N --max-restarts K`: whether ranks that failed are started again, how many of them, and when. Pure but for
 //! what it is told of the run.
 
+use super::job::{LAUNCH_ID, LAUNCH_RESTARTS};
 use super::verdict::{Ending, How};
 use crate::error::{Error, Kind, Result};
 use clap::Args;
@@ -25,6 +26,8 @@ pub struct Options {
 
 /// What restarting needs to know of the run.
 pub struct Run<'a> {
+    /// Names this launch to its ranks.
+    pub launch: &'a str,
     /// Step of its newest checkpoint.
     pub saved: &'a dyn Fn() -> Option<u64>,
     /// Whether so many ranks can share a step; else why not.
@@ -39,6 +42,9 @@ pub struct Restarts<'a> {
     saved: Option<u64>,
     pause: Duration,
 }
+
+/// Of an environment.
+pub type Variable = (&'static str, String);
 
 /// The ranks are to be started again.
 #[derive(Debug, PartialEq)]
@@ -60,9 +66,9 @@ impl<'a> Restarts<'a> {
         }
     }
 
-    /// How often the ranks were started again.
-    pub fn done(&self) -> usize {
-        self.done
+    /// What the ranks of the next start are to find in their environment.
+    pub fn variables(&self) -> Vec<Variable> {
+        vec![(LAUNCH_ID, self.run.launch.to_string()), (LAUNCH_RESTARTS, self.done.to_string())]
     }
 
     /// The ranks have ended, with this exit code as their verdict: what to do next. None: nothing, that was the end; an
@@ -145,7 +151,7 @@ mod tests {
             0 => Ok(()),
             _ => Err(Error::usage(format!("48 is not divisible by {ranks} ranks"))),
         };
-        see(Restarts::new(options, ranks, Run { saved, fits: &fits }).unwrap());
+        see(Restarts::new(options, ranks, Run { launch: "1", saved, fits: &fits }).unwrap());
     }
 
     #[test]
@@ -213,7 +219,7 @@ mod tests {
             let error = restarts.next(&endings(&[LOST, died, LOST, LOST, LOST, LOST]), 4).unwrap_err();
             assert!(error.ends_with("--min-ranks is 5; 48 is not divisible by 5 ranks"), "{error}");
         });
-        let none = Run { saved: &|| None, fits: &|_| Ok(()) };
+        let none = Run { launch: "1", saved: &|| None, fits: &|_| Ok(()) };
         assert!(
             Restarts::new(&options, 4, none).is_err_and(|error| error.to_string().contains("--min-ranks 5 with -n 4"))
         );

@@ -4,10 +4,11 @@
 //! Rank 0 speaks for the run: it keeps the terminal. The lines of the others are marked `[1] `. Ranks find each other
 //! through sockets that the launcher makes (`lifeline`), so nothing has a name that could stay behind.
 
+use super::job::{LAUNCH_ID, LAUNCH_RESTARTS};
 use super::lifeline::{self, LAUNCHER};
 use super::link::{self, Link};
 use super::rendezvous::Control;
-use super::restart::{Restart, Restarts};
+use super::restart::{Restart, Restarts, Variable};
 use super::signals::{self, INTERRUPTED, Interrupts, STOP};
 use super::verdict::{Ending, How, verdict};
 use super::world::{World, foreign_variables};
@@ -28,14 +29,6 @@ const UNTIL_TERM: Duration = Duration::from_secs(5);
 const UNTIL_KILL: Duration = Duration::from_secs(7);
 /// How long the launcher waits for the last lines of ranks that have ended.
 const LAST_LINES: Duration = Duration::from_secs(1);
-
-/// Tells the ranks of a restart that they are: how often they were started before.
-const RESTARTS: &str = "LOCKSTEP_RESTARTS";
-
-/// Whether the launcher has started this rank's run before.
-pub fn is_restart() -> bool {
-    std::env::var_os(RESTARTS).is_some()
-}
 
 /// Runs this executable, with its own arguments, as `size` ranks. Returns the exit code of the run.
 pub fn run(size: usize, restarts: Option<Restarts<'_>>) -> Result<u8> {
@@ -59,8 +52,8 @@ pub fn launch(program: &Path, args: &[OsString], mut size: usize, mut restarts: 
     }
     let events = catch_signals()?;
     loop {
-        let done = restarts.as_ref().map_or(0, Restarts::done);
-        let Outcome { endings, code, asked } = run_once(program, args, size, done, &events)?;
+        let variables = restarts.as_ref().map_or(Vec::new(), Restarts::variables);
+        let Outcome { endings, code, asked } = run_once(program, args, size, &variables, &events)?;
         let next = restarts.as_mut().filter(|_| !asked).map_or(Ok(None), |restarts| restarts.next(&endings, code));
         match next {
             Ok(None) => return Ok(code),
@@ -93,11 +86,11 @@ fn run_once(
     program: &Path,
     args: &[OsString],
     size: usize,
-    restarts: usize,
+    variables: &[Variable],
     events: &Receiver<i32>,
 ) -> Result<Outcome> {
     let (printing, all_printed) = bounded(0);
-    let mut ranks = start(program, args, size, restarts, &printing)?;
+    let mut ranks = start(program, args, size, variables, &printing)?;
     drop(printing);
     let interrupted = supervise(&mut ranks, events)?;
     let _ = all_printed.recv_timeout(LAST_LINES);
@@ -152,7 +145,13 @@ struct Rank {
     killed_by_us: bool,
 }
 
-fn start(program: &Path, args: &[OsString], size: usize, restarts: usize, printing: &Sender<()>) -> Result<Vec<Rank>> {
+fn start(
+    program: &Path,
+    args: &[OsString],
+    size: usize,
+    variables: &[Variable],
+    printing: &Sender<()>,
+) -> Result<Vec<Rank>> {
     let stars = Control::pairs(size)?.into_iter().zip(Control::pairs(size)?);
     let mut ranks = Vec::with_capacity(size);
     for (rank, (first, second)) in stars.enumerate() {
@@ -164,10 +163,7 @@ fn start(program: &Path, args: &[OsString], size: usize, restarts: usize, printi
         foreign_variables().for_each(|name| {
             command.env_remove(name);
         });
-        match restarts {
-            0 => command.env_remove(RESTARTS),
-            _ => command.env(RESTARTS, restarts.to_string()),
-        };
+        command.env_remove(LAUNCH_ID).env_remove(LAUNCH_RESTARTS).envs(variables.iter().cloned());
         let (ours, theirs) = link::pair()?;
         command.stdin(theirs);
         if rank > 0 {

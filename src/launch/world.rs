@@ -139,7 +139,8 @@ impl World {
             #[cfg(feature = "mpi")]
             Meeting::Mpi { one_node } => ways::through_broadcast(party, *one_node, &interface, mpi::broadcast)?,
         };
-        let [first, second] = <[Control; 2]>::try_from(stars).expect("two stars were asked for");
+        let [mut first, second] = <[Control; 2]>::try_from(stars).expect("two stars were asked for");
+        first.choose_data_ip(interface.chosen_ip());
         Ok((first, second))
     }
 
@@ -149,9 +150,15 @@ impl World {
     }
 }
 
-#[cfg(feature = "mpi")]
 impl Launcher {
+    /// Whether what any rank says is seen beside what rank 0 says. With torchrun's variables ranks are started by hand too,
+    /// each in a terminal of its own.
+    pub fn joins_output(self) -> bool {
+        self != Launcher::Torchrun
+    }
+
     /// Whether MPI finds the other ranks under it.
+    #[cfg(feature = "mpi")]
     fn starts_mpi(self) -> bool {
         !matches!(self, Launcher::None | Launcher::Lockstep | Launcher::Torchrun)
     }

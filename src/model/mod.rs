@@ -2,6 +2,7 @@
 //! know their mathematics and their device. A layer is described by its section of the TOML (`LayerSpec`), which infers
 //! shapes and parameters without touching memory, and then builds the operator (`Layer`) for a device.
 
+pub mod elementwise;
 pub mod init;
 pub mod kernels;
 pub mod layers;

@@ -85,9 +85,9 @@ impl Fact {
     }
 }
 
-/// Compares the facts over all ranks; `exchange` gives every rank's bytes to every rank. Where they differ, the same error of
-/// kind Usage on all, which rank 0 says for all. Collective.
-pub fn check(facts: &[Fact], rank: usize, mut exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>) -> Result<()> {
+/// Compares the facts over all ranks; `exchange` gives every rank's bytes to every rank. Where they differ, an error of kind
+/// Usage on all: rank 0 says for all what differs, and ranks whose users may not see that point to it. Collective.
+pub fn check(facts: &[Fact], world: &World, mut exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>) -> Result<()> {
     let mine: Vec<u8> = facts.iter().flat_map(Fact::digest).collect();
     let digests = exchange(&mine)?;
     let differs = |fact: usize| digests.iter().any(|other| other.chunks(8).nth(fact) != mine.chunks(8).nth(fact));
@@ -101,11 +101,18 @@ pub fn check(facts: &[Fact], rank: usize, mut exchange: impl FnMut(&[u8]) -> Res
     let mine = serde_json::to_vec(&Account { host: host().to_string(), facts }).expect("plain data");
     let accounts = exchange(&mine)?;
     let accounts: Result<Vec<Account<Fact>>, _> = accounts.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
-    let table = table(&accounts.or_kind(Kind::Internal, "what the other ranks have")?);
+    let accounts = accounts.or_kind(Kind::Internal, "what the other ranks have")?;
+    if world.rank != 0 && !world.launcher.joins_output() {
+        return Err(Error::usage(format!(
+            "the ranks do not agree, and nothing was trained; rank 0 on {} shows what differs",
+            accounts[0].host
+        )));
+    }
     let error = Error::usage(format!(
-        "the ranks do not agree, and nothing was trained:\n{table}\nGive every rank the same program, configuration and data"
+        "the ranks do not agree, and nothing was trained:\n{}\nGive every rank the same program, configuration and data",
+        table(&accounts)
     ));
-    Err(if rank == 0 { error } else { error.said_by_rank_0() })
+    Err(if world.rank == 0 { error } else { error.said_by_rank_0() })
 }
 
 /// A rank's facts, where some rank's differ.
@@ -200,6 +207,7 @@ fn gather_words(comm: &mut dyn Communicator, mine: &[f32], most: usize) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::world::Launcher;
 
     fn account(host: &str, facts: &[(&str, &[(&str, &str)])]) -> Account<Fact> {
         let fact = |(name, parts): &(&str, &[(&str, &str)])| {
@@ -238,16 +246,16 @@ mod tests {
     }
 
     #[test]
-    fn all_ranks_say_the_same_and_rank_0_says_it_for_all() {
+    fn all_ranks_say_the_same_and_rank_0_says_it_for_all_who_are_seen_beside_it() {
         let facts = |rank: usize| {
             let lr = if rank == 2 { "0.2" } else { "0.1" };
             [Fact::new("a", [("x".into(), "1".into())]), Fact::new("b", [("lr".into(), lr.into())])]
         };
         // A round of the exchange at a time, for all ranks: the digests, then what was asked for.
         let rounds = std::cell::RefCell::new(vec![Vec::new(), Vec::new()]);
-        let run = |rank: usize, complete: bool| {
+        let run = |rank: usize, launcher: Launcher, complete: bool| {
             let mut round = 0;
-            check(&facts(rank), rank, |bytes| {
+            check(&facts(rank), &World { rank, launcher, ..World::alone() }, |bytes| {
                 round += 1;
                 let mut rounds = rounds.borrow_mut();
                 let seen: &mut Vec<Vec<u8>> = &mut rounds[round - 1];
@@ -258,12 +266,17 @@ mod tests {
             })
         };
         for _ in 0..2 {
-            (0..3).for_each(|rank| drop(run(rank, false)));
+            (0..3).for_each(|rank| drop(run(rank, Launcher::OpenMpi, false)));
         }
-        let errors: Vec<Error> = (0..3).map(|rank| run(rank, true).unwrap_err()).collect();
+        let errors: Vec<Error> = (0..3).map(|rank| run(rank, Launcher::OpenMpi, true).unwrap_err()).collect();
         assert!(errors.iter().all(|error| error.to_string() == errors[0].to_string() && error.kind() == Kind::Usage));
         assert_eq!([0, 1, 2].map(|rank| errors[rank].is_said_by_rank_0()), [false, true, true]);
         let text = errors[0].to_string();
         assert!(text.contains("b: lr") && text.contains("2 (") && !text.contains("a: x"), "{text}");
+
+        let by_hand: Vec<Error> = (0..3).map(|rank| run(rank, Launcher::Torchrun, true).unwrap_err()).collect();
+        assert!(by_hand.iter().all(|error| error.kind() == Kind::Usage && !error.is_said_by_rank_0()));
+        assert_eq!(by_hand[0].to_string(), text);
+        assert!(by_hand[1..].iter().all(|error| error.to_string().ends_with(" shows what differs")), "{by_hand:?}");
     }
 }

@@ -148,8 +148,8 @@ pub fn weights_digest(parameters: &[Tensor]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// Checkpoints of a folder, the newest first.
-fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
+/// Checkpoints of a folder, whole or not, the newest first: step and path.
+pub fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let what = || format!("listing the checkpoints in {}", folder.display());
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),

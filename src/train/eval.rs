@@ -2,7 +2,7 @@
 
 use crate::data::queue::{DataQueue, Loader};
 use crate::data::{Batch, Dataset};
-use crate::device::SliceMut;
+use crate::device::{Slice, SliceMut};
 use crate::error::{Error, Result};
 use crate::model::Pass;
 use crate::model::loss::Loss;
@@ -52,7 +52,7 @@ impl Evaluator {
                 continue;
             }
             let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };
-            net.forward(&pass, &batch.images)?;
+            net.forward(&pass, Slice::from(&batch.images[..]))?;
             let outputs = net.output(&pass);
             seen(batch, outputs.f32());
             let out = loss.evaluate(outputs, &batch.labels);

@@ -16,7 +16,7 @@ use super::update::{Part, Updater, bytes};
 use crate::comm::bucket::Reducer;
 use crate::comm::{Communicator, split};
 use crate::data::queue::DataQueue;
-use crate::device::{self, Arena, SliceMut};
+use crate::device::{self, Arena, Slice, SliceMut};
 use crate::error::Result;
 use crate::launch::signals::STOP;
 use crate::launch::watch::{Health, Phase};
@@ -196,11 +196,12 @@ impl Gradient {
             };
             let net = &mut *work.net;
             work.health.set(work.step, Phase::Forward);
-            net.forward(&pass, &batch.images)?;
+            let images = Slice::from(&batch.images[..]);
+            net.forward(&pass, images)?;
             let (outputs, grad) = net.output_and_gradient(&pass);
             let out = work.loss.forward_backward(outputs, &batch.labels, 1.0 / batch.step_count as f32, grad);
             if !out.loss_sum.is_finite() && work.non_finite.is_none() {
-                work.non_finite = Some(net.find_non_finite(&pass, &batch.images)?);
+                work.non_finite = Some(net.find_non_finite(&pass, images)?);
             }
             let loss = sums.loss + out.loss_sum;
             sums = Sums { loss, correct: out.correct as f32, samples: batch.count() as f32, ..sums };
@@ -210,7 +211,7 @@ impl Gradient {
                 Some(Some(leaves)) => leaves.next(micro, batch.count()),
                 _ => SliceMut::empty(),
             };
-            net.backward_with_factors(&pass, &batch.images, arena, factors, |final_elements| match last {
+            net.backward_with_factors(&pass, images, arena, factors, |final_elements| match last {
                 true => outbox.ready(arenas, depth, final_elements),
                 false => Ok(()),
             })?;

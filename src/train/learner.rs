@@ -115,12 +115,12 @@ impl Learner {
         if let Some(state) = found {
             import_params(&mut self.net, state)?;
         }
-        let params = SliceMut::from(self.net.params_mut());
-        self.gradient.reducer().with(|comm, updater| {
-            comm.broadcast(params, 0)?;
-            updater.import(found, comm)
-        })?;
-        self.net.round_params();
-        Ok(())
+        let gradient = &self.gradient;
+        self.net.edit_params(|_, params| {
+            gradient.reducer().with(|comm, updater| {
+                comm.broadcast(SliceMut::from(params), 0)?;
+                updater.import(found, comm)
+            })
+        })?
     }
 }

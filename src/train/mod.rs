@@ -28,6 +28,7 @@ use crate::error::{Context, Error, Kind, Result};
 #[cfg(feature = "mpi")]
 use crate::launch;
 use crate::launch::cores::Seats;
+use crate::launch::job::Job;
 use crate::launch::signals::Signals;
 use crate::launch::watch::{Health, Watch};
 use crate::launch::world::World;
@@ -48,8 +49,6 @@ pub struct Options {
     pub verbosity: i8,
     /// Failures to rehearse.
     pub inject: Vec<Injection>,
-    /// The launcher has started this run again: it goes on with what it has saved, whatever `resume` says.
-    pub restarted: bool,
 }
 
 impl Options {
@@ -61,13 +60,11 @@ impl Options {
         config.checkpoint.directory.clone().unwrap_or_else(|| self.directory(config).join("checkpoints"))
     }
 
-    fn begins_anew(&self) -> bool {
-        self.resume == Resume::Never && !self.restarted
-    }
-
-    /// Step of the newest checkpoint of the run, whole or not.
-    pub fn newest_checkpoint(&self, config: &Config) -> Option<u64> {
-        checkpoint::steps(&self.checkpoints(config)).ok()?.first().copied()
+    /// Step of the newest checkpoint, whole or not, of the run that `job` goes on with; none for one that is to begin anew.
+    pub fn newest_checkpoint(&self, config: &Config, job: &Job) -> Option<u64> {
+        let folder = self.checkpoints(config);
+        let goes_on = !resume::is_anew(&self.resume, job, &folder).ok()?;
+        checkpoint::steps(&folder).ok()?.first().copied().filter(|_| goes_on)
     }
 }
 
@@ -134,7 +131,7 @@ pub fn join(
     let (mut control, watched) = world.connect(parallel)?;
     control.set_timeout(timeout);
     let facts = [Fact::program()?, Fact::world(&world, control.size()), Fact::parallel(parallel)];
-    agreement::check(&facts, world.rank, |bytes| control.all_gather(bytes))?;
+    agreement::check(&facts, &world, |bytes| control.all_gather(bytes))?;
     let seats = Seats::gather(&mut control, &world)?;
     if world.rank == 0
         && let Some(warning) = seats.warning(world.launcher)

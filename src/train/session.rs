@@ -4,7 +4,7 @@ use super::audit::Audit;
 use super::checkpoint::{self, State};
 use super::eval::Evaluator;
 use super::gradient::Sums;
-use super::inject::Faults;
+use super::inject::{self, Faults};
 use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
 use super::time_limit::TimeLimit;
@@ -73,7 +73,9 @@ pub fn train(
     let plan = setup::plan(config, &parts, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
-    let faults = Faults::new(options, &directory, &rank.world)?;
+    inject::check_ranks(&options.inject, &job, &rank.world)?;
+    let anew = resume::agree_on_anew(&options.resume, &job, &checkpoints, &mut *comm)?;
+    let faults = Faults::new(options, anew, &directory, &rank.world)?;
     if rank.world.rank == 0
         && let Some(warning) = plan.cut_warmup()
     {
@@ -81,7 +83,10 @@ pub fn train(
     }
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
-        0 => resume::find(options, &checkpoints, config, |state| learner.fits(state))?,
+        0 => {
+            let beginner = anew.then_some(&job);
+            resume::find(&options.resume, beginner, &checkpoints, config, |state| learner.fits(state))?
+        }
         _ => None,
     };
     let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;
@@ -246,7 +251,7 @@ impl Session<'_> {
         let Some(audit) = self.audit.as_mut().filter(|_| self.audited < step) else { return Ok(()) };
         let Learner { net, gradient, .. } = &mut self.learner;
         self.faults.before_audit(step, net)?;
-        let difference = gradient.reducer().with(|comm, _| audit.compare(net.table(), net.params(), comm))?;
+        let difference = gradient.reducer().with(|comm, _| audit.compare(net.table(), &net.params()?, comm))?;
         self.audited = step;
         match difference {
             None => Ok(()),
@@ -335,7 +340,7 @@ impl Session<'_> {
                 stopped_by: end,
                 exit_reason: reason.clone(),
                 epochs: u64::from(self.progress.position.epoch),
-                weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
+                weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)?),
                 budget: Merged::from_sum(&told),
                 skipped_images: skipped as u64,
                 job_restarts: self.job.restarts,
@@ -405,11 +410,14 @@ impl Session<'_> {
     /// What can still be told after an error; the error itself goes to the caller.
     fn summarise_failure(&mut self, error: &Error) {
         let Some(report) = self.report.take() else { return };
+        // A GPU that has failed may give nothing back.
+        let weights_digest =
+            export_params(&self.learner.net).map_or_else(|_| String::new(), |all| checkpoint::weights_digest(&all));
         let ending = Ending {
             stopped_by: StoppedBy::Error,
             exit_reason: error.to_string(),
             epochs: u64::from(self.progress.position.epoch),
-            weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
+            weights_digest,
             budget: Merged::single(self.clock.budget()),
             skipped_images: self.skipped(),
             job_restarts: self.job.restarts,

@@ -105,7 +105,7 @@ pub fn agree(
         Fact::training_set(parts.train.len(), parts.train.classes(), fingerprint),
         Fact::parameters(&ParamTable::new(&NetSpec::new(&config.model)?)),
     ];
-    let agreed = agreement::check(&facts, rank.world.rank, |bytes| agreement::gather_bytes(comm, bytes));
+    let agreed = agreement::check(&facts, &rank.world, |bytes| agreement::gather_bytes(comm, bytes));
     if agreed.is_err() {
         // Nobody leaves before all know why: a rank that is gone would be the others' error.
         rank.health.ending();

@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn an_end_that_is_over_is_none() {
-        let job = |end| Job { end: Some(end), restarts: 0 };
+        let job = |end| Job { end: Some(end), ..Job::default() };
         let now = SystemTime::now();
         assert!(TimeLimit::of_job(&job(now - SECOND), 0).is_none());
         assert!(TimeLimit::of_job(&Job::default(), 0).is_none());

@@ -170,7 +170,7 @@ impl Updater {
             self.update(shard, shard.mine.clone(), grads.into_f32(), params.into_f32());
             // SAFETY: as above; the others' share is theirs to send.
             let gathered = comm.all_gather(unsafe { self.weights.f32.slice_mut(bytes(&shard.bucket)) })?;
-            self.round_received(shard, comm);
+            self.round_received(shard, comm)?;
             Ok(waited + gathered)
         })?;
         // Until the others of this host have rounded what they received for all.
@@ -239,11 +239,14 @@ impl Updater {
     }
 
     /// Rounds to bf16 what of a bucket has come from elsewhere, for all who share these parameters.
-    fn round_received(&self, shard: &Shard, comm: &dyn Communicator) {
+    fn round_received(&self, shard: &Shard, comm: &dyn Communicator) -> Result<()> {
+        let mut rounded = Ok(());
         comm.received(shard.bucket.len(), &mut |received| {
             // SAFETY: nobody else writes it, and no layer reads it before the step is over on all ranks of the host.
-            unsafe { self.weights.round_all(shift(received, shard.bucket.start)) };
+            let result = unsafe { self.weights.round_all(shift(received, shard.bucket.start)) };
+            rounded = std::mem::replace(&mut rounded, Ok(())).and(result);
         });
+        rounded
     }
 
     /// Makes a layer's gradient from all ranks' factors, and updates what of it this rank has to for its host.
@@ -287,7 +290,7 @@ impl Updater {
     /// All parameters and all optimizer state, canonical, on rank 0; nothing on the others, which send it theirs. Between
     /// steps; collective.
     pub fn export(&mut self, net: &Net, comm: &mut dyn Communicator) -> Result<Vec<Tensor>> {
-        let mut tensors = if comm.rank() == 0 { export_params(net) } else { Vec::new() };
+        let mut tensors = if comm.rank() == 0 { export_params(net)? } else { Vec::new() };
         for (name, state) in self.rule.state().iter().zip(&self.state) {
             for shard in &self.shards {
                 // SAFETY: between steps the gradients' arena is idle, and nobody else uses the state.
@@ -366,7 +369,7 @@ impl Work for Updater {
         let waited = comm.reduce_update(grads, params, &|range, grads, params| {
             self.update(shard, shift(range, shard.bucket.start), grads, params);
         })?;
-        self.round_received(shard, comm);
+        self.round_received(shard, comm)?;
         Ok(waited)
     }
 }
@@ -377,20 +380,21 @@ pub fn needs_norms(config: &raw::Optimizer) -> bool {
 }
 
 /// All parameters in canonical layout.
-pub fn export_params(net: &Net) -> Vec<Tensor> {
-    let export = |param: &Param| canonical(param.name.clone(), param, &net.params()[param.range.clone()]);
-    net.table().params.iter().map(export).collect()
+pub fn export_params(net: &Net) -> Result<Vec<Tensor>> {
+    let params = net.params()?;
+    let export = |param: &Param| canonical(param.name.clone(), param, &params[param.range.clone()]);
+    Ok(net.table().params.iter().map(export).collect())
 }
 
 /// Sets all parameters from a checkpoint; fails, naming the tensor, where it was made by another net.
 pub fn import_params(net: &mut Net, state: &State) -> Result<()> {
-    let (table, params) = net.table_and_params_mut();
-    for param in &table.params {
-        let tensor = state.tensor(&param.name, &param.spec.shape)?;
-        param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
-    }
-    net.round_params();
-    Ok(())
+    net.edit_params(|table, params| {
+        for param in &table.params {
+            let tensor = state.tensor(&param.name, &param.spec.shape)?;
+            param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
+        }
+        Ok(())
+    })?
 }
 
 fn canonical(name: String, param: &Param, values: &[f32]) -> Tensor {

@@ -15,6 +15,8 @@ const COMPILATION: c_int = 6;
 
 pub struct Program {
     source: String,
+    /// What it may include: names and texts.
+    headers: Vec<(String, String)>,
     binary: Vec<u8>,
     log: CString,
 }
@@ -40,15 +42,18 @@ pub unsafe extern "C" fn nvrtcCreateProgram(
     program: *mut *mut Program,
     source: *const c_char,
     _name: *const c_char,
-    headers: c_int,
-    _headers: *const *const c_char,
-    _names: *const *const c_char,
+    count: c_int,
+    texts: *const *const c_char,
+    names: *const *const c_char,
 ) -> c_int {
-    if headers != 0 {
+    if program.is_null() || source.is_null() {
         return INVALID_INPUT;
     }
-    let source = unsafe { CStr::from_ptr(source) }.to_string_lossy().into_owned();
-    unsafe { *program = Box::into_raw(Box::new(Program { source, binary: Vec::new(), log: CString::default() })) };
+    let text = |text: *const c_char| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+    let header = |i: usize| unsafe { (text(*names.add(i)), text(*texts.add(i))) };
+    let headers = (0..count as usize).map(header).collect();
+    let new = Program { source: text(source), headers, binary: Vec::new(), log: CString::default() };
+    unsafe { *program = Box::into_raw(Box::new(new)) };
     SUCCESS
 }
 
@@ -58,13 +63,14 @@ pub unsafe extern "C" fn nvrtcDestroyProgram(program: *mut *mut Program) -> c_in
     SUCCESS
 }
 
-/// Of the options only definitions (`-D`) mean something here.
+/// Of the options only definitions mean something here.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvrtcCompileProgram(program: *mut Program, count: c_int, options: *const *const c_char) -> c_int {
     let program = unsafe { &mut *program };
     let option = |i: usize| unsafe { CStr::from_ptr(*options.add(i)) }.to_string_lossy().into_owned();
-    let definitions: Vec<String> = (0..count as usize).map(option).filter(|option| option.starts_with("-D")).collect();
-    match compile(&program.source, &definitions) {
+    let definition = |option: String| option.strip_prefix("--define-macro=").map(|definition| format!("-D{definition}"));
+    let definitions: Vec<String> = (0..count as usize).map(option).filter_map(definition).collect();
+    match compile(program, &definitions) {
         Ok(binary) => {
             program.binary = binary;
             SUCCESS
@@ -103,20 +109,21 @@ pub unsafe extern "C" fn nvrtcGetProgramLog(program: *mut Program, to: *mut u8) 
 }
 
 /// The shared library, or what the compiler says.
-fn compile(source: &str, definitions: &[String]) -> Result<Vec<u8>, String> {
+fn compile(program: &Program, definitions: &[String]) -> Result<Vec<u8>, String> {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let name = format!("lockstep-emulator-{}-{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
     let folder = std::env::temp_dir().join(name);
     fs::create_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    let compiled = compile_in(&folder, source, definitions);
+    let compiled = compile_in(&folder, program, definitions);
     let _ = fs::remove_dir_all(&folder);
     compiled
 }
 
-fn compile_in(folder: &Path, source: &str, definitions: &[String]) -> Result<Vec<u8>, String> {
+fn compile_in(folder: &Path, program: &Program, definitions: &[String]) -> Result<Vec<u8>, String> {
     let write = |name: &str, text: &str| fs::write(folder.join(name), text).map_err(|error| error.to_string());
-    write("kernels.cu", source)?;
+    write("kernels.cu", &program.source)?;
     write("cuda.hpp", include_str!("cuda.hpp"))?;
+    program.headers.iter().try_for_each(|(name, text)| write(name, text))?;
     let run = |arguments: &[&str]| {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
         let mut command = Command::new(&compiler);
@@ -147,7 +154,8 @@ fn compile_in(folder: &Path, source: &str, definitions: &[String]) -> Result<Vec
     );
     write("main.cpp", &main)?;
     // Warnings for what nvcc would refuse; contraction into fused multiply-adds as on a GPU is left to the code.
-    run(&["-O1", "-ffp-contract=off", "-fPIC", "-shared", "-o", "kernels.so", "main.cpp"])?;
+    // Libraries with unique symbols would share their variables, and could not be unloaded.
+    run(&["-O1", "-ffp-contract=off", "-fno-gnu-unique", "-fPIC", "-shared", "-o", "kernels.so", "main.cpp"])?;
     fs::read(folder.join("kernels.so")).map_err(|error| error.to_string())
 }
 

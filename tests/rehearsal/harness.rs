@@ -1,13 +1,15 @@
 //! A run with its folder, and what it leaves.
 
 use crate::common::{Launched, alive, until};
+use crate::configs::small_net;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 use tempfile::TempDir;
 
-const CONFIG: &str = r#"
+/// The rest is the small net.
+const SECTIONS: &str = r#"
 [run]
 name = "rehearsal"
 steps = 40
@@ -18,24 +20,6 @@ test = 32
 [batch]
 global = 64
 micro = 16
-[model]
-input = [32, 32, 3]
-[[model.layers]]
-type = "conv2d"
-filters = 4
-kernel = 3
-stride = 4
-activation = "relu"
-[[model.layers]]
-type = "global_avg_pool"
-[[model.layers]]
-type = "linear"
-units = 10
-[optimizer]
-type = "sgd"
-lr = 0.01
-[checkpoint]
-every_steps = 10
 [eval]
 every_steps = 1000
 "#;
@@ -54,7 +38,7 @@ pub struct Ended {
 impl Rehearsal {
     pub fn new() -> Rehearsal {
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
+        fs::write(folder.path().join("config.toml"), small_net(SECTIONS)).unwrap();
         Rehearsal { folder }
     }
 
@@ -88,7 +72,12 @@ impl Rehearsal {
 
     /// Steps of the checkpoints, ascending.
     pub fn checkpoints(&self) -> Vec<u64> {
-        let entries = fs::read_dir(self.out().join("checkpoints")).into_iter().flatten().flatten();
+        self.steps("checkpoints")
+    }
+
+    /// The same of a folder in the run's directory.
+    pub fn steps(&self, folder: &str) -> Vec<u64> {
+        let entries = fs::read_dir(self.out().join(folder)).into_iter().flatten().flatten();
         let step = |name: String| name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok();
         let mut steps: Vec<u64> = entries.filter_map(|entry| step(entry.file_name().into_string().ok()?)).collect();
         steps.sort();
@@ -100,16 +89,23 @@ impl Rehearsal {
 pub fn ended(mut launched: Launched) -> Ended {
     let launcher = format!("LOCKSTEP_LAUNCHER={}", launched.pid());
     let code = launched.wait();
-    until("all ranks to be gone", || (!runs_with(&launcher)).then_some(()));
+    until("all ranks to be gone", || runs_with(&[&launcher]).is_none().then_some(()));
     Ended { code, output: launched.output() }
 }
 
-fn runs_with(variable: &str) -> bool {
+/// The process of a rank, once it has started.
+pub fn rank(launched: &Launched, rank: usize) -> Option<i32> {
+    runs_with(&[&format!("LOCKSTEP_LAUNCHER={}", launched.pid()), &format!("LOCKSTEP_RANK={rank}")])
+}
+
+/// A process that has these variables.
+fn runs_with(variables: &[&str]) -> Option<i32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.any(|pid: i32| {
+    pids.find(|&pid| {
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        alive(pid) && environment.split(|byte| *byte == 0).any(|found| found == variable.as_bytes())
+        let has = |variable: &&str| environment.split(|byte| *byte == 0).any(|found| found == variable.as_bytes());
+        alive(pid) && variables.iter().all(has)
     })
 }
 

@@ -3,6 +3,9 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[allow(dead_code)]
+#[path = "../common/configs.rs"]
+mod configs;
 mod harness;
 mod inject;
 mod restart;

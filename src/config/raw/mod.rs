@@ -155,8 +155,8 @@ pub struct Parallel {
     /// Seconds that a rank waits for a silent peer before it gives up.
     #[schemars(range(max = 1_000_000_000), extend("exclusiveMinimum" = 0))]
     pub timeout: f64,
-    /// The network over which hosts meet and exchange data, by an interface's name or as addresses, `10.0.0.0/8`. Default: the
-    /// one by which rank 0's host is reached.
+    /// The network over which hosts exchange data, by an interface's name or as addresses, `10.0.0.0/8`. They meet there too,
+    /// unless MASTER_ADDR or Slurm says where. Default: the network by which rank 0's host is reached.
     pub interface: Option<String>,
     /// Steps between two comparisons of the parameters over ranks that have copies of their own; 0 is never.
     pub audit_every_steps: u64,

@@ -9,6 +9,7 @@
 #[macro_use]
 mod call;
 mod choices;
+pub mod cublaslt;
 pub mod cudnn;
 mod elementwise;
 mod gpu;

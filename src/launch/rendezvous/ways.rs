@@ -29,29 +29,22 @@ pub fn at_socket(party: Party, name: &str) -> Result<Vec<Control>> {
     star::join(party, &place, false, || Ok(vec![Candidate { address: address.clone(), from: None, token: 0 }]))
 }
 
-/// Rank 0 listens at the first of `ports` that is free on its host, `master`, and the others try each.
+/// Rank 0 listens at the first of `ports` that is free on its host, `master`, and the others try each, by whatever way there
+/// is: `master` may be in another network than the interface that was chosen for the data.
 pub fn at_ports(party: Party, master: &str, ports: &[u16], job: &str, interface: &Interface) -> Result<Vec<Control>> {
     let [a, b, c, d, e, f, g, h, ..] = *blake3::hash(job.as_bytes()).as_bytes();
     let token = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     if party.rank == 0 {
-        // Without a choice every interface: MASTER_ADDR may be a name that resolves to a loopback address on its own host.
+        // At every interface: MASTER_ADDR may be a name that resolves to a loopback address on its own host.
         let ipv6 = (master, 0).to_socket_addrs().is_ok_and(|mut found| found.all(|address| address.is_ipv6()));
-        let (listener, port) = listen_at_one_of(interface.chosen_ip().unwrap_or(any(ipv6)), ports)?;
-        let place = match interface.chosen_ip() {
-            Some(ip) => format!("{ip}:{port} ([parallel] interface)"),
-            None => format!("{master}:{port}"),
-        };
+        let (listener, port) = listen_at_one_of(any(ipv6), ports)?;
+        let place = format!("{master}:{port}");
         say_waiting(party, &place, interface);
         return star::gather(party, token, listener, &place);
     }
-    let from = interface.chosen_ip();
     let place = match ports {
         [port] => format!("{master}:{port}"),
         _ => format!("{master}, ports {ports:?}"),
-    };
-    let place = match from {
-        Some(ip) => format!("{place}, from {ip} ([parallel] interface: does {master} lead into that network?)"),
-        None => place,
     };
     star::join(party, &place, ports.len() == 1, || {
         // Resolved anew each time: a cluster's name service may learn of a host late.
@@ -62,7 +55,7 @@ pub fn at_ports(party: Party, master: &str, ports: &[u16], job: &str, interface:
         let ips: Vec<IpAddr> = resolved.map(|address| address.ip()).collect();
         let at = |port: u16| ips.iter().map(move |ip| SocketAddr::new(*ip, port));
         let candidates = ports.iter().flat_map(|port| at(*port));
-        Ok(candidates.map(|address| Candidate { address: address.into(), from, token }).collect())
+        Ok(candidates.map(|address| Candidate { address: address.into(), from: None, token }).collect())
     })
 }
 
@@ -91,10 +84,12 @@ fn listen_at_one_of(ip: IpAddr, ports: &[u16]) -> Result<(Socket, u16)> {
 
 fn say_waiting(party: Party, place: &str, interface: &Interface) {
     let addresses: Vec<String> = interface.addresses.iter().map(Address::to_string).collect();
-    tracing::debug!("rank 0 on {} waits for {} peers at {place}; {}", host(), party.size - 1, addresses.join(", "));
+    let (addresses, what) = (addresses.join(", "), if interface.chosen { "data go over" } else { "this host has" });
+    tracing::debug!("rank 0 on {} waits for {} peers at {place}; {what} {addresses}", host(), party.size - 1);
 }
 
-fn any(ipv6: bool) -> IpAddr {
+/// What stands for every address of this host.
+pub fn any(ipv6: bool) -> IpAddr {
     if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) }
 }
 
@@ -225,7 +220,7 @@ impl Interface {
         Ok(Interface { addresses, chosen: choice.is_some() })
     }
 
-    fn chosen_ip(&self) -> Option<IpAddr> {
+    pub fn chosen_ip(&self) -> Option<IpAddr> {
         self.addresses.first().filter(|_| self.chosen).map(|address| address.ip)
     }
 }

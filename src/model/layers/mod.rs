@@ -13,6 +13,7 @@ mod dropout;
 mod flatten;
 mod global_avg_pool;
 mod global_max_pool;
+mod lanes;
 mod linear;
 mod lrn;
 mod max_pool;
@@ -20,6 +21,7 @@ mod softmax;
 mod window;
 
 pub use activation::Activation;
+use lanes::{check_batch, grid_over_samples, grid_over_tiles, lanes};
 pub use linear::factors::{FromFactors, TILE_UNITS};
 pub use window::{Axis, NamedPadding, Padding, Window};
 

@@ -1,7 +1,10 @@
 //! Windows that slide over an image: the geometry that pooling and convolution share.
 
+mod cuda;
+
 use super::super::Shape;
 use super::addressable;
+pub use cuda::DeviceWindow;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;

@@ -2,7 +2,7 @@
 //!
 //! A fault happens once in the course of a run, however often the run is started: that it happens is noted in the run's
 //! directory, in the file `injected`, the moment before. A run that goes on from a checkpoint before that step passes it by,
-//! whoever has started it again: `--max-restarts`, a batch system, or the user. `--resume none` begins a new course.
+//! whoever has started it again: `--max-restarts`, a batch system, or the user. A run that begins anew has a new course.
 
 mod act;
 mod grammar;
@@ -11,6 +11,7 @@ pub use grammar::{Fault, Injection};
 
 use super::{Options, Rank};
 use crate::error::{Context, Error, Kind, Result};
+use crate::launch::job::Job;
 use crate::launch::watch::Phase;
 use crate::launch::world::World;
 use crate::model::net::Net;
@@ -43,6 +44,19 @@ impl Fault {
     }
 }
 
+/// Fails (kind Usage) where a rank is named that is not there; a restart on fewer ranks has left it out, which is a warning.
+pub fn check_ranks(injections: &[Injection], job: &Job, world: &World) -> Result<()> {
+    for injection in injections.iter().filter(|injection| injection.rank >= world.size) {
+        let Injection { rank, .. } = injection;
+        let text = format!("--inject {injection}: there is no rank {rank}, the last one is {}", world.size - 1);
+        if !job.is_restart() {
+            return Err(Error::usage(text));
+        }
+        tracing::warn!(target: SAID_ONCE, "{text}");
+    }
+    Ok(())
+}
+
 /// What is to happen to this rank. Costs nothing where nothing is.
 pub struct Faults {
     pending: Vec<Injection>,
@@ -52,10 +66,10 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Fails (kind Usage) where a rank is named that is not there. All ranks call it before the first step.
-    pub fn new(options: &Options, directory: &Path, world: &World) -> Result<Faults> {
+    /// Those of a run that begins `anew` or goes on. All ranks call it before the first step.
+    pub fn new(options: &Options, anew: bool, directory: &Path, world: &World) -> Result<Faults> {
         let record = directory.join(RECORD);
-        let happened = match options.begins_anew() {
+        let happened = match anew {
             true => begin_record(&record, world).map(|()| String::new()),
             false => fs::read_to_string(&record),
         };
@@ -68,7 +82,6 @@ impl Faults {
         let mut faults = Faults { pending: Vec::new(), delay: Duration::ZERO, record };
         for injection in &options.inject {
             match injection {
-                Injection { rank, .. } if *rank >= world.size => refuse(injection, options, world)?,
                 Injection { rank, .. } if *rank != world.rank => {}
                 Injection { fault: Fault::Delay(delay), .. } => faults.delay += *delay,
                 _ if happened.lines().any(|line| line == injection.to_string()) => tracing::warn!(
@@ -104,7 +117,7 @@ impl Faults {
     /// What happens before the parameters of all ranks are compared after `step`.
     pub fn before_audit(&mut self, step: u64, net: &mut Net) -> Result<()> {
         while self.next(Moment::Audit, step)?.is_some() {
-            act::flip_bit(&mut net.params_mut()[0]);
+            net.edit_params(|_, params| act::flip_bit(&mut params[0]))?;
         }
         Ok(())
     }
@@ -152,15 +165,4 @@ impl Faults {
 /// Each host may have a directory of its own. No rank notes anything before all have come this far.
 fn begin_record(record: &Path, world: &World) -> io::Result<()> {
     if world.local_rank == 0 { fs::remove_file(record) } else { Ok(()) }
-}
-
-/// A rank that is not there is a mistake, unless an elastic restart has left it out.
-fn refuse(injection: &Injection, options: &Options, world: &World) -> Result<()> {
-    let Injection { rank, .. } = injection;
-    let text = format!("--inject {injection}: there is no rank {rank}, the last one is {}", world.size - 1);
-    if !options.restarted {
-        return Err(Error::usage(text));
-    }
-    tracing::warn!(target: SAID_ONCE, "{text}");
-    Ok(())
 }

@@ -37,9 +37,11 @@ pub struct Source {
 }
 
 /// What a source may include: its name and its text.
-pub const HEADERS: [(&str, &str); 2] = [
+pub const HEADERS: [(&str, &str); 4] = [
     ("common.cuh", include_str!("common.cuh")),
     ("activation.cuh", include_str!("../../../model/layers/activation/activation.cuh")),
+    ("lanes.cuh", include_str!("../../../model/layers/lanes.cuh")),
+    ("window.cuh", include_str!("../../../model/layers/window/window.cuh")),
 ];
 
 /// The type `T` of a source.

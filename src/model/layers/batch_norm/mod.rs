@@ -9,11 +9,15 @@
 //! different matter: their updates travel through the gradient's all-reduce, so they are the same on all ranks.
 
 mod cpu;
+mod cuda;
 
 use super::super::params::{Init, Layout, ParamSpec, Role};
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, single};
+use crate::device::Place;
+use crate::device::cuda::kernels::Element;
 use crate::error::Result;
+use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +67,15 @@ impl LayerSpec for BatchNorm {
         })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(Box::new(cpu::BatchNorm::new(self.epsilon, self.activation, build)))
+        Ok(match build.place {
+            Place::Host => Box::new(cpu::BatchNorm::new(self.epsilon, self.activation, build)),
+            Place::Cuda => Box::new(cuda::BatchNorm::new(self.epsilon, self.activation, build, Element::F32)?),
+        })
+    }
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match build.place {
+            Place::Host => widened::around(self, build),
+            Place::Cuda => Ok(Box::new(cuda::BatchNorm::new(self.epsilon, self.activation, build, Element::Bf16)?)),
+        }
     }
 }

@@ -1,10 +1,14 @@
 //! Concatenation of several inputs along the channels: the end of an inception block.
 
 mod cpu;
+mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::several;
+use crate::device::Place;
+use crate::device::cuda::kernels::Element;
 use crate::error::Result;
+use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +30,15 @@ impl LayerSpec for Concat {
         Ok(Inferred { output: Shape::new(first.h, first.w, c), ..Inferred::default() })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(Box::new(cpu::Concat { inputs: build.inputs.iter().map(|shape| shape.c).collect() }))
+        Ok(match build.place {
+            Place::Host => Box::new(cpu::Concat { inputs: build.inputs.iter().map(|shape| shape.c).collect() }),
+            Place::Cuda => Box::new(cuda::Concat::new(build, Element::F32)?),
+        })
+    }
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match build.place {
+            Place::Host => widened::around(self, build),
+            Place::Cuda => Ok(Box::new(cuda::Concat::new(build, Element::Bf16)?)),
+        }
     }
 }

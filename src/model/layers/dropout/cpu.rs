@@ -1,3 +1,4 @@
+use super::threshold_and_scale;
 use crate::error::Result;
 use crate::model::simd::vectorized;
 use crate::model::{Backward, Forward, Layer, Pass, Shape};
@@ -8,16 +9,13 @@ pub struct Dropout {
     values: usize,
     seed: u64,
     layer: u32,
-    /// Draws of 16 bits below this are dropped: the rate in steps of 1 / 65536.
     threshold: u32,
-    /// 1 / (the share that is kept in truth), so that the mean stays.
     scale: f32,
 }
 
 impl Dropout {
     pub fn new(input: Shape, rate: f32, seed: u64, layer: usize) -> Self {
-        let threshold = ((rate * 65536.0).round() as u32).min(65535);
-        let scale = 65536.0 / (65536 - threshold) as f32;
+        let (threshold, scale) = threshold_and_scale(rate);
         Dropout { values: input.len(), seed, layer: layer as u32, threshold, scale }
     }
 

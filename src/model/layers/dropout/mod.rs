@@ -5,10 +5,14 @@
 //! backward draws it again instead of keeping it.
 
 mod cpu;
+mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::single;
+use crate::device::Place;
+use crate::device::cuda::kernels::Element;
 use crate::error::Result;
+use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +36,22 @@ impl LayerSpec for Dropout {
         Ok(Inferred { output, forward_flops: output.len() as u64, ..Inferred::default() })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(Box::new(cpu::Dropout::new(build.inputs[0], self.rate, build.seed, build.layer)))
+        Ok(match build.place {
+            Place::Host => Box::new(cpu::Dropout::new(build.inputs[0], self.rate, build.seed, build.layer)),
+            Place::Cuda => Box::new(cuda::Dropout::new(self.rate, build, Element::F32)?),
+        })
     }
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match build.place {
+            Place::Host => widened::around(self, build),
+            Place::Cuda => Ok(Box::new(cuda::Dropout::new(self.rate, build, Element::Bf16)?)),
+        }
+    }
+}
+
+/// Draws of 16 bits below the threshold are dropped: the rate in steps of 1 / 65536. The others are scaled by 1 / (the share that
+/// is kept in truth), so that the mean stays.
+fn threshold_and_scale(rate: f32) -> (u32, f32) {
+    let threshold = ((rate * 65536.0).round() as u32).min(65535);
+    (threshold, 65536.0 / (65536 - threshold) as f32)
 }

@@ -1,10 +1,14 @@
 //! Max pooling: the largest value of each window, per channel. Padding never wins.
 
 mod cpu;
+mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::{Padding, Window, single};
+use crate::device::Place;
+use crate::device::cuda::kernels::Element;
 use crate::error::Result;
+use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +48,19 @@ impl LayerSpec for MaxPool {
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let input = build.inputs[0];
         let window = self.window(input).expect("inferred before");
-        Ok(Box::new(cpu::MaxPool { window, channels: input.c, masks_input: build.masks_input }))
+        Ok(match build.place {
+            Place::Host => Box::new(cpu::MaxPool { window, channels: input.c, masks_input: build.masks_input }),
+            Place::Cuda => Box::new(cuda::MaxPool::new(window, build, Element::F32)?),
+        })
+    }
+    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        match build.place {
+            Place::Host => widened::around(self, build),
+            Place::Cuda => Ok(Box::new(cuda::MaxPool::new(
+                self.window(build.inputs[0]).expect("inferred before"),
+                build,
+                Element::Bf16,
+            )?)),
+        }
     }
 }

@@ -1,0 +1,337 @@
+//! libcuda for the emulator: one GPU whose memory is host memory, whose streams work at once, and whose modules are the shared
+//! libraries that nvrtc.rs makes.
+//!
+//! It is strict. A handle that is not alive, a null pointer, a copy beyond an allocation, a call without a context are
+//! refused as the driver's reference says. Before and behind each allocation lies a page without access, so that a kernel that
+//! reads or writes there ends the test; the few bytes between its end and that page are watched for writes. Memory is full of
+//! 0xFF, NaNs, until it is written.
+
+mod kernels;
+mod memory;
+
+use kernels::Launch;
+use memory::{Allocation, TOTAL_BYTES};
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_uint};
+use std::fs::File;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// A CUresult, by its name and number in cuda.h.
+type Code = c_int;
+const SUCCESS: Code = 0;
+const INVALID_VALUE: Code = 1;
+const OUT_OF_MEMORY: Code = 2;
+const NOT_INITIALIZED: Code = 3;
+const INVALID_DEVICE: Code = 101;
+const INVALID_IMAGE: Code = 200;
+const INVALID_CONTEXT: Code = 201;
+const INVALID_HANDLE: Code = 400;
+const NOT_FOUND: Code = 500;
+const LAUNCH_FAILED: Code = 719;
+const NOT_SUPPORTED: Code = 801;
+
+const DEVICE: c_int = 0;
+const CONTEXT: usize = 0xC0;
+/// Few, so that kernels stride over their grid even where tensors are small.
+const MULTIPROCESSORS: c_int = 1;
+
+/// All that is alive.
+struct Driver {
+    initialized: bool,
+    /// How often the primary context was retained.
+    retained: usize,
+    device_memory: BTreeMap<usize, Allocation>,
+    host_memory: BTreeMap<usize, Allocation>,
+    /// By handles, which are never used again.
+    objects: BTreeMap<usize, Object>,
+    next_handle: usize,
+}
+
+enum Object {
+    Stream,
+    Event {
+        timed: bool,
+        recorded: Option<Instant>,
+    },
+    /// The file is what the library was loaded from: its path must not come to name another while it is loaded.
+    Module {
+        library: usize,
+        _file: File,
+    },
+    Kernel {
+        module: usize,
+        launch: Launch,
+        name: CString,
+    },
+}
+
+static DRIVER: Mutex<Driver> = Mutex::new(Driver {
+    initialized: false,
+    retained: 0,
+    device_memory: BTreeMap::new(),
+    host_memory: BTreeMap::new(),
+    objects: BTreeMap::new(),
+    next_handle: 0x1000,
+});
+
+thread_local! {
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+fn driver() -> MutexGuard<'static, Driver> {
+    DRIVER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// For calls that need a context that is current and alive.
+fn in_context(call: impl FnOnce(&mut Driver) -> Result<(), Code>) -> Code {
+    let mut driver = driver();
+    let done = match () {
+        () if !driver.initialized => Err(NOT_INITIALIZED),
+        () if driver.retained == 0 || CURRENT.get() != CONTEXT => Err(INVALID_CONTEXT),
+        () => call(&mut driver),
+    };
+    done.err().unwrap_or(SUCCESS)
+}
+
+/// For calls that need the GPU's number and nothing else.
+fn of_device(device: c_int, call: impl FnOnce(&mut Driver) -> Result<(), Code>) -> Code {
+    let mut driver = driver();
+    let done = match () {
+        () if !driver.initialized => Err(NOT_INITIALIZED),
+        () if device != DEVICE => Err(INVALID_DEVICE),
+        () => call(&mut driver),
+    };
+    done.err().unwrap_or(SUCCESS)
+}
+
+/// Writes where the caller asked for.
+unsafe fn give<V>(to: *mut V, value: V) -> Result<(), Code> {
+    match to.is_null() {
+        true => Err(INVALID_VALUE),
+        false => Ok(unsafe { to.write(value) }),
+    }
+}
+
+fn require(fits: bool, otherwise: Code) -> Result<(), Code> {
+    if fits { Ok(()) } else { Err(otherwise) }
+}
+
+impl Driver {
+    fn add(&mut self, object: Object) -> usize {
+        self.next_handle += 0x10;
+        self.objects.insert(self.next_handle, object);
+        self.next_handle
+    }
+
+    /// The default stream, 0, is always there.
+    fn stream(&self, handle: usize) -> Result<(), Code> {
+        require(handle == 0 || matches!(self.objects.get(&handle), Some(Object::Stream)), INVALID_HANDLE)
+    }
+
+    fn event(&mut self, handle: usize) -> Result<(bool, &mut Option<Instant>), Code> {
+        match self.objects.get_mut(&handle) {
+            Some(Object::Event { timed, recorded }) => Ok((*timed, recorded)),
+            _ => Err(INVALID_HANDLE),
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuInit(flags: c_uint) -> Code {
+    driver().initialized |= flags == 0;
+    if flags == 0 { SUCCESS } else { INVALID_VALUE }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> Code {
+    unsafe { give(version, 13_000) }.err().unwrap_or(SUCCESS)
+}
+
+/// Name and text of the codes that this driver returns.
+fn words(code: Code) -> Option<[&'static CStr; 2]> {
+    Some(match code {
+        SUCCESS => [c"CUDA_SUCCESS", c"no error"],
+        INVALID_VALUE => [c"CUDA_ERROR_INVALID_VALUE", c"invalid argument"],
+        OUT_OF_MEMORY => [c"CUDA_ERROR_OUT_OF_MEMORY", c"out of memory"],
+        NOT_INITIALIZED => [c"CUDA_ERROR_NOT_INITIALIZED", c"initialization error"],
+        INVALID_DEVICE => [c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal"],
+        INVALID_IMAGE => [c"CUDA_ERROR_INVALID_IMAGE", c"device kernel image is invalid"],
+        INVALID_CONTEXT => [c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context"],
+        INVALID_HANDLE => [c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"],
+        NOT_FOUND => [c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"],
+        LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
+        NOT_SUPPORTED => [c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"],
+        _ => return None,
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorName(code: Code, text: *mut *const c_char) -> Code {
+    let Some([name, _]) = words(code) else { return INVALID_VALUE };
+    unsafe { give(text, name.as_ptr()) }.err().unwrap_or(SUCCESS)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorString(code: Code, text: *mut *const c_char) -> Code {
+    let Some([_, description]) = words(code) else { return INVALID_VALUE };
+    unsafe { give(text, description.as_ptr()) }.err().unwrap_or(SUCCESS)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> Code {
+    of_device(DEVICE, |_| unsafe { give(count, 1) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> Code {
+    of_device(ordinal, |_| unsafe { give(device, DEVICE) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int) -> Code {
+    const NAME: &[u8] = b"Emulated GPU\0";
+    of_device(device, |_| {
+        require(!name.is_null() && length as usize >= NAME.len(), INVALID_VALUE)?;
+        unsafe { name.cast::<u8>().copy_from_nonoverlapping(NAME.as_ptr(), NAME.len()) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) -> Code {
+    of_device(device, |_| unsafe { give(uuid, *b"lockstepemulator") })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) -> Code {
+    of_device(device, |_| unsafe { give(bytes, TOTAL_BYTES) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) -> Code {
+    of_device(device, |_| {
+        // By the numbers of CUdevice_attribute: multiprocessors, compute capability.
+        let known = match attribute {
+            16 => MULTIPROCESSORS,
+            75 => 9,
+            76 => 0,
+            _ => return Err(NOT_SUPPORTED),
+        };
+        unsafe { give(value, known) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) -> Code {
+    of_device(device, |driver| {
+        unsafe { give(context, CONTEXT) }?;
+        driver.retained += 1;
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> Code {
+    of_device(device, |driver| {
+        driver.retained = driver.retained.checked_sub(1).ok_or(INVALID_CONTEXT)?;
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
+    of_device(DEVICE, |driver| {
+        require(context == 0 || (context == CONTEXT && driver.retained > 0), INVALID_CONTEXT)?;
+        CURRENT.set(context);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreate(stream: *mut usize, flags: c_uint) -> Code {
+    in_context(|driver| {
+        require(flags <= 1, INVALID_VALUE)?;
+        unsafe { give(stream, driver.add(Object::Stream)) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
+    in_context(|driver| {
+        require(stream != 0, INVALID_HANDLE)?;
+        driver.stream(stream)?;
+        driver.objects.remove(&stream);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
+    in_context(|driver| driver.stream(stream))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
+    in_context(|driver| driver.stream(stream))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: c_uint) -> Code {
+    in_context(|driver| {
+        driver.stream(stream)?;
+        driver.event(event)?;
+        require(flags <= 1, INVALID_VALUE)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(event: *mut usize, flags: c_uint) -> Code {
+    /// CU_EVENT_DISABLE_TIMING
+    const UNTIMED: c_uint = 2;
+    in_context(|driver| {
+        require(flags <= 3, INVALID_VALUE)?;
+        unsafe { give(event, driver.add(Object::Event { timed: flags & UNTIMED == 0, recorded: None })) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
+    in_context(|driver| {
+        driver.event(event)?;
+        driver.objects.remove(&event);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
+    in_context(|driver| {
+        driver.stream(stream)?;
+        *driver.event(event)?.1 = Some(Instant::now());
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventQuery(event: usize) -> Code {
+    in_context(|driver| driver.event(event).map(drop))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventSynchronize(event: usize) -> Code {
+    in_context(|driver| driver.event(event).map(drop))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime_v2(ms: *mut f32, start: usize, end: usize) -> Code {
+    in_context(|driver| {
+        let mut time = |event| match driver.event(event)? {
+            (true, Some(time)) => Ok(*time),
+            _ => Err(INVALID_HANDLE),
+        };
+        let (start, end) = (time(start)?, time(end)?);
+        unsafe { give(ms, end.saturating_duration_since(start).as_secs_f32() * 1e3) }
+    })
+}

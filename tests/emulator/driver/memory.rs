@@ -1,0 +1,188 @@
+//! Memory and copies.
+
+use crate::{Code, Driver, INVALID_VALUE, OUT_OF_MEMORY, give, in_context, require};
+use std::ffi::{c_int, c_long, c_uint, c_void};
+use std::ptr::null_mut;
+
+pub const TOTAL_BYTES: usize = 8 << 30;
+const PAGE: usize = 4096;
+/// The driver promises 256; less, so that more of an overrun meets the page behind.
+const ALIGN: usize = 64;
+/// What lies between the end of an allocation and the page behind.
+const WATCHED: u8 = 0xA5;
+
+/// Between two pages without access.
+pub struct Allocation {
+    bytes: usize,
+    mapping: usize,
+    mapped: usize,
+}
+
+impl Driver {
+    /// Device memory that lies within one allocation.
+    pub fn device_range(&self, address: u64, bytes: usize) -> Result<usize, Code> {
+        let address = address as usize;
+        let allocation = self.device_memory.range(..=address).next_back();
+        let inside = allocation.is_some_and(|(start, a)| a.bytes - (address - start).min(a.bytes) >= bytes);
+        require(inside && bytes > 0, INVALID_VALUE)?;
+        Ok(address)
+    }
+
+    /// Host memory, of which only what this driver gave is known.
+    pub fn host_range(&self, address: *const c_void, bytes: usize) -> Result<usize, Code> {
+        let address = address as usize;
+        require(address != 0 && self.device_range(address as u64, 1).is_err(), INVALID_VALUE)?;
+        match self.host_memory.range(..=address).next_back() {
+            Some((start, a)) if address - start < a.bytes => {
+                require(a.bytes - (address - start) >= bytes, INVALID_VALUE)?
+            }
+            _ => {}
+        }
+        Ok(address)
+    }
+
+    pub fn used(&self) -> usize {
+        self.device_memory.values().map(|allocation| allocation.bytes).sum()
+    }
+
+    /// The first allocation of which the bytes behind its end were written.
+    pub fn overrun(&self) -> Option<String> {
+        let broken = self.device_memory.iter().find(|(address, allocation)| {
+            let behind = *address + allocation.bytes..allocation.mapping + allocation.mapped - PAGE;
+            behind.into_iter().any(|at| unsafe { *(at as *const u8) } != WATCHED)
+        });
+        broken.map(|(address, allocation)| {
+            format!("wrote behind the end of the {} bytes at {address:#x}", allocation.bytes)
+        })
+    }
+}
+
+/// Memory full of 0xFF between two pages without access.
+fn map(bytes: usize) -> Option<(usize, Allocation)> {
+    let mapped = bytes.checked_next_multiple_of(PAGE)? + 2 * PAGE;
+    unsafe {
+        let mapping = mmap(null_mut(), mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) as usize;
+        if mapping as isize == -1 || mprotect((mapping + PAGE) as *mut c_void, mapped - 2 * PAGE, PROT_READ_WRITE) != 0
+        {
+            return None;
+        }
+        let end = mapping + mapped - PAGE;
+        let address = end - bytes.next_multiple_of(ALIGN);
+        (address as *mut u8).write_bytes(0xFF, bytes);
+        ((address + bytes) as *mut u8).write_bytes(WATCHED, end - address - bytes);
+        Some((address, Allocation { bytes, mapping, mapped }))
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        unsafe { munmap(self.mapping as *mut c_void, self.mapped) };
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> Code {
+    in_context(|driver| unsafe {
+        give(free, TOTAL_BYTES - driver.used())?;
+        give(total, TOTAL_BYTES)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Code {
+    in_context(|driver| {
+        require(bytes > 0, INVALID_VALUE)?;
+        require(bytes <= TOTAL_BYTES - driver.used(), OUT_OF_MEMORY)?;
+        let (at, allocation) = map(bytes).ok_or(OUT_OF_MEMORY)?;
+        unsafe { give(address, at as u64) }?;
+        driver.device_memory.insert(at, allocation);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> Code {
+    in_context(|driver| driver.device_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, flags: c_uint) -> Code {
+    in_context(|driver| {
+        require(bytes > 0 && flags <= 7, INVALID_VALUE)?;
+        let (at, allocation) = map(bytes).ok_or(OUT_OF_MEMORY)?;
+        unsafe { give(address, at as *mut c_void) }?;
+        driver.host_memory.insert(at, allocation);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> Code {
+    in_context(|driver| driver.host_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE))
+}
+
+unsafe fn copy(from: usize, to: usize, bytes: usize) {
+    unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: usize) -> Code {
+    in_context(|driver| {
+        driver.stream(stream)?;
+        if bytes > 0 {
+            unsafe { copy(driver.host_range(from, bytes)?, driver.device_range(to, bytes)?, bytes) };
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: usize) -> Code {
+    in_context(|driver| {
+        driver.stream(stream)?;
+        if bytes > 0 {
+            unsafe { copy(driver.device_range(from, bytes)?, driver.host_range(to, bytes)?, bytes) };
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) -> Code {
+    in_context(|driver| {
+        driver.stream(stream)?;
+        if bytes > 0 {
+            unsafe { copy(driver.device_range(from, bytes)?, driver.device_range(to, bytes)?, bytes) };
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: usize) -> Code {
+    in_context(|driver| {
+        driver.stream(stream)?;
+        if bytes > 0 {
+            unsafe { (driver.device_range(to, bytes)? as *mut u8).write_bytes(value, bytes) };
+        }
+        Ok(())
+    })
+}
+
+const PROT_NONE: c_int = 0;
+const PROT_READ_WRITE: c_int = 3;
+const MAP_PRIVATE: c_int = 2;
+const MAP_ANONYMOUS: c_int = 0x20;
+
+unsafe extern "C" {
+    fn mmap(
+        address: *mut c_void,
+        bytes: usize,
+        access: c_int,
+        flags: c_int,
+        file: c_int,
+        offset: c_long,
+    ) -> *mut c_void;
+    fn munmap(address: *mut c_void, bytes: usize) -> c_int;
+    fn mprotect(address: *mut c_void, bytes: usize, access: c_int) -> c_int;
+}

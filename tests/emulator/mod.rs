@@ -1,0 +1,76 @@
+//! A GPU for tests. On a machine without one it is the emulator: libraries that stand in for CUDA's, built once for all tests
+//! by the compilers at hand. With `LOCKSTEP_TEST_GPU` set it is the machine's own.
+
+use lockstep::device::cuda::Gpu;
+use std::collections::hash_map::DefaultHasher;
+use std::ffi::OsString;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// A source in this folder, and the library that it stands for.
+const LIBRARIES: [(&str, &str); 2] = [("driver/lib.rs", "libcuda.so.1"), ("nvrtc.rs", "libnvrtc.so.13")];
+
+/// None, and a line that says why, where there is no compiler for kernels.
+pub fn gpu() -> Option<Gpu> {
+    static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
+    let start = || {
+        if std::env::var_os("LOCKSTEP_TEST_GPU").is_none() {
+            let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+            if Command::new(&compiler).arg("--version").output().is_err() {
+                eprintln!("skipped: there is no C++ compiler ({compiler}, or $CXX), which the emulator of a GPU needs");
+                return None;
+            }
+            let folder = build();
+            // SAFETY: every test of a process that touches CUDA comes here first and waits; no other thread reads these.
+            unsafe {
+                std::env::set_var("LOCKSTEP_CUDA_PATH", &folder);
+                std::env::set_var("XDG_CACHE_HOME", folder.join("cache"));
+            }
+        }
+        Some(Gpu::take(0).unwrap_or_else(|error| panic!("{error}")))
+    };
+    GPU.get_or_init(start).clone()
+}
+
+/// The folder of the libraries, which is made anew when a source changes.
+fn build() -> PathBuf {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator");
+    let mut hash = DefaultHasher::new();
+    hash_folder(&sources, &mut hash);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulator-{:016x}", hash.finish()));
+    fs::create_dir_all(&folder).expect("a folder for the emulator");
+    for (source, name) in LIBRARIES.into_iter().filter(|(_, name)| !folder.join(name).exists()) {
+        // Another test may be at the same.
+        let unfinished = folder.join(format!("{name}.{}", std::process::id()));
+        let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| OsString::from("rustc"));
+        let mut command = Command::new(rustc);
+        command.args([
+            "--edition",
+            "2024",
+            "-O",
+            "--crate-type",
+            "cdylib",
+            "-C",
+            &format!("link-arg=-Wl,-soname,{name}"),
+        ]);
+        let output = command.arg("-o").arg(&unfinished).arg(sources.join(source)).output().expect("rustc");
+        assert!(output.status.success(), "{source}: {}", String::from_utf8_lossy(&output.stderr));
+        fs::rename(&unfinished, folder.join(name)).expect("the library in its place");
+    }
+    folder
+}
+
+fn hash_folder(folder: &Path, hash: &mut DefaultHasher) {
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(folder).expect("the emulator").map(|entry| entry.expect("an entry").path()).collect();
+    paths.sort();
+    for path in paths {
+        match path.is_dir() {
+            true => hash_folder(&path, hash),
+            false => fs::read(&path).expect("a source").hash(hash),
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Every layer that has kernels of its own, forward and backward, in every precision, against the CPU's f32 layer on the same
+//! values.
+
+use crate::emulator;
+use crate::operands::{Call, Operands};
+use lockstep::device::cuda::Gpu;
+use lockstep::device::cuda::kernels::Element;
+use lockstep::model::{Shape, layers};
+
+/// Samples that layers are built for; calls have as many, and fewer.
+const BATCH: usize = 3;
+
+#[test]
+fn layers_agree_with_those_of_the_cpu() {
+    let Some(gpu) = emulator::gpu() else { return };
+    println!("{:<60} {:>9} {:>9} {:>14}", "layer", "precision", "direction", "relative error");
+    let mut wrong = Vec::new();
+    for case in cases() {
+        for element in [Element::F32, Element::Bf16] {
+            wrong.extend(check(&gpu, &case, element));
+        }
+    }
+    assert!(wrong.is_empty(), "{} results are off:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// A layer as `[[model.layers]]` describes it.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub kind: &'static str,
+    /// Its keys, as TOML.
+    pub keys: &'static str,
+    pub inputs: Vec<Shape>,
+    /// Whether it does the backward of a ReLU in front.
+    pub masks_input: bool,
+    /// Whether the reader of its output has done the backward of its own ReLU.
+    pub grad_masked: bool,
+}
+
+/// Packs of channels that are full and not, odd sizes, one channel, windows that overlap, leave gaps and hang over the edge.
+fn cases() -> Vec<Case> {
+    let case = |kind, keys, inputs: &[Shape]| Case {
+        kind,
+        keys,
+        inputs: inputs.to_vec(),
+        masks_input: false,
+        grad_masked: false,
+    };
+    let masking = |kind, keys, input| Case { masks_input: true, ..case(kind, keys, &[input]) };
+    let image = Shape::new;
+    let mut cases = Vec::new();
+    for input in [image(9, 7, 1), image(5, 8, 3), image(7, 7, 8), image(6, 9, 96)] {
+        cases.extend([
+            case("max_pool", "size = 3\nstride = 2", &[input]),
+            case("max_pool", "size = 2\nstride = 3\npadding = 1", &[input]),
+            case("max_pool", "size = 3\npadding = \"same\"\nstride = 1", &[input]),
+            masking("max_pool", "size = 3\nstride = 2\npadding = 1", input),
+            case("avg_pool", "size = 3\nstride = 2\npadding = 1", &[input]),
+            case("avg_pool", "size = 2\nstride = 3", &[input]),
+            case("global_avg_pool", "", &[input]),
+            case("global_max_pool", "", &[input]),
+            case("lrn", "alpha = 0.3", &[input]),
+            case("lrn", "depth_radius = 2\nalpha = 0.3\nbias = 1.0", &[input]),
+            masking("lrn", "depth_radius = 16\nalpha = 0.1\nbeta = 0.6", input),
+            case("batch_norm", "", &[input]),
+            case("batch_norm", "activation = \"relu\"", &[input]),
+            Case { grad_masked: true, ..case("batch_norm", "activation = \"relu\"", &[input]) },
+            case("dropout", "rate = 0.4", &[input]),
+            case("softmax", "", &[input]),
+            case("concat", "", &[input, Shape { c: 16, ..input }, Shape { c: 5, ..input }]),
+            case("concat", "", &[Shape { c: 8, ..input }, Shape { c: 24, ..input }]),
+            case("flatten", "", &[input]),
+            case("relu", "", &[input]),
+            Case { grad_masked: true, ..case("relu", "", &[input]) },
+            case("sigmoid", "", &[input]),
+            case("tanh", "", &[input]),
+            case("add", "activation = \"relu\"", &[input, input]),
+            case("add", "", &[input, input, input]),
+        ]);
+    }
+    // More than the emulator's blocks do at once, tiles with an end, and channels beyond a block's.
+    cases.extend([
+        case("max_pool", "size = 3\nstride = 2", &[image(33, 35, 24)]),
+        case("global_avg_pool", "", &[image(20, 20, 300)]),
+        case("global_max_pool", "", &[image(3, 3, 520)]),
+        case("lrn", "", &[image(9, 11, 256)]),
+        case("lrn", "", &[image(2, 2, 2056)]),
+        case("lrn", "depth_radius = 16", &[image(5, 5, 61)]),
+        case("batch_norm", "activation = \"tanh\"", &[image(31, 33, 8)]),
+        case("batch_norm", "", &[Shape::vector(530)]),
+        case("dropout", "", &[Shape::vector(4099)]),
+        case("softmax", "", &[Shape::vector(1000)]),
+        case("flatten", "", &[image(6, 6, 70)]),
+        case("flatten", "", &[Shape::vector(33)]),
+    ]);
+    cases
+}
+
+/// Prints a line a direction; returns those that are off.
+fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
+    let (precision, limit) = match element {
+        Element::F32 => ("f32", 1e-5),
+        Element::Bf16 => ("bf16", 1e-2),
+        Element::F16 => ("f16", 1e-3),
+    };
+    let kind = layers::find(case.kind).expect("a layer's type");
+    let table = toml::from_str(case.keys).expect("keys");
+    let spec = (kind.parse)(table).unwrap_or_else(|error| panic!("{case:?}: {error}")).spec;
+    let operands = Operands::new(case, &*spec, BATCH, element);
+    let mut errors = [0f64; 2];
+    for call in [Call::training(BATCH), Call::training(BATCH - 1), Call::evaluation(BATCH)] {
+        let (found, expected) = (operands.on_gpu(gpu, &*spec, call), operands.on_cpu(&*spec, call));
+        assert!(found == operands.on_gpu(gpu, &*spec, call), "{case:?} in {precision}: a second run gives other bits");
+        for (direction, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            for (found, expected) in found.iter().zip(expected) {
+                errors[direction] = errors[direction].max(relative_error(found, expected));
+            }
+        }
+    }
+    let shapes: Vec<String> = case.inputs.iter().map(Shape::to_string).collect();
+    let masks = if case.masks_input { " behind a relu" } else { "" };
+    let name = format!("{} {}{masks} on {}", case.kind, case.keys.replace('\n', " "), shapes.join(", "));
+    let lines = ["forward", "backward"].into_iter().zip(errors).map(|(direction, error)| {
+        let line = format!("{name:<60} {precision:>9} {direction:>9} {error:>14.2e}");
+        println!("{line}");
+        // A NaN is never below.
+        (error < limit, line)
+    });
+    lines.filter(|(right, _)| !right).map(|(_, line)| line).collect()
+}
+
+/// The norm of the difference over the norm of what was expected.
+fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+    let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    match norm(&mut expected.iter().map(|value| f64::from(*value))) {
+        0.0 => difference,
+        length => difference / length,
+    }
+}

@@ -1,0 +1,246 @@
+//! One layer's operands, and its forward and backward on them. Everything that a call must write is full of NaN before it, and
+//! each buffer is an allocation of its own, so what a layer leaves out, or does beyond its buffers, shows.
+
+use crate::layers::Case;
+use half::bf16;
+use lockstep::device::cuda::Gpu;
+use lockstep::device::cuda::kernels::Element;
+use lockstep::device::{Arena, Place, Slice, SliceMut};
+use lockstep::model::{Backward, Build, Forward, Inferred, Layer, LayerSpec, Pass};
+use lockstep::rng::{Purpose, Rng};
+
+pub struct Operands<'a> {
+    case: &'a Case,
+    batch: usize,
+    element: Element,
+    inferred: Inferred,
+    inputs: Vec<Vec<f32>>,
+    params: Vec<Vec<f32>>,
+    grad_output: Vec<f32>,
+}
+
+/// How a layer is called.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    batch: usize,
+    training: bool,
+}
+
+impl Call {
+    pub fn training(batch: usize) -> Call {
+        Call { batch, training: true }
+    }
+    pub fn evaluation(batch: usize) -> Call {
+        Call { batch, training: false }
+    }
+}
+
+/// Forward: the output. Backward: the gradients by inputs, then by parameters; none in evaluation.
+pub type Results = [Vec<Vec<f32>>; 2];
+
+impl<'a> Operands<'a> {
+    pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element) -> Self {
+        let inferred = spec.infer(&case.inputs).unwrap_or_else(|error| panic!("{case:?}: {error}"));
+        let mut number = 0;
+        let mut normal = |len: usize| {
+            number += 1;
+            let mut values = vec![0.0; len];
+            Rng::new(5, Purpose::Test, number, 0).fill_normal(1.0, &mut values);
+            values.iter_mut().for_each(|value| *value = round(element, *value));
+            values
+        };
+        let mut inputs: Vec<Vec<f32>> = case.inputs.iter().map(|shape| normal(batch * shape.len())).collect();
+        if case.masks_input {
+            inputs[0].iter_mut().for_each(|value| *value = value.max(0.0));
+        }
+        // Parameters stay f32. Around 1, as a running variance is not below 0.
+        let param = |values: Vec<f32>| values.iter().map(|value| 1.0 + 0.2 * value.clamp(-2.0, 2.0)).collect();
+        let params = inferred.params.iter().map(|spec| param(normal(spec.len()))).collect();
+        let grad_output = normal(batch * inferred.output.len());
+        Operands { case, batch, element, inputs, params, grad_output, inferred }
+    }
+
+    pub fn on_cpu(&self, spec: &dyn LayerSpec, call: Call) -> Results {
+        let layer = spec.build(&self.build(Place::Host)).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
+        self.run(layer, call, &Cpu)
+    }
+
+    pub fn on_gpu(&self, gpu: &Gpu, spec: &dyn LayerSpec, call: Call) -> Results {
+        let build = self.build(Place::Cuda);
+        let layer = match self.element {
+            Element::F32 => spec.build(&build),
+            Element::Bf16 => spec.build_bf16(&build),
+            Element::F16 => unimplemented!("layers in f16"),
+        };
+        let layer = layer.unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
+        self.run(layer, call, &Cuda { gpu, element: self.element })
+    }
+
+    fn build(&self, place: Place) -> Build<'_> {
+        Build {
+            inputs: &self.case.inputs,
+            batch: self.batch,
+            place,
+            threads: rayon::current_num_threads(),
+            seed: 0x1234_5678_9abc_def0,
+            layer: 3,
+            masks_input: self.case.masks_input,
+            grad_masked: self.case.grad_masked,
+        }
+    }
+
+    fn run(&self, mut layer: Box<dyn Layer>, call: Call, memory: &dyn Memory) -> Results {
+        let pass = Pass { batch: call.batch, training: call.training, first_sample: (1 << 32) - 2, share: 0.3 };
+        let of_batch = |values: &[f32]| memory.activation(&values[..values.len() / self.batch * call.batch]);
+        let inputs: Vec<Arena> = self.inputs.iter().map(|input| of_batch(input)).collect();
+        let params: Vec<Arena> = self.params.iter().map(|param| memory.f32(param)).collect();
+        let output_len = call.batch * self.inferred.output.len();
+        let mut output = memory.activation(&vec![f32::NAN; output_len]);
+        let saved = self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed;
+        let [mut saved, mut scratch] = [saved, layer.scratch_bytes()].map(|bytes| memory.poisoned(bytes));
+        let forward = Forward {
+            inputs: &slices(&inputs),
+            output: slice_mut(&mut output),
+            params: &slices(&params),
+            params_bf16: &[],
+            saved: slice_mut(&mut saved),
+            scratch: slice_mut(&mut scratch),
+        };
+        layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
+        let forward = vec![memory.read(&output, output_len)];
+        if !call.training {
+            return [forward, Vec::new()];
+        }
+
+        let mut grad_output = of_batch(&self.grad_output);
+        let mut scratch = memory.poisoned(layer.scratch_bytes());
+        let poisoned = |values: &Vec<f32>| memory.activation(&vec![f32::NAN; values.len() / self.batch * call.batch]);
+        let mut grad_inputs: Vec<Arena> = self.inputs.iter().map(poisoned).collect();
+        let mut grad_params: Vec<Arena> = self.params.iter().map(|param| memory.poisoned(4 * param.len())).collect();
+        let Inferred { backward_reads_input, backward_reads_output, .. } = self.inferred;
+        let whole = |arena, is_read| if is_read { slice(arena) } else { Slice::empty() };
+        let backward = Backward {
+            inputs: &inputs.iter().map(|input| whole(input, backward_reads_input)).collect::<Vec<_>>(),
+            output: whole(&output, backward_reads_output && !self.case.grad_masked),
+            grad_output: slice_mut(&mut grad_output),
+            grad_inputs: &mut grad_inputs.iter_mut().map(slice_mut).collect::<Vec<_>>(),
+            params: &slices(&params),
+            params_bf16: &[],
+            grad_params: &mut grad_params.iter_mut().map(slice_mut).collect::<Vec<_>>(),
+            factors: SliceMut::empty(),
+            saved: slice(&saved),
+            scratch: slice_mut(&mut scratch),
+        };
+        layer.backward(&pass, backward).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
+        let of_inputs = grad_inputs.iter().zip(&self.inputs);
+        let of_inputs = of_inputs.map(|(grad, input)| memory.read(grad, input.len() / self.batch * call.batch));
+        let of_params = grad_params.iter().map(|grad| memory.read_f32(grad));
+        [forward, of_inputs.chain(of_params).collect()]
+    }
+}
+
+fn round(element: Element, value: f32) -> f32 {
+    match element {
+        Element::F32 => value,
+        Element::Bf16 => bf16::from_f32(value).to_f32(),
+        Element::F16 => half::f16::from_f32(value).to_f32(),
+    }
+}
+
+fn slice(arena: &Arena) -> Slice<'_> {
+    // SAFETY: the layer that gets it writes only what it gets as a SliceMut.
+    unsafe { arena.slice(0..arena.bytes()) }
+}
+
+fn slice_mut(arena: &mut Arena) -> SliceMut<'_> {
+    // SAFETY: borrowed mutably.
+    unsafe { arena.slice_mut(0..arena.bytes()) }
+}
+
+fn slices(arenas: &[Arena]) -> Vec<Slice<'_>> {
+    arenas.iter().map(slice).collect()
+}
+
+/// Where operands lie.
+trait Memory {
+    /// Values of the layer's type.
+    fn activation(&self, values: &[f32]) -> Arena;
+    fn f32(&self, values: &[f32]) -> Arena;
+    fn poisoned(&self, bytes: usize) -> Arena;
+    fn read(&self, arena: &Arena, len: usize) -> Vec<f32>;
+    fn read_f32(&self, arena: &Arena) -> Vec<f32>;
+}
+
+struct Cpu;
+
+impl Memory for Cpu {
+    fn activation(&self, values: &[f32]) -> Arena {
+        self.f32(values)
+    }
+    fn f32(&self, values: &[f32]) -> Arena {
+        let mut arena = Arena::host(size_of_val(values)).expect("memory");
+        slice_mut(&mut arena).f32().copy_from_slice(values);
+        arena
+    }
+    fn poisoned(&self, bytes: usize) -> Arena {
+        let mut arena = Arena::host(bytes).expect("memory");
+        slice_mut(&mut arena).u8().fill(0xFF);
+        arena
+    }
+    fn read(&self, arena: &Arena, _: usize) -> Vec<f32> {
+        self.read_f32(arena)
+    }
+    fn read_f32(&self, arena: &Arena) -> Vec<f32> {
+        slice(arena).f32().to_vec()
+    }
+}
+
+struct Cuda<'a> {
+    gpu: &'a Gpu,
+    element: Element,
+}
+
+impl Cuda<'_> {
+    fn upload(&self, from: Arena) -> Arena {
+        let mut arena = self.gpu.allocate(from.bytes()).expect("device memory");
+        self.gpu.compute().copy_and_wait(slice(&from), slice_mut(&mut arena)).expect("a copy to the GPU");
+        arena
+    }
+
+    fn download(&self, from: &Arena) -> Arena {
+        let mut arena = Arena::host(from.bytes()).expect("memory");
+        self.gpu.compute().copy_and_wait(slice(from), slice_mut(&mut arena)).expect("a copy from the GPU");
+        arena
+    }
+}
+
+impl Memory for Cuda<'_> {
+    fn activation(&self, values: &[f32]) -> Arena {
+        let mut arena = Arena::host(values.len() * self.element.bytes()).expect("memory");
+        let mut to = slice_mut(&mut arena);
+        match self.element {
+            Element::F32 => to.f32().copy_from_slice(values),
+            Element::Bf16 => to.bf16().iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from)),
+            Element::F16 => unimplemented!("layers in f16"),
+        }
+        drop(to);
+        self.upload(arena)
+    }
+    fn f32(&self, values: &[f32]) -> Arena {
+        self.upload(Cpu.f32(values))
+    }
+    fn poisoned(&self, bytes: usize) -> Arena {
+        self.upload(Cpu.poisoned(bytes))
+    }
+    fn read(&self, arena: &Arena, len: usize) -> Vec<f32> {
+        let host = self.download(arena);
+        match self.element {
+            Element::F32 => slice(&host).f32()[..len].to_vec(),
+            Element::Bf16 => slice(&host).bf16()[..len].iter().map(|value| value.to_f32()).collect(),
+            Element::F16 => unimplemented!("layers in f16"),
+        }
+    }
+    fn read_f32(&self, arena: &Arena) -> Vec<f32> {
+        slice(&self.download(arena)).f32().to_vec()
+    }
+}
