@@ -5,6 +5,7 @@
 //! A crop is where the rows are read, a flip in which direction. The draws of a sample are a function of
 //! (seed, epoch, index): no batch, rank or thread changes them.
 
+pub mod cuda;
 mod frame;
 mod statistics;
 
@@ -257,10 +258,16 @@ impl Augmenter {
     fn lit<'t>(&self, multiples: [f32; 3], tables: &'t mut Vec<[f32; 256]>) -> &'t [[f32; 256]] {
         tables.clone_from(&self.tables);
         for (channel, table) in tables.iter_mut().enumerate() {
-            let shift: f32 = (0..3).map(|k| multiples[k] * DEVIATIONS[k] * COMPONENTS[k][channel]).sum();
-            table.iter_mut().for_each(|value| *value += shift * self.scale[channel]);
+            let shift = self.shift(multiples, channel);
+            table.iter_mut().for_each(|value| *value += shift);
         }
         tables
+    }
+
+    /// What a lighting adds to a channel's normalised values.
+    fn shift(&self, multiples: [f32; 3], channel: usize) -> f32 {
+        let shift: f32 = (0..3).map(|k| multiples[k] * DEVIATIONS[k] * COMPONENTS[k][channel]).sum();
+        shift * self.scale[channel]
     }
 
     /// One row of the crop: border, the part of the image's row that is seen, border; then mirrored as a whole.

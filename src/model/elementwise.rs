@@ -30,6 +30,19 @@ impl Elementwise {
         }
     }
 
+    /// All bytes are 0.
+    ///
+    /// # Safety
+    /// On a GPU: it stays allocated, and nobody else touches it, until the compute stream has come past this.
+    pub unsafe fn clear(&self, mut buffer: SliceMut<'_>) -> Result<()> {
+        match self {
+            Elementwise::Host(_) => buffer.u8().fill(0),
+            // SAFETY: the caller's promise.
+            Elementwise::Cuda { gpu, .. } => unsafe { gpu.compute().zero(buffer) }?,
+        }
+        Ok(())
+    }
+
     /// `sum += term`
     ///
     /// # Safety

@@ -149,6 +149,10 @@ impl Net {
     pub fn output(&self, pass: &Pass) -> Slice<'_> {
         self.cut(&self.plan.output, self.output_bytes(pass)).into_shared()
     }
+    /// The same for the CPU to read.
+    pub fn output_to_host(&self, pass: &Pass) -> Result<Cow<'_, [f32]>> {
+        self.elementwise.to_host(self.output(pass))
+    }
     /// The output, and the gradient of the loss by it, which the loss writes before backward; both in f32.
     pub fn output_and_gradient(&mut self, pass: &Pass) -> (Slice<'_>, SliceMut<'_>) {
         (self.output(pass), self.cut(&self.plan.output_gradient, self.output_bytes(pass)))

@@ -263,10 +263,10 @@ impl Session<'_> {
         self.clock.lap(Category::Other);
         let step = self.progress.step;
         self.rank.health.set(step, Phase::Evaluate);
-        let Learner { net, loss, gradient, .. } = &mut self.learner;
+        let Learner { net, feed, gradient, .. } = &mut self.learner;
         let at = (step, self.progress.latest_epoch());
         let all_reduce = |sums: SliceMut<'_>| gradient.reducer().with(|comm, _| comm.all_reduce(sums));
-        let evaluation = self.evaluator.run(set, (net, loss), at, |_, _| {}, all_reduce)?;
+        let evaluation = self.evaluator.run(set, (net, feed), at, |_, _| {}, all_reduce)?;
         if set == self.evaluator.watched() {
             self.evaluated = Some(step);
             let best = &mut self.progress.best_accuracy;

@@ -2,6 +2,7 @@
 //! by the compilers at hand. With `LOCKSTEP_TEST_GPU` set it is the machine's own.
 
 use lockstep::device::cuda::Gpu;
+use lockstep::device::{Arena, Slice, SliceMut};
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::OsString;
 use std::fs;
@@ -11,7 +12,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// A source in this folder, and the library that it stands for.
-const LIBRARIES: [(&str, &str); 2] = [("driver/lib.rs", "libcuda.so.1"), ("nvrtc.rs", "libnvrtc.so.13")];
+const LIBRARIES: [(&str, &str); 3] =
+    [("driver/lib.rs", "libcuda.so.1"), ("nvrtc.rs", "libnvrtc.so.13"), ("cublaslt.rs", "libcublasLt.so.13")];
 
 /// None, and a line that says why, where there is no compiler for kernels.
 pub fn gpu() -> Option<Gpu> {
@@ -73,4 +75,28 @@ fn hash_folder(folder: &Path, hash: &mut DefaultHasher) {
             false => fs::read(&path).expect("a source").hash(hash),
         }
     }
+}
+
+pub fn whole(arena: &Arena) -> Slice<'_> {
+    // SAFETY: whoever gets it writes only what it gets as a SliceMut.
+    unsafe { arena.slice(0..arena.bytes()) }
+}
+
+pub fn whole_mut(arena: &mut Arena) -> SliceMut<'_> {
+    // SAFETY: borrowed mutably.
+    unsafe { arena.slice_mut(0..arena.bytes()) }
+}
+
+/// Host memory on the GPU.
+pub fn upload(gpu: &Gpu, from: &Arena) -> Arena {
+    let mut to = gpu.allocate(from.bytes()).expect("memory of the GPU");
+    gpu.compute().copy_and_wait(whole(from), whole_mut(&mut to)).expect("a copy to the GPU");
+    to
+}
+
+/// A GPU's memory on the host, when all that was asked of it before is done.
+pub fn download(gpu: &Gpu, from: &Arena) -> Arena {
+    let mut to = Arena::host(from.bytes()).expect("host memory");
+    gpu.compute().copy_and_wait(whole(from), whole_mut(&mut to)).expect("a copy from the GPU");
+    to
 }

@@ -1,7 +1,11 @@
 //! What runs on a GPU against the same on the CPU. Without a GPU it runs in the emulator, which shows that kernels compute what
 //! they should, not that they are fast. With one: `LOCKSTEP_TEST_GPU=1 cargo test --test gpu -- --nocapture`.
 
+mod augment;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod layers;
 mod operands;
+mod products;
+mod step;
+mod values;

@@ -1,11 +1,13 @@
 //! One layer's operands, and its forward and backward on them. Everything that a call must write is full of NaN before it, and
 //! each buffer is an allocation of its own, so what a layer leaves out, or does beyond its buffers, shows.
 
+use crate::emulator::{self, whole, whole_mut};
 use crate::layers::Case;
 use half::bf16;
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{Arena, Place, Slice, SliceMut};
+use lockstep::model::params::ParamSpec;
 use lockstep::model::{Backward, Build, Forward, Inferred, Layer, LayerSpec, Pass};
 use lockstep::rng::{Purpose, Rng};
 
@@ -53,9 +55,7 @@ impl<'a> Operands<'a> {
         if case.masks_input {
             inputs[0].iter_mut().for_each(|value| *value = value.max(0.0));
         }
-        // Parameters stay f32. Around 1, as a running variance is not below 0.
-        let param = |values: Vec<f32>| values.iter().map(|value| 1.0 + 0.2 * value.clamp(-2.0, 2.0)).collect();
-        let params = inferred.params.iter().map(|spec| param(normal(spec.len()))).collect();
+        let params = inferred.params.iter().map(|spec| param(spec, normal(spec.len()), element)).collect();
         let grad_output = normal(batch * inferred.output.len());
         Operands { case, batch, element, inputs, params, grad_output, inferred }
     }
@@ -86,6 +86,9 @@ impl<'a> Operands<'a> {
             layer: 3,
             masks_input: self.case.masks_input,
             grad_masked: self.case.grad_masked,
+            training: true,
+            grad_inputs: true,
+            ..Build::default()
         }
     }
 
@@ -94,17 +97,18 @@ impl<'a> Operands<'a> {
         let of_batch = |values: &[f32]| memory.activation(&values[..values.len() / self.batch * call.batch]);
         let inputs: Vec<Arena> = self.inputs.iter().map(|input| of_batch(input)).collect();
         let params: Vec<Arena> = self.params.iter().map(|param| memory.f32(param)).collect();
+        let rounded: Vec<Arena> = self.params.iter().map(|param| memory.activation(param)).collect();
         let output_len = call.batch * self.inferred.output.len();
         let mut output = memory.activation(&vec![f32::NAN; output_len]);
         let saved = self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed;
         let [mut saved, mut scratch] = [saved, layer.scratch_bytes()].map(|bytes| memory.poisoned(bytes));
         let forward = Forward {
             inputs: &slices(&inputs),
-            output: slice_mut(&mut output),
+            output: whole_mut(&mut output),
             params: &slices(&params),
-            params_bf16: &[],
-            saved: slice_mut(&mut saved),
-            scratch: slice_mut(&mut scratch),
+            params_bf16: &slices(&rounded),
+            saved: whole_mut(&mut saved),
+            scratch: whole_mut(&mut scratch),
         };
         layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
         let forward = vec![memory.read(&output, output_len)];
@@ -118,18 +122,18 @@ impl<'a> Operands<'a> {
         let mut grad_inputs: Vec<Arena> = self.inputs.iter().map(poisoned).collect();
         let mut grad_params: Vec<Arena> = self.params.iter().map(|param| memory.poisoned(4 * param.len())).collect();
         let Inferred { backward_reads_input, backward_reads_output, .. } = self.inferred;
-        let whole = |arena, is_read| if is_read { slice(arena) } else { Slice::empty() };
+        let read = |arena, is_read| if is_read { whole(arena) } else { Slice::empty() };
         let backward = Backward {
-            inputs: &inputs.iter().map(|input| whole(input, backward_reads_input)).collect::<Vec<_>>(),
-            output: whole(&output, backward_reads_output && !self.case.grad_masked),
-            grad_output: slice_mut(&mut grad_output),
-            grad_inputs: &mut grad_inputs.iter_mut().map(slice_mut).collect::<Vec<_>>(),
+            inputs: &inputs.iter().map(|input| read(input, backward_reads_input)).collect::<Vec<_>>(),
+            output: read(&output, backward_reads_output && !self.case.grad_masked),
+            grad_output: whole_mut(&mut grad_output),
+            grad_inputs: &mut grad_inputs.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             params: &slices(&params),
-            params_bf16: &[],
-            grad_params: &mut grad_params.iter_mut().map(slice_mut).collect::<Vec<_>>(),
+            params_bf16: &slices(&rounded),
+            grad_params: &mut grad_params.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
-            saved: slice(&saved),
-            scratch: slice_mut(&mut scratch),
+            saved: whole(&saved),
+            scratch: whole_mut(&mut scratch),
         };
         layer.backward(&pass, backward).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
         let of_inputs = grad_inputs.iter().zip(&self.inputs);
@@ -137,6 +141,16 @@ impl<'a> Operands<'a> {
         let of_params = grad_params.iter().map(|grad| memory.read_f32(grad));
         [forward, of_inputs.chain(of_params).collect()]
     }
+}
+
+/// A parameter as the layer's type holds it: the weight of a product such that sums stay around 1, others around 1 themselves, as
+/// a running variance is not below 0.
+fn param(spec: &ParamSpec, normal: Vec<f32>, element: Element) -> Vec<f32> {
+    let value = |normal: f32| match &spec.shape[..] {
+        [_, inputs @ ..] if !inputs.is_empty() => normal / (inputs.iter().product::<usize>() as f32).sqrt(),
+        _ => 1.0 + 0.2 * normal.clamp(-2.0, 2.0),
+    };
+    normal.into_iter().map(|normal| round(element, value(normal))).collect()
 }
 
 fn round(element: Element, value: f32) -> f32 {
@@ -147,18 +161,8 @@ fn round(element: Element, value: f32) -> f32 {
     }
 }
 
-fn slice(arena: &Arena) -> Slice<'_> {
-    // SAFETY: the layer that gets it writes only what it gets as a SliceMut.
-    unsafe { arena.slice(0..arena.bytes()) }
-}
-
-fn slice_mut(arena: &mut Arena) -> SliceMut<'_> {
-    // SAFETY: borrowed mutably.
-    unsafe { arena.slice_mut(0..arena.bytes()) }
-}
-
 fn slices(arenas: &[Arena]) -> Vec<Slice<'_>> {
-    arenas.iter().map(slice).collect()
+    arenas.iter().map(whole).collect()
 }
 
 /// Where operands lie.
@@ -179,19 +183,19 @@ impl Memory for Cpu {
     }
     fn f32(&self, values: &[f32]) -> Arena {
         let mut arena = Arena::host(size_of_val(values)).expect("memory");
-        slice_mut(&mut arena).f32().copy_from_slice(values);
+        whole_mut(&mut arena).f32().copy_from_slice(values);
         arena
     }
     fn poisoned(&self, bytes: usize) -> Arena {
         let mut arena = Arena::host(bytes).expect("memory");
-        slice_mut(&mut arena).u8().fill(0xFF);
+        whole_mut(&mut arena).u8().fill(0xFF);
         arena
     }
     fn read(&self, arena: &Arena, _: usize) -> Vec<f32> {
         self.read_f32(arena)
     }
     fn read_f32(&self, arena: &Arena) -> Vec<f32> {
-        slice(arena).f32().to_vec()
+        whole(arena).f32().to_vec()
     }
 }
 
@@ -200,47 +204,33 @@ struct Cuda<'a> {
     element: Element,
 }
 
-impl Cuda<'_> {
-    fn upload(&self, from: Arena) -> Arena {
-        let mut arena = self.gpu.allocate(from.bytes()).expect("device memory");
-        self.gpu.compute().copy_and_wait(slice(&from), slice_mut(&mut arena)).expect("a copy to the GPU");
-        arena
-    }
-
-    fn download(&self, from: &Arena) -> Arena {
-        let mut arena = Arena::host(from.bytes()).expect("memory");
-        self.gpu.compute().copy_and_wait(slice(from), slice_mut(&mut arena)).expect("a copy from the GPU");
-        arena
-    }
-}
-
 impl Memory for Cuda<'_> {
     fn activation(&self, values: &[f32]) -> Arena {
         let mut arena = Arena::host(values.len() * self.element.bytes()).expect("memory");
-        let mut to = slice_mut(&mut arena);
+        let mut to = whole_mut(&mut arena);
         match self.element {
             Element::F32 => to.f32().copy_from_slice(values),
             Element::Bf16 => to.bf16().iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from)),
             Element::F16 => unimplemented!("layers in f16"),
         }
         drop(to);
-        self.upload(arena)
+        emulator::upload(self.gpu, &arena)
     }
     fn f32(&self, values: &[f32]) -> Arena {
-        self.upload(Cpu.f32(values))
+        emulator::upload(self.gpu, &Cpu.f32(values))
     }
     fn poisoned(&self, bytes: usize) -> Arena {
-        self.upload(Cpu.poisoned(bytes))
+        emulator::upload(self.gpu, &Cpu.poisoned(bytes))
     }
     fn read(&self, arena: &Arena, len: usize) -> Vec<f32> {
-        let host = self.download(arena);
+        let host = emulator::download(self.gpu, arena);
         match self.element {
-            Element::F32 => slice(&host).f32()[..len].to_vec(),
-            Element::Bf16 => slice(&host).bf16()[..len].iter().map(|value| value.to_f32()).collect(),
+            Element::F32 => whole(&host).f32()[..len].to_vec(),
+            Element::Bf16 => whole(&host).bf16()[..len].iter().map(|value| value.to_f32()).collect(),
             Element::F16 => unimplemented!("layers in f16"),
         }
     }
     fn read_f32(&self, arena: &Arena) -> Vec<f32> {
-        slice(&self.download(arena)).f32().to_vec()
+        whole(&emulator::download(self.gpu, arena)).f32().to_vec()
     }
 }

@@ -1,0 +1,65 @@
+#include "lanes.cuh"
+
+// What is done to one sample, as `Placement` in cuda.rs has it: output pixel (y, x) shows pixel (y + top, x + left) of the image, x
+// counted from the right where it is mirrored, or the border where that lies outside.
+struct Placement {
+    u32 image;
+    i32 top, left;
+    u32 mirrored;
+    float light[3];
+};
+
+struct Sizes {
+    u32 source_h, source_w, h, w, c;
+};
+
+// A byte becomes a float through a table of 256 values a channel, as in augment.rs: gathered from shared memory, where few
+// channels' tables fit, or else from the caches.
+constexpr u32 CHANNELS = 4;
+
+template <u32 N>
+__device__ inline void augment_rows(const u8* images, const Placement* placements, const float* tables, const float* border,
+                                    T* out, Sizes sizes, u32 samples, u32 lights) {
+    const u32 line = sizes.w * sizes.c, packs = line / N;
+    const u64 image_bytes = u64(sizes.source_h) * sizes.source_w * sizes.c;
+    for (u64 item = first_item(); item < u64(samples) * sizes.h * packs; item += item_stride()) {
+        const u32 row = u32(item) / packs, first = u32(item) % packs * N, sample = row / sizes.h;
+        const Placement placement = placements[sample];
+        const i32 source_y = i32(row % sizes.h) + placement.top;
+        const u8* source = images + placement.image * image_bytes + (long long)(source_y) * (sizes.source_w * sizes.c);
+        const bool on_image = source_y >= 0 && source_y < i32(sizes.source_h);
+        Lanes<N> values;
+        for (u32 j = 0; j < N; j++) {
+            const u32 x = (first + j) / sizes.c, channel = (first + j) % sizes.c;
+            const i32 source_x = i32(placement.mirrored ? sizes.w - 1 - x : x) + placement.left;
+            if (on_image && source_x >= 0 && source_x < i32(sizes.source_w)) {
+                const u8 byte = source[u32(source_x) * sizes.c + channel];
+                const float light = lights ? placement.light[channel] : 0.0f;
+                values.at[j] = tables[channel * 256 + byte] + light;
+            } else {
+                values.at[j] = border[channel];
+            }
+        }
+        store<N>(out + u64(row) * line + first, values);
+    }
+}
+
+// images (N,SH,SW,C), placements (samples), tables (C,256), border (C), out (samples,H,W,C). With `lights` there are 3 channels.
+// Moves what is seen of each image once, a byte a value, and out once.
+extern "C" __global__ void __launch_bounds__(256) augment(
+    const u8* images, const Placement* placements, const float* tables, const float* border, T* out, Sizes sizes,
+    u32 samples, u32 lights) {
+    __shared__ float near[CHANNELS * 256];
+    if (sizes.c <= CHANNELS) {
+        for (u32 i = threadIdx.x; i < sizes.c * 256; i += blockDim.x) {
+            near[i] = tables[i];
+        }
+        __syncthreads();
+        tables = near;
+    }
+    if (sizes.w * sizes.c % WIDE == 0) {
+        augment_rows<WIDE>(images, placements, tables, border, out, sizes, samples, lights);
+    } else {
+        augment_rows<1>(images, placements, tables, border, out, sizes, samples, lights);
+    }
+}
