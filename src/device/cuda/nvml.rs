@@ -25,7 +25,7 @@ pub struct Sample {
     pub memory_mib: Option<u64>,
     /// Share of the time in which a kernel ran, 0 to 100, over the last second or less.
     pub utilization_percent: Option<u32>,
-    /// Over the last second, up to Ampere's GA100 at this moment.
+    /// On average over the last second; of an A100 and older GPUs at this moment.
     pub power_watts: Option<f64>,
 }
 
@@ -33,10 +33,10 @@ impl Gauge {
     /// Of the GPU that this rank has taken. None without one; without NVML too, which `-v` tells.
     pub fn of_this_rank() -> Option<Gauge> {
         let gpu = Gpu::of_this_rank().ok()?;
-        let gauge = Gauge::of(gpu.device());
-        gauge
-            .inspect_err(|error| tracing::debug!(target: SAID_ONCE, "the metrics will lack memory, utilization and power: {error}"))
-            .ok()
+        let missing = |error: &Error| {
+            tracing::debug!(target: SAID_ONCE, "no memory, utilization, power and energy of the GPU in the metrics: {error}");
+        };
+        Gauge::of(gpu.device()).inspect_err(missing).ok()
     }
 
     /// By its UUID: NVML knows nothing of CUDA_VISIBLE_DEVICES and numbers GPUs in its own way.
