@@ -1,6 +1,7 @@
 //! After the first steps a step allocates nothing: a run of more steps makes no more allocations. Counted over every
 //! thread of every rank: compute, communication, data workers, watch.
 
+#[allow(dead_code)]
 #[path = "common/mpirun.rs"]
 mod mpirun;
 
