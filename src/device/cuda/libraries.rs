@@ -202,8 +202,8 @@ impl Wanted {
 
     /// Loads the first file that there is; gives its path if it is in a folder that the user has named.
     fn open(&self, search: &Search) -> Result<Option<PathBuf>> {
-        if let Some(path) = self.files_in(&search.named).next() {
-            return open(&path).map(|()| Some(path)).map_err(|why| self.cannot_be_loaded(&[why]));
+        if let Some(path) = self.files_in(&search.named).first() {
+            return open(path).map(|()| Some(path.clone())).map_err(|why| self.cannot_be_loaded(&[why]));
         }
         // That the linker does not find a bare name is no news.
         if self.files.iter().any(|file| open(Path::new(file)).is_ok()) {
@@ -232,9 +232,9 @@ impl Wanted {
         Error::device(format!("{} cannot be loaded: {}. It comes with {}", self.name, why.join("; "), self.packages))
     }
 
-    fn files_in(&self, folders: &[PathBuf]) -> impl Iterator<Item = PathBuf> {
-        let files = |folder: &PathBuf| self.files.iter().map(|file| folder.join(file)).collect::<Vec<_>>();
-        folders.iter().flat_map(files).filter(|path| path.exists()).collect::<Vec<_>>().into_iter()
+    fn files_in(&self, folders: &[PathBuf]) -> Vec<PathBuf> {
+        let files = folders.iter().flat_map(|folder| self.files.iter().map(|file| folder.join(file)));
+        files.filter(|path| path.exists()).collect()
     }
 
     /// The library's path, if it has all functions.
