@@ -103,7 +103,43 @@ fn cases() -> Vec<Case> {
         cases.push(case("linear", keys, &[Shape::vector(inputs)]));
     }
     cases.push(Case { grad_masked: true, ..case("linear", "units = 24\nactivation = \"relu\"", &[Shape::vector(32)]) });
+    cases.extend(convolutions());
     cases
+}
+
+fn convolutions() -> Vec<Case> {
+    let image = Shape::new;
+    let cases = [
+        (image(5, 4, 7), "filters = 9\nkernel = 1"),
+        (image(7, 6, 8), "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\""),
+        // So many pixels that the bias's gradient is summed in more parts than a block has lanes.
+        (image(16, 16, 2), "filters = 33\nkernel = 1\nactivation = \"relu\""),
+        (image(9, 7, 3), "filters = 40\nkernel = 3\npadding = \"same\"\nactivation = \"sigmoid\""),
+        (image(6, 9, 5), "filters = 6\nkernel = 3\npadding = 2\nbias = false\nactivation = \"relu\""),
+        (image(5, 5, 4), "filters = 3\nkernel = [3, 2]\npadding = [1, 0]\nbias = false\nactivation = \"tanh\""),
+        // Strides that leave the last rows unseen, that skip pixels, that differ.
+        (image(8, 8, 9), "filters = 8\nkernel = 3\nstride = 2\npadding = 1\nactivation = \"relu\""),
+        (image(9, 7, 8), "filters = 4\nkernel = 1\nstride = 2"),
+        (image(10, 11, 8), "filters = 3\nkernel = [3, 2]\nstride = [2, 3]\npadding = [2, 0]"),
+        // More zeros behind than in front: arranged in blocks of one pixel.
+        (image(6, 6, 9), "filters = 4\nkernel = 2\npadding = \"same\"\nactivation = \"relu\""),
+        (image(8, 7, 8), "filters = 8\nkernel = [3, 4]\nstride = 2\npadding = \"same\"\ngroups = 4"),
+        // Few channels and a stride: space to depth.
+        (image(23, 23, 3), "filters = 10\nkernel = 11\nstride = 4\npadding = 2\nactivation = \"relu\""),
+        (image(8, 9, 1), "filters = 5\nkernel = [2, 3]\nstride = 2\nactivation = \"relu\""),
+        (image(9, 9, 3), "filters = 4\nkernel = 3\nstride = 2\npadding = \"same\"\nbias = false"),
+        // Groups, down to depthwise.
+        (image(6, 7, 8), "filters = 12\nkernel = 3\npadding = 1\ngroups = 4"),
+        (image(5, 5, 6), "filters = 6\nkernel = 3\npadding = 1\ngroups = 6\nactivation = \"relu\""),
+    ];
+    let case = |(input, keys), masks| Case {
+        kind: "conv2d",
+        keys,
+        inputs: vec![input],
+        masks_input: masks,
+        grad_masked: masks && keys.contains("relu"),
+    };
+    cases.iter().flat_map(|&each| [false, true].map(|masks| case(each, masks))).collect()
 }
 
 /// Prints a line a direction; returns those that are off.

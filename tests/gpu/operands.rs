@@ -17,6 +17,7 @@ pub struct Operands<'a> {
     element: Element,
     inferred: Inferred,
     inputs: Vec<Vec<f32>>,
+    /// In canonical order.
     params: Vec<Vec<f32>>,
     grad_output: Vec<f32>,
 }
@@ -62,7 +63,13 @@ impl<'a> Operands<'a> {
 
     pub fn on_cpu(&self, spec: &dyn LayerSpec, call: Call) -> Results {
         let layer = spec.build(&self.build(Place::Host)).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
-        self.run(layer, call, &Cpu)
+        let mut results = self.run(layer, call, &Cpu);
+        // What a layer of the CPU leaves to the ReLU itself.
+        if self.case.masks_input && !self.inferred.can_mask_input && call.training {
+            let masked = self.inputs[0].iter().zip(&mut results[1][0]).filter(|(input, _)| **input <= 0.0);
+            masked.for_each(|(_, grad)| *grad = 0.0);
+        }
+        results
     }
 
     pub fn on_gpu(&self, gpu: &Gpu, spec: &dyn LayerSpec, call: Call) -> Results {
@@ -96,8 +103,10 @@ impl<'a> Operands<'a> {
         let pass = Pass { batch: call.batch, training: call.training, first_sample: (1 << 32) - 2, share: 0.3 };
         let of_batch = |values: &[f32]| memory.activation(&values[..values.len() / self.batch * call.batch]);
         let inputs: Vec<Arena> = self.inputs.iter().map(|input| of_batch(input)).collect();
-        let params: Vec<Arena> = self.params.iter().map(|param| memory.f32(param)).collect();
-        let rounded: Vec<Arena> = self.params.iter().map(|param| memory.activation(param)).collect();
+        let specs: Vec<ParamSpec> = self.inferred.params.iter().map(|spec| spec.clone().on(memory.place())).collect();
+        let params: Vec<Vec<f32>> = specs.iter().zip(&self.params).map(|(spec, param)| arranged(spec, param)).collect();
+        let rounded: Vec<Arena> = params.iter().map(|param| memory.activation(param)).collect();
+        let params: Vec<Arena> = params.iter().map(|param| memory.f32(param)).collect();
         let output_len = call.batch * self.inferred.output.len();
         let mut output = memory.activation(&vec![f32::NAN; output_len]);
         let saved = self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed;
@@ -138,7 +147,7 @@ impl<'a> Operands<'a> {
         layer.backward(&pass, backward).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
         let of_inputs = grad_inputs.iter().zip(&self.inputs);
         let of_inputs = of_inputs.map(|(grad, input)| memory.read(grad, input.len() / self.batch * call.batch));
-        let of_params = grad_params.iter().map(|grad| memory.read_f32(grad));
+        let of_params = specs.iter().zip(&grad_params).map(|(spec, grad)| canonical(spec, &memory.read_f32(grad)));
         [forward, of_inputs.chain(of_params).collect()]
     }
 }
@@ -151,6 +160,19 @@ fn param(spec: &ParamSpec, normal: Vec<f32>, element: Element) -> Vec<f32> {
         _ => 1.0 + 0.2 * normal.clamp(-2.0, 2.0),
     };
     normal.into_iter().map(|normal| round(element, value(normal))).collect()
+}
+
+/// As it lies in the arena.
+fn arranged(spec: &ParamSpec, canonical: &[f32]) -> Vec<f32> {
+    let mut arena = vec![0.0; canonical.len()];
+    spec.to_arena(canonical, &mut arena);
+    arena
+}
+
+fn canonical(spec: &ParamSpec, arena: &[f32]) -> Vec<f32> {
+    let mut canonical = vec![0.0; arena.len()];
+    spec.to_canonical(arena, &mut canonical);
+    canonical
 }
 
 fn round(element: Element, value: f32) -> f32 {
@@ -167,6 +189,7 @@ fn slices(arenas: &[Arena]) -> Vec<Slice<'_>> {
 
 /// Where operands lie.
 trait Memory {
+    fn place(&self) -> Place;
     /// Values of the layer's type.
     fn activation(&self, values: &[f32]) -> Arena;
     fn f32(&self, values: &[f32]) -> Arena;
@@ -178,6 +201,9 @@ trait Memory {
 struct Cpu;
 
 impl Memory for Cpu {
+    fn place(&self) -> Place {
+        Place::Host
+    }
     fn activation(&self, values: &[f32]) -> Arena {
         self.f32(values)
     }
@@ -205,6 +231,9 @@ struct Cuda<'a> {
 }
 
 impl Memory for Cuda<'_> {
+    fn place(&self) -> Place {
+        Place::Cuda
+    }
     fn activation(&self, values: &[f32]) -> Arena {
         let mut arena = Arena::host(values.len() * self.element.bytes()).expect("memory");
         let mut to = whole_mut(&mut arena);
