@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 const LIBRARIES: [(&str, &str); 4] = [
     ("driver/lib.rs", "libcuda.so.1"),
     ("nvrtc.rs", "libnvrtc.so.13"),
-    ("cublaslt.rs", "libcublasLt.so.13"),
+    ("cublaslt/lib.rs", "libcublasLt.so.13"),
     ("cudnn/lib.rs", "libcudnn.so.9"),
 ];
 
