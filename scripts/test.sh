@@ -43,7 +43,8 @@ for path in glob.glob("scripts/**/*.py", recursive=True): compile(open(path).rea
 nvrtc() {
     local at=target/nvrtc
     local folder="$PWD/$at/lib/python3*/site-packages/nvidia/*/lib"
-    compgen -G "$folder" >/dev/null || { python3 -m venv $at && $at/bin/pip install --quiet nvidia-cuda-nvrtc; } || skip nvrtc || return
+    compgen -G "$folder" >/dev/null || { python3 -m venv $at && $at/bin/pip install --quiet nvidia-cuda-nvrtc; } ||
+        skip nvrtc || return
     LOCKSTEP_CUDA_PATH=$(compgen -G "$folder")
     export LOCKSTEP_CUDA_PATH
 }

@@ -108,10 +108,10 @@ fn a_stopwatch_changes_no_gradient() {
     let pass = Pass { batch: 3, training: true, first_sample: 0, share: 1.0 };
     let gradient = |net: &mut Net| {
         let grads = Arena::host(net.table().len_with_tail() * size_of::<f32>()).unwrap();
-        net.forward(&pass, &images).unwrap();
+        net.forward(&pass, (&images[..]).into()).unwrap();
         let (_, mut output) = net.output_and_gradient(&pass);
         output.f32().iter_mut().enumerate().for_each(|(i, slot)| *slot = (i % 7) as f32 - 3.0);
-        net.backward(&pass, &images, &grads, |_| Ok(())).unwrap();
+        net.backward(&pass, (&images[..]).into(), &grads, |_| Ok(())).unwrap();
         // SAFETY: backward is over.
         unsafe { grads.slice(0..grads.bytes()) }.f32().to_vec()
     };

@@ -53,7 +53,7 @@ impl Oracle {
         for param in &run.net.table().params {
             let expected = self.values(&format!("{case}.final.{}", param.name));
             let mut found = vec![0.0; param.spec.len()];
-            param.spec.to_canonical(&run.net.params()[param.range.clone()], &mut found);
+            param.spec.to_canonical(&run.net.params().unwrap()[param.range.clone()], &mut found);
             let scale = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
             let error = found.iter().zip(&expected).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
             assert!(
@@ -94,32 +94,37 @@ impl Run {
     }
 
     fn start_from(&mut self, canonical: impl Fn(&str) -> Vec<f32>) {
-        let params = self.net.table().params.clone();
-        for Param { name, spec, range, .. } in params {
-            spec.to_arena(&canonical(&name), &mut self.net.params_mut()[range]);
-        }
+        self.net
+            .edit_params(|table, params| {
+                for Param { name, spec, range, .. } in &table.params {
+                    spec.to_arena(&canonical(name), &mut params[range.clone()]);
+                }
+            })
+            .unwrap();
     }
 
     fn step(&mut self, step: usize, images: &[f32], labels: &[u32]) -> Result<f32> {
-        self.net.forward(&self.pass, images)?;
+        self.net.forward(&self.pass, images.into())?;
         let (outputs, gradient) = self.net.output_and_gradient(&self.pass);
         let count = labels.len() as f32;
         let loss = self.loss.forward_backward(outputs, labels, 1.0 / count, gradient).loss_sum / count;
-        self.net.backward(&self.pass, images, &self.grads, |_| Ok(()))?;
+        self.net.backward(&self.pass, images.into(), &self.grads, |_| Ok(()))?;
         // SAFETY: backward is over.
         let grads = unsafe { self.grads.slice(0..self.grads.bytes()) }.f32();
-        for Param { spec, range, .. } in self.net.table().params.clone() {
-            let (values, slot) = (&mut self.net.params_mut()[range.clone()], &grads[range.clone()]);
-            match spec.role {
-                Role::Trainable => {
-                    let at = At { lr: self.lr, step: step as u64 };
-                    self.optimizer.update(at, values, slot, &mut [&mut self.momentum[range]]);
-                }
-                Role::Running { momentum } => {
-                    values.iter_mut().zip(slot).for_each(|(v, new)| *v = (1.0 - momentum) * *v + momentum * new);
+        self.net.edit_params(|table, params| {
+            for Param { spec, range, .. } in &table.params {
+                let (values, slot) = (&mut params[range.clone()], &grads[range.clone()]);
+                match spec.role {
+                    Role::Trainable => {
+                        let at = At { lr: self.lr, step: step as u64 };
+                        self.optimizer.update(at, values, slot, &mut [&mut self.momentum[range.clone()]]);
+                    }
+                    Role::Running { momentum } => {
+                        values.iter_mut().zip(slot).for_each(|(v, new)| *v = (1.0 - momentum) * *v + momentum * new);
+                    }
                 }
             }
-        }
+        })?;
         Ok(loss)
     }
 }

@@ -40,6 +40,9 @@ impl Arena {
         Arena { place, address, bytes, _owner: owner }
     }
 
+    pub fn place(&self) -> Place {
+        self.place
+    }
     pub fn bytes(&self) -> usize {
         self.bytes
     }

@@ -141,6 +141,13 @@ impl<'a> SliceMut<'a> {
         assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {} bytes", self.bytes);
         SliceMut { address: self.address + range.start, bytes: range.len(), place: self.place, life: PhantomData }
     }
+    /// Takes so many of the first bytes, a multiple of 4, out of it.
+    pub fn take(&mut self, bytes: usize) -> SliceMut<'a> {
+        assert!(bytes <= self.bytes, "{bytes} of {} bytes", self.bytes);
+        let first = SliceMut { address: self.address, bytes, place: self.place, life: PhantomData };
+        (self.address, self.bytes) = (self.address + bytes, self.bytes - bytes);
+        first
+    }
     /// Gives up the right to write.
     pub fn into_shared(self) -> Slice<'a> {
         Slice { address: self.address, bytes: self.bytes, place: self.place, life: PhantomData }

@@ -3,6 +3,8 @@
 //! Every loss is a mean over samples of a per-sample loss. A call sees a part of the batch, so it returns the sum over
 //! its samples, and takes the factor (one over the samples of the whole step) that makes gradients add up to the mean's.
 
+pub mod cuda;
+
 use crate::config::raw;
 use crate::device::{Slice, SliceMut};
 use crate::error::{Error, Result};

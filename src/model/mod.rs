@@ -2,6 +2,7 @@
 //! know their mathematics and their device. A layer is described by its section of the TOML (`LayerSpec`), which infers
 //! shapes and parameters without touching memory, and then builds the operator (`Layer`) for a device.
 
+pub mod elementwise;
 pub mod init;
 pub mod kernels;
 pub mod layers;
@@ -126,6 +127,13 @@ pub struct Build<'a> {
     /// Samples at most in one call.
     pub batch: usize,
     pub place: Place,
+    /// Whether a GPU may multiply f32 values cut to TF32.
+    pub tf32: bool,
+    /// Whether a GPU may add in an order of chance where that is faster.
+    pub nondeterministic: bool,
+    /// Whether backward will be called, and whether the gradients by the inputs will be wanted then.
+    pub training: bool,
+    pub grad_inputs: bool,
     /// Threads of this rank's rayon pool, for sizing per-thread scratch.
     pub threads: usize,
     pub seed: u64,

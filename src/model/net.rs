@@ -6,9 +6,10 @@
 //! L). A buffer lives from its first writer to its last reader on that line, and buffers that never live together share
 //! bytes (`memory::plan`).
 
+use super::elementwise::Elementwise;
 use super::memory::{self, Lifetime};
 use super::params::ParamTable;
-use super::precision::{self, Precision};
+use super::precision::Precision;
 use super::spec::{Activation, DATA, MAX_INPUTS, MAX_PARAMS, NetSpec};
 use super::stopwatch::{Part, Stopwatch};
 use super::weights::Weights;
@@ -16,6 +17,7 @@ use super::{Backward, Build, Forward, Layer, Pass, Shape};
 use crate::device::{self, Arena, Place, Slice, SliceMut};
 use crate::error::{Error, Result};
 use std::array;
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -36,6 +38,7 @@ pub struct Options {
 pub struct Net {
     spec: NetSpec,
     precision: Precision,
+    elementwise: Elementwise,
     table: ParamTable,
     layers: Vec<Box<dyn Layer>>,
     plan: Plan,
@@ -76,11 +79,12 @@ impl Net {
     /// The same with parameters in memory that is given, as many as `ParamTable::len` says.
     pub fn with_weights(spec: NetSpec, options: &Options, weights: Arc<Weights>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
-        let table = ParamTable::new(&spec);
+        let table = ParamTable::new(&spec).on(options.place);
         let plan = Plan::new(&spec, options);
+        let allocate = |bytes| device::allocate(options.place, bytes);
         // The largest memory first: where it is not to be had, that is said before layers make tables of its size.
         let memory =
-            Arena::host(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
+            allocate(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
         assert_eq!(weights.f32.bytes(), table.len() * size_of::<f32>(), "memory for the parameters");
         let mut layers = Vec::with_capacity(spec.nodes.len());
         for (number, node) in spec.nodes.iter().enumerate() {
@@ -89,6 +93,10 @@ impl Net {
                 inputs: &inputs,
                 batch: options.batch,
                 place: options.place,
+                tf32: false,
+                nondeterministic: false,
+                training: options.training,
+                grad_inputs: node.inputs.iter().any(|&input| spec.needs_gradient(input)),
                 threads: options.threads,
                 seed: options.seed,
                 layer: number,
@@ -102,10 +110,12 @@ impl Net {
             layers.push(layer.map_err(|e| e.context(format!("layer `{}`", node.name)))?);
         }
         let scratch = layers.iter().map(|layer| layer.scratch_bytes()).max().unwrap_or(0);
-        let scratch = Arena::host(scratch).map_err(|e| e.context("scratch of the layers"))?;
+        let scratch = allocate(scratch).map_err(|e| e.context("scratch of the layers"))?;
         let precision = options.precision;
-        let mut net = Net { spec, precision, table, layers, plan, memory, scratch, weights, stopwatch: None };
-        net.initialise(options.seed);
+        let elementwise = Elementwise::new(options.place, precision)?;
+        let mut net =
+            Net { spec, precision, elementwise, table, layers, plan, memory, scratch, weights, stopwatch: None };
+        net.initialise(options.seed)?;
         Ok(net)
     }
 
@@ -120,22 +130,14 @@ impl Net {
         self.plan.bytes + self.scratch.bytes()
     }
     /// All parameters, in the order of the table.
-    pub fn params(&self) -> &[f32] {
-        // SAFETY: parameters are written through `params_mut`, and by others at no time at which someone asks for all.
-        unsafe { self.weights.f32.slice(0..self.weights.f32.bytes()) }.f32()
+    pub fn params(&self) -> Result<Cow<'_, [f32]>> {
+        // SAFETY: parameters are written through `edit_params`, and by others at no time at which someone asks for all.
+        unsafe { self.weights.to_host() }
     }
-    /// For writing; `round_params` is to follow.
-    pub fn params_mut(&mut self) -> &mut [f32] {
-        self.table_and_params_mut().1
-    }
-    pub fn table_and_params_mut(&mut self) -> (&ParamTable, &mut [f32]) {
+    /// Lends all parameters for writing.
+    pub fn edit_params<T>(&mut self, edit: impl FnOnce(&ParamTable, &mut [f32]) -> T) -> Result<T> {
         // SAFETY: `&mut self`.
-        (&self.table, unsafe { self.weights.f32.slice_mut(0..self.weights.f32.bytes()) }.into_f32())
-    }
-    /// Parameters were written: brings up to date what layers in bf16 read of them.
-    pub fn round_params(&mut self) {
-        // SAFETY: `&mut self`.
-        unsafe { self.weights.round_all(0..self.table.len()) };
+        unsafe { self.weights.edit(|params| edit(&self.table, params)) }
     }
 
     /// From `Some` to `None` its layers are timed.
@@ -147,19 +149,24 @@ impl Net {
     pub fn output(&self, pass: &Pass) -> Slice<'_> {
         self.cut(&self.plan.output, self.output_bytes(pass)).into_shared()
     }
+    /// The same for the CPU to read.
+    pub fn output_to_host(&self, pass: &Pass) -> Result<Cow<'_, [f32]>> {
+        self.elementwise.to_host(self.output(pass))
+    }
     /// The output, and the gradient of the loss by it, which the loss writes before backward; both in f32.
     pub fn output_and_gradient(&mut self, pass: &Pass) -> (Slice<'_>, SliceMut<'_>) {
         (self.output(pass), self.cut(&self.plan.output_gradient, self.output_bytes(pass)))
     }
 
-    /// `images` (batch, H, W, C) to `output`.
-    pub fn forward(&mut self, pass: &Pass, images: &[f32]) -> Result<()> {
-        self.take_images(pass, images);
+    /// `images` (batch, H, W, C), in f32 on the net's device, to `output`.
+    pub fn forward(&mut self, pass: &Pass, images: Slice<'_>) -> Result<()> {
+        self.take_images(pass, images)?;
         (0..self.layers.len())
-            .try_for_each(|node| self.timed(node, Part::Forward, |net| net.forward_node(node, pass, images.into())))?;
+            .try_for_each(|node| self.timed(node, Part::Forward, |net| net.forward_node(node, pass, images)))?;
         if self.precision == Precision::Bf16 {
             let output = self.activation(self.spec.nodes.len(), pass, Slice::empty());
-            precision::widen(output.bf16(), self.cut(&self.plan.output, self.output_bytes(pass)).into_f32());
+            // SAFETY: the net's own memory, in the order of its stream.
+            unsafe { self.elementwise.widen(output, self.cut(&self.plan.output, self.output_bytes(pass))) }?;
         }
         Ok(())
     }
@@ -169,7 +176,7 @@ impl Net {
     pub fn backward(
         &mut self,
         pass: &Pass,
-        images: &[f32],
+        images: Slice<'_>,
         grads: &Arena,
         done: impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
@@ -180,14 +187,15 @@ impl Net {
     pub fn backward_with_factors<'a>(
         &mut self,
         pass: &Pass,
-        images: &[f32],
+        images: Slice<'_>,
         grads: &Arena,
         factors: impl Fn(usize) -> SliceMut<'a>,
         mut done: impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         if self.precision == Precision::Bf16 {
             let gradient = self.cut(&self.plan.output_gradient, self.output_bytes(pass)).into_shared();
-            precision::narrow(gradient.f32(), self.gradient(self.spec.nodes.len(), pass).into_bf16());
+            // SAFETY: the net's own memory, in the order of its stream.
+            unsafe { self.elementwise.narrow(gradient, self.gradient(self.spec.nodes.len(), pass)) }?;
         }
         for node in (0..self.layers.len()).rev() {
             if self.spec.nodes[node].learns {
@@ -195,11 +203,11 @@ impl Net {
                     && self.spec.has_both_gradients(node)
                 {
                     self.timed(node, Part::WeightsAlone, |net| {
-                        net.backward_node(node, pass, images.into(), grads, factors(node), Wanted::Parameters)
+                        net.backward_node(node, pass, images, grads, factors(node), Wanted::Parameters)
                     })?;
                 }
                 self.timed(node, Part::Backward, |net| {
-                    net.backward_node(node, pass, images.into(), grads, factors(node), Wanted::All)
+                    net.backward_node(node, pass, images, grads, factors(node), Wanted::All)
                 })?;
             }
             if let Some(last) = self.table.of_node(node).last() {
@@ -210,19 +218,21 @@ impl Net {
     }
 
     /// Looks for the place where a non-finite value arose: runs forward again and checks parameters and outputs in order.
-    pub fn find_non_finite(&mut self, pass: &Pass, images: &[f32]) -> Result<String> {
+    pub fn find_non_finite(&mut self, pass: &Pass, images: Slice<'_>) -> Result<String> {
         let bad = |values: &[f32]| values.iter().any(|x| !x.is_finite());
-        if bad(images) {
+        if bad(&self.elementwise.to_host(images)?) {
             return Ok("the input data hold a value that is not finite".into());
         }
-        self.take_images(pass, images);
+        self.take_images(pass, images)?;
         for node in 0..self.layers.len() {
-            let weights = self.table.of_node(node).iter().find(|p| bad(&self.params()[p.range.clone()]));
+            let params = self.params()?;
+            let weights = self.table.of_node(node).iter().find(|param| bad(&params[param.range.clone()]));
             if let Some(param) = weights {
                 return Ok(format!("parameter `{}` is not finite: an earlier update broke it", param.name));
             }
-            self.forward_node(node, pass, images.into())?;
-            if !self.precision.is_finite(self.activation(node + 1, pass, Slice::empty())) {
+            drop(params);
+            self.forward_node(node, pass, images)?;
+            if !self.elementwise.is_finite(self.activation(node + 1, pass, Slice::empty()))? {
                 let node = &self.spec.nodes[node];
                 return Ok(format!("it arose in the output of layer `{}` ({})", node.name, node.kind));
             }
@@ -230,20 +240,22 @@ impl Net {
         Ok("every layer's output is finite: it arose in the loss".into())
     }
 
-    fn initialise(&mut self, seed: u64) {
-        let (table, params) = self.table_and_params_mut();
-        for param in &table.params {
-            param.spec.initialise(seed, param.number, &mut params[param.range.clone()]);
-        }
-        self.round_params();
+    fn initialise(&mut self, seed: u64) -> Result<()> {
+        self.edit_params(|table, params| {
+            for param in &table.params {
+                param.spec.initialise(seed, param.number, &mut params[param.range.clone()]);
+            }
+        })
     }
 
     /// In bf16 the layers read a copy of the images.
-    fn take_images(&mut self, pass: &Pass, images: &[f32]) {
-        if self.precision == Precision::Bf16 {
-            let bytes = self.activation_bytes(DATA, pass);
-            precision::narrow(images, self.cut(&self.plan.activations[DATA], bytes).into_bf16());
+    fn take_images(&mut self, pass: &Pass, images: Slice<'_>) -> Result<()> {
+        if self.precision == Precision::F32 {
+            return Ok(());
         }
+        let copy = self.cut(&self.plan.activations[DATA], self.activation_bytes(DATA, pass));
+        // SAFETY: the net's own memory, in the order of its stream; the caller lends the images for the whole pass.
+        unsafe { self.elementwise.narrow(images, copy) }
     }
 
     fn timed(&mut self, node: usize, part: Part, work: impl FnOnce(&mut Net) -> Result<()>) -> Result<()> {
@@ -323,7 +335,8 @@ impl Net {
         for (i, &activation) in self.spec.nodes[node].inputs.iter().enumerate() {
             if let Some(extra) = &self.plan.extra[node][i] {
                 let contribution = self.cut(extra, self.activation_bytes(activation, pass));
-                self.precision.add(self.gradient(activation, pass), contribution.into_shared());
+                // SAFETY: the net's own memory, in the order of its stream.
+                unsafe { self.elementwise.add(self.gradient(activation, pass), contribution.into_shared()) }?;
             }
         }
         Ok(())

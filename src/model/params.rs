@@ -1,6 +1,7 @@
 //! Parameters: what a layer declares, how it is initialised, how it is laid out, and where it lies in the arenas.
 
 use super::spec::NetSpec;
+use crate::device::Place;
 use crate::rng::{Purpose, Rng};
 use std::ops::Range;
 
@@ -23,6 +24,8 @@ pub enum Layout {
     Canonical,
     /// A convolution's weight as (KH, KW, C/groups, F): rows in the order in which im2col walks, filters contiguous.
     Hwio,
+    /// A convolution's weight as (F, KH, KW, C/groups), which cuDNN wants with NHWC images.
+    Ohwi,
 }
 
 /// Initial values, drawn per element in canonical order.
@@ -71,7 +74,7 @@ impl ParamSpec {
         };
         match self.layout {
             Layout::Canonical => draw(arena),
-            Layout::Hwio => {
+            Layout::Hwio | Layout::Ohwi => {
                 let mut canonical = vec![0.0; self.len()];
                 draw(&mut canonical);
                 self.to_arena(&canonical, arena);
@@ -83,7 +86,7 @@ impl ParamSpec {
     pub fn to_arena(&self, canonical: &[f32], arena: &mut [f32]) {
         match self.layout {
             Layout::Canonical => arena.copy_from_slice(canonical),
-            Layout::Hwio => self.each_hwio(|oihw, hwio| arena[hwio] = canonical[oihw]),
+            Layout::Hwio | Layout::Ohwi => self.each(|oihw, place| arena[place] = canonical[oihw]),
         }
     }
 
@@ -91,17 +94,30 @@ impl ParamSpec {
     pub fn to_canonical(&self, arena: &[f32], canonical: &mut [f32]) {
         match self.layout {
             Layout::Canonical => canonical.copy_from_slice(arena),
-            Layout::Hwio => self.each_hwio(|oihw, hwio| canonical[oihw] = arena[hwio]),
+            Layout::Hwio | Layout::Ohwi => self.each(|oihw, place| canonical[oihw] = arena[place]),
         }
     }
 
-    fn each_hwio(&self, mut visit: impl FnMut(usize, usize)) {
+    /// The same on a device: layers ask for the layout of the CPU.
+    pub fn on(self, place: Place) -> ParamSpec {
+        match (place, self.layout) {
+            (Place::Cuda, Layout::Hwio) => ParamSpec { layout: Layout::Ohwi, ..self },
+            _ => self,
+        }
+    }
+
+    /// Visits each element's place in canonical order and in the arena, of a convolution's weight.
+    fn each(&self, mut visit: impl FnMut(usize, usize)) {
         let [filters, channels, kh, kw] = self.shape[..] else { panic!("{} is not (F, C, KH, KW)", self.name) };
         let mut oihw = 0;
         for f in 0..filters {
             for c in 0..channels {
                 for k in 0..kh * kw {
-                    visit(oihw, (k * channels + c) * filters + f);
+                    let place = match self.layout {
+                        Layout::Ohwi => (f * kh * kw + k) * channels + c,
+                        _ => (k * channels + c) * filters + f,
+                    };
+                    visit(oihw, place);
                     oihw += 1;
                 }
             }
@@ -155,6 +171,12 @@ impl ParamTable {
             }));
         }
         ParamTable::place(params)
+    }
+
+    /// The same for a device's arena.
+    pub fn on(mut self, place: Place) -> ParamTable {
+        self.params.iter_mut().for_each(|param| param.spec = param.spec.clone().on(place));
+        self
     }
 
     fn place(mut params: Vec<Param>) -> ParamTable {
@@ -261,22 +283,27 @@ mod tests {
     }
 
     #[test]
-    fn hwio_goes_there_and_back() {
-        let spec = ParamSpec {
+    fn layouts_go_there_and_back() {
+        let host = ParamSpec {
             name: "weight",
             shape: vec![2, 3, 2, 1],
             layout: Layout::Hwio,
             init: Init::Constant(0.0),
             role: Role::Trainable,
         };
-        let canonical: Vec<f32> = (0..12).map(|i| i as f32).collect();
-        let (mut arena, mut back) = (vec![0.0; 12], vec![0.0; 12]);
-        spec.to_arena(&canonical, &mut arena);
-        // filter 1, channel 2, kh 1: canonical 11; row (kh 1, c 2) = 5, column 1.
-        assert_eq!(arena[5 * 2 + 1], 11.0);
-        assert_eq!(arena[..4], [0.0, 6.0, 2.0, 8.0]);
-        spec.to_canonical(&arena, &mut back);
-        assert_eq!(back, canonical);
+        // filter 1, channel 2, kh 1: canonical 11; on the CPU row (kh 1, c 2) = 5, column 1, on a GPU the last value.
+        let cases = [(Place::Host, [0.0, 6.0, 2.0, 8.0], 11), (Place::Cuda, [0.0, 2.0, 4.0, 1.0], 11)];
+        for (place, first, last) in cases {
+            let spec = host.clone().on(place);
+            let canonical: Vec<f32> = (0..12).map(|i| i as f32).collect();
+            let (mut arena, mut back) = (vec![0.0; 12], vec![0.0; 12]);
+            spec.to_arena(&canonical, &mut arena);
+            assert_eq!((&arena[..4], arena[last]), (&first[..], 11.0), "{place:?}");
+            spec.to_canonical(&arena, &mut back);
+            assert_eq!(back, canonical, "{place:?}");
+        }
+        let linear = ParamSpec { layout: Layout::Canonical, ..host };
+        assert_eq!(linear.clone().on(Place::Cuda), linear);
     }
 
     #[test]
@@ -294,7 +321,7 @@ mod tests {
                 (Init::Normal { std: 0.25 }, drawn(|rng, values| rng.fill_normal(0.25, values))),
                 (Init::Uniform { bound: 0.5 }, drawn(|rng, values| rng.fill_range(-0.5, 0.5, values))),
             ] {
-                for layout in [Layout::Canonical, Layout::Hwio] {
+                for layout in [Layout::Canonical, Layout::Hwio, Layout::Ohwi] {
                     let (mut arena, mut found) = (vec![f32::NAN; 120], vec![f32::NAN; 120]);
                     spec(layout, init).initialise(9, number, &mut arena);
                     spec(layout, init).to_canonical(&arena, &mut found);

@@ -7,7 +7,7 @@
 
 use super::kernels::convert::{self, nearest};
 use super::simd::vectorized;
-use crate::device::{self, Slice, SliceMut};
+use crate::device::Slice;
 use half::bf16;
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -38,14 +38,6 @@ impl Precision {
         elements.start * self.bytes()..elements.end * self.bytes()
     }
 
-    /// `sum += term` for two activations of one length.
-    pub fn add(self, sum: SliceMut<'_>, term: Slice<'_>) {
-        match self {
-            Precision::F32 => device::add(sum, term),
-            Precision::Bf16 => add_bf16(sum.into_bf16(), term.bf16()),
-        }
-    }
-
     pub fn is_finite(self, activation: Slice<'_>) -> bool {
         match self {
             Precision::F32 => activation.f32().iter().all(|value| value.is_finite()),
@@ -69,7 +61,8 @@ pub fn narrow(from: &[f32], to: &mut [bf16]) {
     to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| convert::narrow(from, to));
 }
 
-fn add_bf16(sum: &mut [bf16], term: &[bf16]) {
+/// sum += term, rounded once, on all threads.
+pub fn add_bf16(sum: &mut [bf16], term: &[bf16]) {
     sum.par_chunks_mut(CHUNK).zip(term.par_chunks(CHUNK)).for_each(|(sum, term)| {
         vectorized(
             #[inline(always)]

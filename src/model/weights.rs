@@ -2,16 +2,19 @@
 //! that is rounded, which the matrix work reads. Whoever writes parameters brings the copy up to date: the optimizer block
 //! by block, while what it wrote is in the cache, so that the copy costs memory its own 2 bytes a parameter and no more.
 
+use super::elementwise::Elementwise;
 use super::kernels::convert;
-use super::precision::{self, Precision};
+use super::precision::Precision;
 use crate::device::Arena;
 use crate::error::Result;
+use std::borrow::Cow;
 use std::ops::Range;
 
 pub struct Weights {
     pub f32: Arena,
     /// `f32` rounded, element for element; nothing where layers read f32.
     pub bf16: Arena,
+    elementwise: Elementwise,
 }
 
 impl Weights {
@@ -21,13 +24,35 @@ impl Weights {
             let what = format!("{len} parameters of {} bytes", precision.bytes());
             allocate(len * precision.bytes()).map_err(|e| e.context(what))
         };
-        Ok(Weights {
-            f32: of(Precision::F32)?,
-            bf16: match precision {
-                Precision::F32 => Arena::host(0)?,
-                Precision::Bf16 => of(Precision::Bf16)?,
-            },
-        })
+        let f32 = of(Precision::F32)?;
+        let bf16 = match precision {
+            Precision::F32 => Arena::host(0)?,
+            Precision::Bf16 => of(Precision::Bf16)?,
+        };
+        let elementwise = Elementwise::new(f32.place(), precision)?;
+        Ok(Weights { f32, bf16, elementwise })
+    }
+
+    /// All parameters in f32, for the CPU to read.
+    ///
+    /// # Safety
+    /// Nobody writes them meanwhile.
+    pub unsafe fn to_host(&self) -> Result<Cow<'_, [f32]>> {
+        // SAFETY: the caller's promise.
+        self.elementwise.to_host(unsafe { self.f32.slice(0..self.f32.bytes()) })
+    }
+
+    /// Lends all parameters to the CPU for writing, and brings the copy up to date.
+    ///
+    /// # Safety
+    /// Nobody else touches them meanwhile.
+    pub unsafe fn edit<T>(&self, edit: impl FnOnce(&mut [f32]) -> T) -> Result<T> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let result = self.elementwise.edit(self.f32.slice_mut(0..self.f32.bytes()), edit)?;
+            self.round_all(0..self.f32.bytes() / size_of::<f32>())?;
+            Ok(result)
+        }
     }
 
     /// `values` were just written at element `start`: rounds them into the copy, on the calling thread.
@@ -41,16 +66,18 @@ impl Weights {
         }
     }
 
-    /// The same for elements wherever they were written, on all threads.
+    /// The same for elements wherever they were written; on all threads, or in the compute stream of the GPU where they are.
     ///
     /// # Safety
     /// Nobody else touches the copy there, or writes these elements, meanwhile.
-    pub unsafe fn round_all(&self, elements: Range<usize>) {
-        if self.bf16.bytes() > 0 {
-            // SAFETY: the caller's promise.
-            let values = unsafe { self.f32.slice(Precision::F32.bytes_of(&elements)) }.f32();
-            // SAFETY: the caller's promise.
-            precision::narrow(values, unsafe { self.bf16_mut(elements) });
+    pub unsafe fn round_all(&self, elements: Range<usize>) -> Result<()> {
+        if self.bf16.bytes() == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            let values = self.f32.slice(Precision::F32.bytes_of(&elements));
+            self.elementwise.narrow(values, self.bf16.slice_mut(Precision::Bf16.bytes_of(&elements)))
         }
     }
 
@@ -83,7 +110,7 @@ mod tests {
                 weights.bf16.slice_mut(0..weights.bf16.bytes()).into_bf16().fill(bf16::NAN);
                 match in_one_piece {
                     true => weights.round(range.start, &values[range.clone()]),
-                    false => weights.round_all(range.clone()),
+                    false => weights.round_all(range.clone()).unwrap(),
                 }
             }
             // SAFETY: as above.

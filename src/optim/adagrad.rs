@@ -18,11 +18,16 @@ impl Optimizer for Adagrad {
 
     fn update(&self, at: At, params: &mut [f32], grads: &[f32], state: &mut [&mut [f32]]) {
         let &Adagrad { eps, lr_decay, penalty } = self;
-        let lr = (f64::from(at.lr) / (1.0 + at.step as f64 * f64::from(lr_decay))) as f32;
+        let lr = rate(at, lr_decay);
         elementwise::update(params, grads, state, |w, g, [s]| {
             let g = penalty.add(w, g);
             let s = s + g * g;
             (w - lr * g / (s.sqrt() + eps), [s])
         });
     }
+}
+
+/// The learning rate of a step.
+pub(super) fn rate(at: At, lr_decay: f32) -> f32 {
+    (f64::from(at.lr) / (1.0 + at.step as f64 * f64::from(lr_decay))) as f32
 }

@@ -41,24 +41,29 @@ impl Optimizer for AdamW {
 
     fn update(&self, at: At, params: &mut [f32], grads: &[f32], state: &mut [&mut [f32]]) {
         let moments = Moments::new(at, self.betas, self.eps);
-        let keep = (1.0 - f64::from(at.lr) * f64::from(self.penalty.l2)) as f32;
+        let keep = keep(at.lr, self.penalty.l2);
         let penalty = Penalty { l2: 0.0, ..self.penalty };
         elementwise::update(params, grads, state, |w, g, state| moments.update(w * keep, penalty.add(w, g), state));
     }
 }
 
+/// What AdamW's decay leaves of a weight.
+pub(super) fn keep(lr: f32, weight_decay: f32) -> f32 {
+    (1.0 - f64::from(lr) * f64::from(weight_decay)) as f32
+}
+
 /// What one step's formula needs, worked out in f64 as PyTorch does.
-struct Moments {
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    step_size: f32,
-    sqrt_correction2: f32,
-    eps: f32,
+pub(super) struct Moments {
+    pub one_minus_beta1: f32,
+    pub beta2: f32,
+    pub one_minus_beta2: f32,
+    pub step_size: f32,
+    pub sqrt_correction2: f32,
+    pub eps: f32,
 }
 
 impl Moments {
-    fn new(at: At, [beta1, beta2]: [f64; 2], eps: f32) -> Moments {
+    pub fn new(at: At, [beta1, beta2]: [f64; 2], eps: f32) -> Moments {
         let t = (at.step + 1) as f64;
         Moments {
             one_minus_beta1: (1.0 - beta1) as f32,

@@ -8,6 +8,7 @@ mod adadelta;
 mod adagrad;
 mod adam;
 pub mod clip;
+pub mod cuda;
 mod elementwise;
 mod lars;
 pub mod norm;

@@ -1,11 +1,11 @@
 //! Evaluation: every rank takes its share of the set, and the sums go round once.
 
+use super::feed::Feed;
 use crate::data::queue::{DataQueue, Loader};
 use crate::data::{Batch, Dataset};
 use crate::device::SliceMut;
 use crate::error::{Error, Result};
 use crate::model::Pass;
-use crate::model::loss::Loss;
 use crate::model::net::Net;
 use crate::report::{Evaluation, Set};
 use std::sync::Arc;
@@ -36,7 +36,7 @@ impl Evaluator {
     pub fn run(
         &self,
         set: Set,
-        (net, loss): (&mut Net, &Loss),
+        (net, feed): (&mut Net, &Feed),
         at: (u64, u64),
         mut seen: impl FnMut(&Batch, &[f32]),
         all_reduce: impl FnOnce(SliceMut<'_>) -> Result<Duration>,
@@ -52,10 +52,9 @@ impl Evaluator {
                 continue;
             }
             let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };
-            net.forward(&pass, &batch.images)?;
-            let outputs = net.output(&pass);
-            seen(batch, outputs.f32());
-            let out = loss.evaluate(outputs, &batch.labels);
+            net.forward(&pass, feed.images(batch)?)?;
+            seen(batch, &net.output_to_host(&pass)?);
+            let out = feed.judge(net, &pass, &batch.labels)?;
             loss_sum += f64::from(out.loss_sum);
             correct += out.correct;
             samples += batch.count();

@@ -12,7 +12,8 @@
 //! ```
 
 use super::factors::Leaves;
-use super::update::{Part, Updater, bytes};
+use super::feed::Feed;
+use super::update::{Marks, Part, Update, bytes};
 use crate::comm::bucket::Reducer;
 use crate::comm::{Communicator, split};
 use crate::data::queue::DataQueue;
@@ -21,9 +22,10 @@ use crate::error::Result;
 use crate::launch::signals::STOP;
 use crate::launch::watch::{Health, Phase};
 use crate::model::Pass;
-use crate::model::loss::Loss;
+use crate::model::elementwise::Elementwise;
 use crate::model::net::Net;
 use crate::model::params::TAIL;
+use crate::model::precision::Precision;
 use crate::report::budget::{Category, Clock};
 use std::ops::Range;
 use std::sync::Arc;
@@ -69,7 +71,7 @@ impl Sums {
 /// What a leaf of the tree works with.
 pub struct Work<'a> {
     pub net: &'a mut Net,
-    pub loss: &'a Loss,
+    pub feed: &'a Feed,
     pub queue: &'a mut DataQueue,
     pub clock: &'a mut Clock,
     pub health: &'a Health,
@@ -86,18 +88,28 @@ pub struct Work<'a> {
 pub struct Gradient {
     outbox: Outbox,
     /// By depth of the tree.
-    arenas: Vec<Arc<Arena>>,
+    levels: Levels,
     /// This rank's micro-batches of a step, and how many of them are done.
     micros: usize,
     done: usize,
     /// By layer: where it leaves its factors instead of a gradient.
     leaves: Vec<Option<Leaves>>,
+}
+
+/// Where the sums of the tree are held: the gradient's on the net's device, those of the step's tail in host memory.
+struct Levels {
+    /// By depth.
+    grads: Vec<Arc<Arena>>,
+    tails: Vec<Arc<Arena>>,
+    /// Elements in each of `tails`; as a part of the step they follow on the gradient.
     tail: Range<usize>,
+    elementwise: Elementwise,
 }
 
 /// The way from a finished gradient to the other ranks and into the parameters.
 struct Outbox {
-    reducer: Reducer<Updater>,
+    reducer: Reducer<Box<dyn Update>>,
+    marks: Option<Arc<Marks>>,
     /// The buckets, and the tail.
     parts: Vec<Part>,
     /// Parts of this step that were handed to the reducer.
@@ -106,17 +118,16 @@ struct Outbox {
 
 impl Gradient {
     /// `micros`: this rank's micro-batches of a step, at least one.
-    pub fn new(comm: Box<dyn Communicator>, updater: Updater, micros: usize, overlap: bool) -> Result<Gradient> {
-        let depth = micros.next_power_of_two().ilog2() as usize;
-        let mut arenas = vec![updater.grads().clone()];
-        for _ in 0..depth {
-            arenas.push(Arc::new(Arena::host(arenas[0].bytes())?));
-        }
-        let parts = updater.parts();
-        let tail = parts.last().expect("the tail").elements.clone();
-        let leaves = updater.leaves();
+    pub fn new(
+        comm: Box<dyn Communicator>,
+        updater: Box<dyn Update>,
+        micros: usize,
+        overlap: bool,
+    ) -> Result<Gradient> {
+        let levels = Levels::new(&*updater, micros.next_power_of_two().ilog2() as usize)?;
+        let (parts, marks, leaves) = (updater.parts(), updater.marks(), updater.leaves());
         let reducer = Reducer::new(comm, updater, parts.len(), overlap)?;
-        Ok(Gradient { arenas, outbox: Outbox { reducer, parts, started: 0 }, micros, done: 0, leaves, tail })
+        Ok(Gradient { levels, outbox: Outbox { reducer, marks, parts, started: 0 }, micros, done: 0, leaves })
     }
 
     /// The buckets, and the tail: as many `wait`s a step.
@@ -130,7 +141,7 @@ impl Gradient {
     }
 
     /// For the ranks' other collectives, and with the optimizer, between steps.
-    pub fn reducer(&self) -> &Reducer<Updater> {
+    pub fn reducer(&self) -> &Reducer<Box<dyn Update>> {
         &self.outbox.reducer
     }
 
@@ -148,8 +159,9 @@ impl Gradient {
 
     /// After the last `wait`: the sums of the step.
     pub fn sums(&self) -> Sums {
+        let Levels { tails, tail, .. } = &self.levels;
         // SAFETY: nobody writes between steps.
-        let tail = unsafe { self.arenas[0].slice(bytes(&self.tail)) }.f32();
+        let tail = unsafe { tails[0].slice(bytes(tail)) }.f32();
         Sums::from_tail(tail.try_into().expect("the tail has its length"))
     }
 
@@ -163,8 +175,8 @@ impl Gradient {
         self.tree(left, depth, false, work)?;
         self.tree(micros - left, depth + 1, last, work)?;
         if !last {
-            let gradients = self.outbox.parts.iter().filter(|part| !part.factors);
-            gradients.for_each(|part| join(&self.arenas, depth, &part.elements));
+            let mut gradients = self.outbox.parts.iter().filter(|part| !part.factors);
+            gradients.try_for_each(|part| self.levels.join(depth, &part.elements))?;
         }
         Ok(())
     }
@@ -176,17 +188,15 @@ impl Gradient {
         }
         let batch = work.queue.next()?.expect("the queue goes on until the run's last epoch is over");
         work.clock.lap(Category::Data);
-        let (arenas, outbox, leaves, micro) = (&self.arenas[..], &mut self.outbox, &self.leaves, self.done);
+        let (levels, outbox, leaves, micro) = (&self.levels, &mut self.outbox, &self.leaves, self.done);
         self.done += 1;
-        let arena = &arenas[depth];
         let mut sums = if last { work.flags } else { Sums::default() };
         if batch.count() == 0 {
             for leaves in leaves.iter().flatten() {
                 leaves.next(micro, 0);
             }
-            // SAFETY: nothing of this step has been started, and the last one is over.
-            unsafe { arena.slice_mut(0..self.tail.end * size_of::<f32>()) }.f32().fill(0.0);
-            write_tail(arena, &self.tail, sums);
+            levels.clear(depth)?;
+            levels.write_tail(depth, sums);
         } else {
             let pass = Pass {
                 batch: batch.count(),
@@ -196,27 +206,27 @@ impl Gradient {
             };
             let net = &mut *work.net;
             work.health.set(work.step, Phase::Forward);
-            net.forward(&pass, &batch.images)?;
-            let (outputs, grad) = net.output_and_gradient(&pass);
-            let out = work.loss.forward_backward(outputs, &batch.labels, 1.0 / batch.step_count as f32, grad);
+            let images = work.feed.images(batch)?;
+            net.forward(&pass, images)?;
+            let out = work.feed.judge_and_teach(net, &pass, &batch.labels, 1.0 / batch.step_count as f32)?;
             if !out.loss_sum.is_finite() && work.non_finite.is_none() {
-                work.non_finite = Some(net.find_non_finite(&pass, &batch.images)?);
+                work.non_finite = Some(net.find_non_finite(&pass, images)?);
             }
             let loss = sums.loss + out.loss_sum;
             sums = Sums { loss, correct: out.correct as f32, samples: batch.count() as f32, ..sums };
-            write_tail(arena, &self.tail, sums);
+            levels.write_tail(depth, sums);
             work.health.set(work.step, Phase::Backward);
             let factors = |node: usize| match leaves.get(node) {
                 Some(Some(leaves)) => leaves.next(micro, batch.count()),
                 _ => SliceMut::empty(),
             };
-            net.backward_with_factors(&pass, &batch.images, arena, factors, |final_elements| match last {
-                true => outbox.ready(arenas, depth, final_elements),
+            net.backward_with_factors(&pass, images, &levels.grads[depth], factors, |final_elements| match last {
+                true => outbox.ready(levels, depth, final_elements),
                 false => Ok(()),
             })?;
         }
         if last {
-            outbox.ready(arenas, depth, self.tail.end)?;
+            outbox.ready(levels, depth, usize::MAX)?;
         }
         work.clock.lap(Category::Compute);
         Ok(())
@@ -226,10 +236,11 @@ impl Gradient {
 impl Outbox {
     /// The first `elements` of the step's last leaf are final: adds them up the right edge of the tree, where every left
     /// sibling is complete, and starts the parts that they fill.
-    fn ready(&mut self, arenas: &[Arc<Arena>], depth: usize, elements: usize) -> Result<()> {
+    fn ready(&mut self, levels: &Levels, depth: usize, elements: usize) -> Result<()> {
         while let Some(part) = self.parts.get(self.started).filter(|part| part.elements.end <= elements) {
-            let levels = if part.factors { 0 } else { depth };
-            (0..levels).rev().for_each(|depth| join(arenas, depth, &part.elements));
+            let joins = if part.factors { 0 } else { depth };
+            (0..joins).rev().try_for_each(|depth| levels.join(depth, &part.elements))?;
+            self.marks.iter().try_for_each(|marks| marks.mark(self.started))?;
             // SAFETY: this rank leaves these gradients alone until `wait` has returned; and their parameters, since their
             // layers' backward is over, and forward does not begin before.
             unsafe { self.reducer.start(self.started) }?;
@@ -239,14 +250,48 @@ impl Outbox {
     }
 }
 
-/// Adds the right child, one arena down, to the left one.
-fn join(arenas: &[Arc<Arena>], depth: usize, elements: &Range<usize>) {
-    // SAFETY: two arenas, and neither is in the reducer's hands in this range.
-    let (sum, term) = unsafe { (arenas[depth].slice_mut(bytes(elements)), arenas[depth + 1].slice(bytes(elements))) };
-    device::add(sum, term);
-}
+impl Levels {
+    /// For a tree of this depth; at its root is what the ranks reduce.
+    fn new(updater: &dyn Update, depth: usize) -> Result<Levels> {
+        let (root, (root_tail, tail)) = (updater.grads(), updater.tail());
+        let (mut grads, mut tails) = (vec![root.clone()], vec![root_tail.clone()]);
+        for _ in 0..depth {
+            let level = Arc::new(device::allocate(root.place(), root.bytes())?);
+            tails.push(if Arc::ptr_eq(root, root_tail) {
+                level.clone()
+            } else {
+                Arc::new(Arena::host(root_tail.bytes())?)
+            });
+            grads.push(level);
+        }
+        Ok(Levels { elementwise: Elementwise::new(root.place(), Precision::F32)?, grads, tails, tail })
+    }
 
-fn write_tail(arena: &Arena, tail: &Range<usize>, sums: Sums) {
-    // SAFETY: the tail is the last part to be started, after the last leaf.
-    unsafe { arena.slice_mut(bytes(tail)) }.f32().copy_from_slice(&sums.to_tail());
+    /// Adds the right child, one level down, to the left one.
+    fn join(&self, depth: usize, elements: &Range<usize>) -> Result<()> {
+        // SAFETY: two arenas, and neither is in the reducer's hands in this range.
+        let of = |arenas: &[Arc<Arena>]| unsafe {
+            (arenas[depth].slice_mut(bytes(elements)), arenas[depth + 1].slice(bytes(elements)))
+        };
+        if *elements == self.tail {
+            let (sum, term) = of(&self.tails);
+            device::add(sum, term);
+            return Ok(());
+        }
+        let (sum, term) = of(&self.grads);
+        // SAFETY: as above, and on a GPU in the order of its stream.
+        unsafe { self.elementwise.add(sum, term) }
+    }
+
+    /// A leaf without samples has no gradient.
+    fn clear(&self, depth: usize) -> Result<()> {
+        let grads = &self.grads[depth];
+        // SAFETY: nothing of this step has been started, and the last one is over.
+        unsafe { self.elementwise.clear(grads.slice_mut(0..grads.bytes())) }
+    }
+
+    fn write_tail(&self, depth: usize, sums: Sums) {
+        // SAFETY: the tail is the last part to be started, after the last leaf.
+        unsafe { self.tails[depth].slice_mut(bytes(&self.tail)) }.f32().copy_from_slice(&sums.to_tail());
+    }
 }

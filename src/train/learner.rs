@@ -2,13 +2,13 @@
 
 use super::audit::Audit;
 use super::checkpoint::{State, Tensor};
+use super::feed::Feed;
 use super::gradient::{Gradient, Sums, Work};
 use super::update::import_params;
 use crate::data::queue::DataQueue;
 use crate::device::SliceMut;
 use crate::error::Result;
 use crate::launch::watch::{Health, Phase};
-use crate::model::loss::Loss;
 use crate::model::net::Net;
 use crate::optim::At;
 use crate::optim::schedule::Schedule;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 pub struct Learner {
     pub net: Net,
-    pub loss: Loss,
+    pub feed: Feed,
     pub gradient: Gradient,
     pub schedule: Schedule,
     /// Samples of an epoch.
@@ -55,7 +55,7 @@ impl Learner {
         let Step { number, queue, clock, health, flags } = step;
         let mut work = Work {
             net: &mut self.net,
-            loss: &self.loss,
+            feed: &self.feed,
             queue,
             clock,
             health,
@@ -65,7 +65,7 @@ impl Learner {
             non_finite: None,
         };
         let at = At { lr: self.schedule.lr(number), step: number };
-        self.gradient.reducer().with(|_, updater| updater.begin(at));
+        self.gradient.reducer().with(|_, updater| updater.begin(at))?;
         self.gradient.compute(&mut work)?;
         let non_finite = work.non_finite.take();
 
@@ -115,12 +115,12 @@ impl Learner {
         if let Some(state) = found {
             import_params(&mut self.net, state)?;
         }
-        let params = SliceMut::from(self.net.params_mut());
-        self.gradient.reducer().with(|comm, updater| {
-            comm.broadcast(params, 0)?;
-            updater.import(found, comm)
-        })?;
-        self.net.round_params();
-        Ok(())
+        let gradient = &self.gradient;
+        self.net.edit_params(|_, params| {
+            gradient.reducer().with(|comm, updater| {
+                comm.broadcast(SliceMut::from(params), 0)?;
+                updater.import(found, comm)
+            })
+        })?
     }
 }

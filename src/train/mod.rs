@@ -7,6 +7,7 @@ pub mod bench;
 pub mod checkpoint;
 mod eval;
 pub(crate) mod factors;
+mod feed;
 mod gradient;
 mod inject;
 mod learner;
@@ -90,7 +91,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
         let mut net = setup::net(config, &plan)?;
-        let loss = setup::loss(config, net.spec(), &*parts.train)?;
+        let feed = setup::feed(config, &plan, net.spec(), &*parts.train)?;
         update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let evaluator = setup::evaluator(&plan, &parts, &rank.world, parts.loader(config)?);
@@ -102,7 +103,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
                 Some(logits) if set == Set::Test => logits.keep(batch, outputs),
                 _ => {}
             };
-            let evaluation = evaluator.run(set, (&mut net, &loss), at, seen, |sums| comm.all_reduce(sums))?;
+            let evaluation = evaluator.run(set, (&mut net, &feed), at, seen, |sums| comm.all_reduce(sums))?;
             if rank.world.rank == 0 {
                 print(&evaluation);
             }

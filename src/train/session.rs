@@ -251,7 +251,7 @@ impl Session<'_> {
         let Some(audit) = self.audit.as_mut().filter(|_| self.audited < step) else { return Ok(()) };
         let Learner { net, gradient, .. } = &mut self.learner;
         self.faults.before_audit(step, net)?;
-        let difference = gradient.reducer().with(|comm, _| audit.compare(net.table(), net.params(), comm))?;
+        let difference = gradient.reducer().with(|comm, _| audit.compare(net.table(), &net.params()?, comm))?;
         self.audited = step;
         match difference {
             None => Ok(()),
@@ -263,10 +263,10 @@ impl Session<'_> {
         self.clock.lap(Category::Other);
         let step = self.progress.step;
         self.rank.health.set(step, Phase::Evaluate);
-        let Learner { net, loss, gradient, .. } = &mut self.learner;
+        let Learner { net, feed, gradient, .. } = &mut self.learner;
         let at = (step, self.progress.latest_epoch());
         let all_reduce = |sums: SliceMut<'_>| gradient.reducer().with(|comm, _| comm.all_reduce(sums));
-        let evaluation = self.evaluator.run(set, (net, loss), at, |_, _| {}, all_reduce)?;
+        let evaluation = self.evaluator.run(set, (net, feed), at, |_, _| {}, all_reduce)?;
         if set == self.evaluator.watched() {
             self.evaluated = Some(step);
             let best = &mut self.progress.best_accuracy;
@@ -340,7 +340,7 @@ impl Session<'_> {
                 stopped_by: end,
                 exit_reason: reason.clone(),
                 epochs: u64::from(self.progress.position.epoch),
-                weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
+                weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)?),
                 budget: Merged::from_sum(&told),
                 skipped_images: skipped as u64,
                 job_restarts: self.job.restarts,
@@ -410,11 +410,14 @@ impl Session<'_> {
     /// What can still be told after an error; the error itself goes to the caller.
     fn summarise_failure(&mut self, error: &Error) {
         let Some(report) = self.report.take() else { return };
+        // A GPU that has failed may give nothing back.
+        let weights_digest =
+            export_params(&self.learner.net).map_or_else(|_| String::new(), |all| checkpoint::weights_digest(&all));
         let ending = Ending {
             stopped_by: StoppedBy::Error,
             exit_reason: error.to_string(),
             epochs: u64::from(self.progress.position.epoch),
-            weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)),
+            weights_digest,
             budget: Merged::single(self.clock.budget()),
             skipped_images: self.skipped(),
             job_restarts: self.job.restarts,

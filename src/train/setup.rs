@@ -4,9 +4,10 @@ use super::Rank;
 use super::agreement::{self, Fact};
 use super::eval::Evaluator;
 use super::factors::{self, Exchange};
+use super::feed::Feed;
 use super::gradient::Gradient;
 use super::learner::Learner;
-use super::update::{self, Updater};
+use super::update::{self, GpuUpdater, Update, Updater};
 use crate::comm::Communicator;
 use crate::config::plan::{Plan, Ranks, Samples};
 use crate::config::raw::{self, Config};
@@ -14,7 +15,7 @@ use crate::data::augment::{self, Augmenter};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::{self, Dataset, order};
-use crate::device::{self, Choice, SliceMut};
+use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::world::World;
 use crate::model::Shape;
@@ -118,10 +119,48 @@ pub fn agree(
 pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
-    let weights = Arc::new(Weights::new(len, config.run.precision, |bytes| comm.allocate_replicated(bytes))?);
+    let place = device::choose(config.run.device)?;
+    let allocate = |bytes| match place {
+        Place::Host => comm.allocate_replicated(bytes),
+        Place::Cuda => device::allocate(place, bytes),
+    };
+    let weights = Arc::new(Weights::new(len, config.run.precision, allocate)?);
     let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
+    let updater = updater(config, plan, &net, weights, &mut *comm)?;
+    let alone = comm.size() == 1;
+    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
+    Ok(Learner {
+        feed: feed(config, plan, net.spec(), &*parts.train)?,
+        net,
+        part_times: vec![Duration::ZERO; gradient.parts() + 1],
+        gradient,
+        schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
+        samples: parts.train.len(),
+        alone,
+    })
+}
+
+fn updater(
+    config: &Config,
+    plan: &Plan,
+    net: &Net,
+    weights: Arc<Weights>,
+    comm: &mut dyn Communicator,
+) -> Result<Box<dyn Update>> {
+    let (optimizer, table) = (&config.optimizer, net.table());
+    Ok(match weights.f32.place() {
+        Place::Host => {
+            let exchanges = exchanges(config, plan, net, comm)?;
+            Box::new(Updater::new(optimizer, table, plan.bucket_bytes, weights, exchanges, comm)?)
+        }
+        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, comm)?),
+    })
+}
+
+/// For the layers whose factors the ranks exchange. Collective.
+fn exchanges(config: &Config, plan: &Plan, net: &Net, comm: &mut dyn Communicator) -> Result<Vec<Exchange>> {
     let hosts = comm.hosts().count();
     let norms = update::needs_norms(&config.optimizer);
     let estimates = factors::estimate(&config.parallel, net.spec(), plan, hosts, norms);
@@ -134,20 +173,8 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
         let names: Vec<&str> = chosen.iter().map(|&node| &*net.spec().nodes[node].name).collect();
         tracing::info!("the hosts exchange factors instead of gradients: {}", names.join(", "));
     }
-    let exchange = |node| Exchange::new(node, net.spec(), net.table(), plan, &mut *comm);
-    let exchanges = chosen.into_iter().map(exchange).collect::<Result<_>>()?;
-    let updater = Updater::new(&config.optimizer, net.table(), plan.bucket_bytes, weights, exchanges, &mut *comm)?;
-    let alone = comm.size() == 1;
-    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
-    Ok(Learner {
-        loss: loss(config, net.spec(), &*parts.train)?,
-        net,
-        part_times: vec![Duration::ZERO; gradient.parts() + 1],
-        gradient,
-        schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
-        samples: parts.train.len(),
-        alone,
-    })
+    let exchange = |node| Exchange::new(node, net.spec(), net.table(), plan, comm);
+    chosen.into_iter().map(exchange).collect()
 }
 
 /// The net of one rank, for evaluation alone.
@@ -169,7 +196,13 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Opti
     })
 }
 
-pub fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {
+/// What batches of this plan and their outputs go through, on the net's device.
+pub fn feed(config: &Config, plan: &Plan, net: &NetSpec, train: &dyn Dataset) -> Result<Feed> {
+    let place = device::choose(config.run.device)?;
+    Feed::new(place, loss(config, net, train)?, plan.micro_batch, net.input.len())
+}
+
+fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {
     let (output, classes) = (net.output(), train.classes());
     if output.len() != classes {
         let last = net.nodes.last().map_or("", |node| &node.name);

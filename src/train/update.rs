@@ -29,7 +29,48 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The optimizer and this rank's share of its state.
+mod gpu;
+
+pub use gpu::{GpuUpdater, Marks};
+
+/// The optimizer on one rank, and the way of its gradients to new parameters on all ranks.
+pub trait Update: Work {
+    /// What backward writes, on the net's device.
+    fn grads(&self) -> &Arc<Arena>;
+    /// Host memory for what a step sums beside the gradient, and its elements there.
+    fn tail(&self) -> (&Arc<Arena>, Range<usize>);
+    /// What is reduced on its own, in this order: the buckets, and the tail.
+    fn parts(&self) -> Vec<Part>;
+    /// By layer: where its factors are left, if it has an exchange.
+    fn leaves(&self) -> Vec<Option<Leaves>> {
+        Vec::new()
+    }
+    /// On a GPU what notes that a bucket is written.
+    fn marks(&self) -> Option<Arc<Marks>> {
+        None
+    }
+    /// For each parameter.
+    fn state_tensors(&self) -> usize;
+    /// A step begins.
+    fn begin(&mut self, at: At) -> Result<()>;
+    /// All buckets are done: what is left to do where the update needs norms. Collective; gives the time waited.
+    fn finish(&mut self, comm: &mut dyn Communicator) -> Result<Duration>;
+    /// Whether all tensors of a checkpoint are of this net and optimizer; else what differs.
+    fn fits(&self, state: &State) -> Result<()>;
+    /// All parameters and all optimizer state, canonical, on rank 0; nothing on the others, which send it theirs. Between
+    /// steps; collective.
+    fn export(&mut self, net: &Net, comm: &mut dyn Communicator) -> Result<Vec<Tensor>>;
+    /// Sets the state of all ranks from a checkpoint that `fits`, which rank 0 has. Between steps; collective.
+    fn import(&mut self, found: Option<&State>, comm: &mut dyn Communicator) -> Result<()>;
+}
+
+impl Work for Box<dyn Update> {
+    fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Duration> {
+        (**self).run(part, comm)
+    }
+}
+
+/// Where the net is on the CPU: the optimizer and this rank's share of its state.
 pub struct Updater {
     table: ParamTable,
     shards: Vec<Shard>,
@@ -127,56 +168,6 @@ impl Updater {
         })
     }
 
-    /// For each parameter.
-    pub fn state_tensors(&self) -> usize {
-        self.state.len()
-    }
-
-    pub fn grads(&self) -> &Arc<Arena> {
-        &self.grads
-    }
-
-    /// What is reduced on its own, in this order: the buckets, and the tail.
-    pub fn parts(&self) -> Vec<Part> {
-        let of = |shard: &Shard| Part { elements: shard.bucket.clone(), factors: shard.exchange.is_some() };
-        let tail = Part { elements: self.table.tail.clone(), factors: false };
-        self.shards.iter().map(of).chain([tail]).collect()
-    }
-
-    /// By layer: where its factors are left, if it has an exchange.
-    pub fn leaves(&self) -> Vec<Option<Leaves>> {
-        let nodes = self.table.params.iter().map(|param| param.node + 1).max().unwrap_or(0);
-        let mut leaves = vec![None; nodes];
-        self.exchanges.iter().for_each(|exchange| leaves[exchange.node] = Some(exchange.leaves()));
-        leaves
-    }
-
-    /// A step begins.
-    pub fn begin(&mut self, at: At) {
-        self.at = at;
-        self.rates.fill(at.lr);
-    }
-
-    /// All buckets are done: what is left to do where the update needs norms. Collective; gives the time waited.
-    pub fn finish(&mut self, comm: &mut dyn Communicator) -> Result<Duration> {
-        if self.norms.is_none() {
-            return Ok(Duration::ZERO);
-        }
-        let waited = self.clip_by_norm(comm)? + self.set_rates(comm)?;
-        let waited = self.shards.iter().try_fold(waited, |waited, shard| {
-            // SAFETY: between the buckets and the next step this rank's share of all memory is its own.
-            let [grads, params] =
-                [&self.grads, &self.weights.f32].map(|arena| unsafe { arena.slice_mut(bytes(&shard.mine)) });
-            self.update(shard, shard.mine.clone(), grads.into_f32(), params.into_f32());
-            // SAFETY: as above; the others' share is theirs to send.
-            let gathered = comm.all_gather(unsafe { self.weights.f32.slice_mut(bytes(&shard.bucket)) })?;
-            self.round_received(shard, comm);
-            Ok(waited + gathered)
-        })?;
-        // Until the others of this host have rounded what they received for all.
-        Ok(waited + comm.barrier()?)
-    }
-
     /// Multiplies the trainable gradients so that their common norm is within its bound.
     fn clip_by_norm(&mut self, comm: &mut dyn Communicator) -> Result<Duration> {
         let (Some(limit), Some((norms, [squares, _]))) = (self.clip_norm, &mut self.norms) else {
@@ -239,11 +230,14 @@ impl Updater {
     }
 
     /// Rounds to bf16 what of a bucket has come from elsewhere, for all who share these parameters.
-    fn round_received(&self, shard: &Shard, comm: &dyn Communicator) {
+    fn round_received(&self, shard: &Shard, comm: &dyn Communicator) -> Result<()> {
+        let mut rounded = Ok(());
         comm.received(shard.bucket.len(), &mut |received| {
             // SAFETY: nobody else writes it, and no layer reads it before the step is over on all ranks of the host.
-            unsafe { self.weights.round_all(shift(received, shard.bucket.start)) };
+            let result = unsafe { self.weights.round_all(shift(received, shard.bucket.start)) };
+            rounded = std::mem::replace(&mut rounded, Ok(())).and(result);
         });
+        rounded
     }
 
     /// Makes a layer's gradient from all ranks' factors, and updates what of it this rank has to for its host.
@@ -269,73 +263,6 @@ impl Updater {
             [a, b] => self.rule.update(at, params, grads, &mut [of(a), of(b)]),
             more => unreachable!("an optimizer with {} state tensors", more.len()),
         }
-    }
-
-    /// Whether all tensors of a checkpoint are of this net and optimizer; else what differs.
-    pub fn fits(&self, state: &State) -> Result<()> {
-        for param in &self.table.params {
-            state.tensor(&param.name, &param.spec.shape)?;
-        }
-        for name in self.rule.state() {
-            for param in self.trainable() {
-                state.tensor(&state_name(name, &param.name), &param.spec.shape)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// All parameters and all optimizer state, canonical, on rank 0; nothing on the others, which send it theirs. Between
-    /// steps; collective.
-    pub fn export(&mut self, net: &Net, comm: &mut dyn Communicator) -> Result<Vec<Tensor>> {
-        let mut tensors = if comm.rank() == 0 { export_params(net) } else { Vec::new() };
-        for (name, state) in self.rule.state().iter().zip(&self.state) {
-            for shard in &self.shards {
-                // SAFETY: between steps the gradients' arena is idle, and nobody else uses the state.
-                unsafe {
-                    let held = state.slice(bytes(&shard.held()));
-                    self.grads.slice_mut(bytes(&shard.mine)).f32().copy_from_slice(held.f32());
-                    match &shard.exchange {
-                        None => drop(comm.all_gather(self.grads.slice_mut(bytes(&shard.bucket)))?),
-                        // Rank 0 lacks what the others of its host hold.
-                        Some(exchanged) => exchanged.savers.iter().skip(1).try_for_each(|(saver, elements)| {
-                            comm.broadcast(self.grads.slice_mut(bytes(elements)), *saver).map(drop)
-                        })?,
-                    }
-                }
-            }
-            for param in self.trainable().take_while(|_| comm.rank() == 0) {
-                // SAFETY: as above; the others are done with this rank's arena.
-                let values = unsafe { self.grads.slice(bytes(&param.range)) }.f32();
-                tensors.push(canonical(state_name(name, &param.name), param, values));
-            }
-        }
-        Ok(tensors)
-    }
-
-    /// Sets the state of all ranks from a checkpoint that `fits`, which rank 0 has. Between steps; collective.
-    pub fn import(&mut self, found: Option<&State>, comm: &mut dyn Communicator) -> Result<()> {
-        for (name, state) in self.rule.state().iter().zip(&self.state) {
-            // SAFETY: between steps the gradients' arena is idle, and nobody else uses the state.
-            let mut whole = unsafe { self.grads.slice_mut(bytes(&(0..self.table.len()))) };
-            whole.f32().fill(0.0);
-            if let Some(found) = found {
-                for param in self.trainable() {
-                    let tensor = found.tensor(&state_name(name, &param.name), &param.spec.shape)?;
-                    param.spec.to_arena(&tensor.values, &mut whole.f32()[param.range.clone()]);
-                }
-            }
-            comm.broadcast(whole.reborrow(), 0)?;
-            for shard in &self.shards {
-                // SAFETY: as above.
-                let mut held = unsafe { state.slice_mut(bytes(&shard.held())) };
-                held.f32().copy_from_slice(&whole.f32()[shard.mine.clone()]);
-            }
-        }
-        Ok(())
-    }
-
-    fn trainable(&self) -> impl Iterator<Item = &Param> {
-        self.table.params.iter().filter(|param| param.spec.role == Role::Trainable)
     }
 }
 
@@ -366,9 +293,129 @@ impl Work for Updater {
         let waited = comm.reduce_update(grads, params, &|range, grads, params| {
             self.update(shard, shift(range, shard.bucket.start), grads, params);
         })?;
-        self.round_received(shard, comm);
+        self.round_received(shard, comm)?;
         Ok(waited)
     }
+}
+
+impl Update for Updater {
+    fn state_tensors(&self) -> usize {
+        self.state.len()
+    }
+
+    fn grads(&self) -> &Arc<Arena> {
+        &self.grads
+    }
+
+    fn tail(&self) -> (&Arc<Arena>, Range<usize>) {
+        (&self.grads, self.table.tail.clone())
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        let of = |shard: &Shard| Part { elements: shard.bucket.clone(), factors: shard.exchange.is_some() };
+        let tail = Part { elements: self.table.tail.clone(), factors: false };
+        self.shards.iter().map(of).chain([tail]).collect()
+    }
+
+    fn leaves(&self) -> Vec<Option<Leaves>> {
+        let nodes = self.table.params.iter().map(|param| param.node + 1).max().unwrap_or(0);
+        let mut leaves = vec![None; nodes];
+        self.exchanges.iter().for_each(|exchange| leaves[exchange.node] = Some(exchange.leaves()));
+        leaves
+    }
+
+    fn begin(&mut self, at: At) -> Result<()> {
+        self.at = at;
+        self.rates.fill(at.lr);
+        Ok(())
+    }
+
+    fn finish(&mut self, comm: &mut dyn Communicator) -> Result<Duration> {
+        if self.norms.is_none() {
+            return Ok(Duration::ZERO);
+        }
+        let waited = self.clip_by_norm(comm)? + self.set_rates(comm)?;
+        let waited = self.shards.iter().try_fold(waited, |waited, shard| {
+            // SAFETY: between the buckets and the next step this rank's share of all memory is its own.
+            let [grads, params] =
+                [&self.grads, &self.weights.f32].map(|arena| unsafe { arena.slice_mut(bytes(&shard.mine)) });
+            self.update(shard, shard.mine.clone(), grads.into_f32(), params.into_f32());
+            // SAFETY: as above; the others' share is theirs to send.
+            let gathered = comm.all_gather(unsafe { self.weights.f32.slice_mut(bytes(&shard.bucket)) })?;
+            self.round_received(shard, comm)?;
+            Ok(waited + gathered)
+        })?;
+        // Until the others of this host have rounded what they received for all.
+        Ok(waited + comm.barrier()?)
+    }
+
+    fn fits(&self, state: &State) -> Result<()> {
+        fits(&self.table, self.rule.state(), state)
+    }
+
+    fn export(&mut self, net: &Net, comm: &mut dyn Communicator) -> Result<Vec<Tensor>> {
+        let mut tensors = if comm.rank() == 0 { export_params(net)? } else { Vec::new() };
+        for (name, state) in self.rule.state().iter().zip(&self.state) {
+            for shard in &self.shards {
+                // SAFETY: between steps the gradients' arena is idle, and nobody else uses the state.
+                unsafe {
+                    let held = state.slice(bytes(&shard.held()));
+                    self.grads.slice_mut(bytes(&shard.mine)).f32().copy_from_slice(held.f32());
+                    match &shard.exchange {
+                        None => drop(comm.all_gather(self.grads.slice_mut(bytes(&shard.bucket)))?),
+                        // Rank 0 lacks what the others of its host hold.
+                        Some(exchanged) => exchanged.savers.iter().skip(1).try_for_each(|(saver, elements)| {
+                            comm.broadcast(self.grads.slice_mut(bytes(elements)), *saver).map(drop)
+                        })?,
+                    }
+                }
+            }
+            for param in trainable(&self.table).take_while(|_| comm.rank() == 0) {
+                // SAFETY: as above; the others are done with this rank's arena.
+                let values = unsafe { self.grads.slice(bytes(&param.range)) }.f32();
+                tensors.push(canonical(state_name(name, &param.name), param, values));
+            }
+        }
+        Ok(tensors)
+    }
+
+    fn import(&mut self, found: Option<&State>, comm: &mut dyn Communicator) -> Result<()> {
+        for (name, state) in self.rule.state().iter().zip(&self.state) {
+            // SAFETY: between steps the gradients' arena is idle, and nobody else uses the state.
+            let mut whole = unsafe { self.grads.slice_mut(bytes(&(0..self.table.len()))) };
+            whole.f32().fill(0.0);
+            if let Some(found) = found {
+                for param in trainable(&self.table) {
+                    let tensor = found.tensor(&state_name(name, &param.name), &param.spec.shape)?;
+                    param.spec.to_arena(&tensor.values, &mut whole.f32()[param.range.clone()]);
+                }
+            }
+            comm.broadcast(whole.reborrow(), 0)?;
+            for shard in &self.shards {
+                // SAFETY: as above.
+                let mut held = unsafe { state.slice_mut(bytes(&shard.held())) };
+                held.f32().copy_from_slice(&whole.f32()[shard.mine.clone()]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether all tensors of a checkpoint are of this net, and of an optimizer with this state; else what differs.
+fn fits(table: &ParamTable, names: &[&str], state: &State) -> Result<()> {
+    for param in &table.params {
+        state.tensor(&param.name, &param.spec.shape)?;
+    }
+    for name in names {
+        for param in trainable(table) {
+            state.tensor(&state_name(name, &param.name), &param.spec.shape)?;
+        }
+    }
+    Ok(())
+}
+
+fn trainable(table: &ParamTable) -> impl Iterator<Item = &Param> {
+    table.params.iter().filter(|param| param.spec.role == Role::Trainable)
 }
 
 /// Whether an update waits for norms of whole gradients.
@@ -377,20 +424,21 @@ pub fn needs_norms(config: &raw::Optimizer) -> bool {
 }
 
 /// All parameters in canonical layout.
-pub fn export_params(net: &Net) -> Vec<Tensor> {
-    let export = |param: &Param| canonical(param.name.clone(), param, &net.params()[param.range.clone()]);
-    net.table().params.iter().map(export).collect()
+pub fn export_params(net: &Net) -> Result<Vec<Tensor>> {
+    let params = net.params()?;
+    let export = |param: &Param| canonical(param.name.clone(), param, &params[param.range.clone()]);
+    Ok(net.table().params.iter().map(export).collect())
 }
 
 /// Sets all parameters from a checkpoint; fails, naming the tensor, where it was made by another net.
 pub fn import_params(net: &mut Net, state: &State) -> Result<()> {
-    let (table, params) = net.table_and_params_mut();
-    for param in &table.params {
-        let tensor = state.tensor(&param.name, &param.spec.shape)?;
-        param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
-    }
-    net.round_params();
-    Ok(())
+    net.edit_params(|table, params| {
+        for param in &table.params {
+            let tensor = state.tensor(&param.name, &param.spec.shape)?;
+            param.spec.to_arena(&tensor.values, &mut params[param.range.clone()]);
+        }
+        Ok(())
+    })?
 }
 
 fn canonical(name: String, param: &Param, values: &[f32]) -> Tensor {

@@ -85,12 +85,12 @@ fn gradients(spec: NetSpec, precision: Precision) -> Vec<f32> {
     let mut net = Net::new(spec, &options).expect("a small net");
     let pass = crate::harness::training(BATCH);
     let images = values(BATCH * net.spec().input.len(), 1);
-    net.forward(&pass, &images).expect("forward");
+    net.forward(&pass, (&images[..]).into()).expect("forward");
     let (output, mut grad) = net.output_and_gradient(&pass);
     grad.f32().copy_from_slice(&values(output.f32().len(), 5));
     let bytes = 4 * net.table().len_with_tail();
     let grads = Arena::host(bytes).expect("memory");
-    net.backward(&pass, &images, &grads, |_| Ok(())).expect("backward");
+    net.backward(&pass, (&images[..]).into(), &grads, |_| Ok(())).expect("backward");
     // SAFETY: backward is over.
     unsafe { grads.slice(0..bytes) }.f32().to_vec()
 }

@@ -1,5 +1,6 @@
 //! The GPU that this rank works on.
 
+use super::cudnn;
 use super::kernels::{Element, Module, Source};
 use super::probe::{self, Device};
 use super::stream::{Event, Stream};
@@ -21,6 +22,7 @@ struct Parts {
     compute: Stream,
     copies: Stream,
     modules: Mutex<HashMap<(&'static str, Element), Arc<Module>>>,
+    cudnn: OnceLock<Result<cudnn::Handle>>,
 }
 
 /// Memory of a GPU, in bytes.
@@ -53,7 +55,7 @@ impl Gpu {
         let device = probe::gpus()?.device(ordinal)?.clone();
         let context = Arc::new(Context::retain(ordinal).map_err(|error| error.context(&device))?);
         let (compute, copies) = (Stream::new(&context)?, Stream::new(&context)?);
-        Ok(Gpu(Arc::new(Parts { device, context, compute, copies, modules: Mutex::default() })))
+        Ok(Gpu(Arc::new(Parts { device, context, compute, copies, modules: Mutex::default(), cudnn: OnceLock::new() })))
     }
 
     pub fn device(&self) -> &Device {
@@ -132,6 +134,11 @@ impl Gpu {
         let module = Arc::new(Module::load(source, element, &self.0.device.architecture(), &self.0.context)?);
         modules.insert((source.name, element), module.clone());
         Ok(module)
+    }
+
+    /// cuDNN on the compute stream, loaded when it is first asked for.
+    pub fn cudnn(&self) -> Result<cudnn::Handle> {
+        self.0.cudnn.get_or_init(|| cudnn::Handle::new(self.compute())).clone()
     }
 
     fn out_of_memory(&self, bytes: usize) -> Error {

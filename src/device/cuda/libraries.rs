@@ -159,7 +159,23 @@ static CUBLAS_LT: Wanted = Wanted {
     name: "cuBLASLt",
     files: &["libcublasLt.so.13", "libcublasLt.so.12"],
     packages: "pip's nvidia-cublas (CUDA 13) or nvidia-cublas-cu12, or NVIDIA's apt package libcublas-13-0",
-    functions: &["cublasLtGetVersion"],
+    functions: &[
+        "cublasLtCreate",
+        "cublasLtGetStatusString",
+        "cublasLtGetVersion",
+        "cublasLtMatmul",
+        "cublasLtMatmulAlgoCheck",
+        "cublasLtMatmulAlgoGetHeuristic",
+        "cublasLtMatmulDescCreate",
+        "cublasLtMatmulDescDestroy",
+        "cublasLtMatmulDescSetAttribute",
+        "cublasLtMatmulPreferenceCreate",
+        "cublasLtMatmulPreferenceDestroy",
+        "cublasLtMatmulPreferenceSetAttribute",
+        "cublasLtMatrixLayoutCreate",
+        "cublasLtMatrixLayoutDestroy",
+        "cublasLtMatrixLayoutSetAttribute",
+    ],
     is_present: cublaslt::sys::is_culib_present,
     library: cublaslt::sys::culib,
     // SAFETY: `load` has asked for the function.
@@ -170,7 +186,20 @@ static CUDNN: Wanted = Wanted {
     name: "cuDNN",
     files: &["libcudnn.so.9"],
     packages: "pip's nvidia-cudnn-cu13 or nvidia-cudnn-cu12, or NVIDIA's apt package cudnn9-cuda-13",
-    functions: &["cudnnGetVersion"],
+    functions: &[
+        "cudnnBackendCreateDescriptor",
+        "cudnnBackendDestroyDescriptor",
+        "cudnnBackendExecute",
+        "cudnnBackendFinalize",
+        "cudnnBackendGetAttribute",
+        "cudnnBackendSetAttribute",
+        "cudnnCreate",
+        "cudnnDestroy",
+        "cudnnGetErrorString",
+        "cudnnGetLastErrorString",
+        "cudnnGetVersion",
+        "cudnnSetStream",
+    ],
     is_present: cudnn::sys::is_culib_present,
     library: cudnn::sys::culib,
     // SAFETY: `load` has asked for the function.
@@ -202,8 +231,8 @@ impl Wanted {
 
     /// Loads the first file that there is; gives its path if it is in a folder that the user has named.
     fn open(&self, search: &Search) -> Result<Option<PathBuf>> {
-        if let Some(path) = self.files_in(&search.named).next() {
-            return open(&path).map(|()| Some(path)).map_err(|why| self.cannot_be_loaded(&[why]));
+        if let Some(path) = self.files_in(&search.named).first() {
+            return open(path).map(|()| Some(path.clone())).map_err(|why| self.cannot_be_loaded(&[why]));
         }
         // That the linker does not find a bare name is no news.
         if self.files.iter().any(|file| open(Path::new(file)).is_ok()) {
@@ -232,9 +261,9 @@ impl Wanted {
         Error::device(format!("{} cannot be loaded: {}. It comes with {}", self.name, why.join("; "), self.packages))
     }
 
-    fn files_in(&self, folders: &[PathBuf]) -> impl Iterator<Item = PathBuf> {
-        let files = |folder: &PathBuf| self.files.iter().map(|file| folder.join(file)).collect::<Vec<_>>();
-        folders.iter().flat_map(files).filter(|path| path.exists()).collect::<Vec<_>>().into_iter()
+    fn files_in(&self, folders: &[PathBuf]) -> Vec<PathBuf> {
+        let files = folders.iter().flat_map(|folder| self.files.iter().map(|file| folder.join(file)));
+        files.filter(|path| path.exists()).collect()
     }
 
     /// The library's path, if it has all functions.

@@ -8,6 +8,9 @@
 
 #[macro_use]
 mod call;
+mod choices;
+pub mod cublaslt;
+pub mod cudnn;
 mod elementwise;
 mod gpu;
 pub mod kernels;

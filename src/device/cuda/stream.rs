@@ -42,6 +42,9 @@ impl Stream {
     pub unsafe fn copy(&self, from: Slice<'_>, to: SliceMut<'_>) -> Result<()> {
         assert_eq!(from.bytes(), to.bytes(), "a copy between buffers of unlike lengths");
         let (source, target, bytes, stream) = (from.address(), to.address(), from.bytes(), self.handle()?);
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: `bytes` are valid at both addresses, of the places that choose the function; for how long, the caller says.
         unsafe {
             match (from.place(), to.place()) {
@@ -73,6 +76,9 @@ impl Stream {
     pub unsafe fn zero(&self, to: SliceMut<'_>) -> Result<()> {
         assert_eq!(to.place(), Place::Cuda, "a GPU was asked to write memory of the {:?}", to.place());
         let stream = self.handle()?;
+        if to.bytes() == 0 {
+            return Ok(());
+        }
         // SAFETY: as many bytes of device memory; for how long, the caller says.
         unsafe { call!(cuMemsetD8Async(to.address() as u64, 0, to.bytes(), stream)) }
     }

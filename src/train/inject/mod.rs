@@ -117,7 +117,7 @@ impl Faults {
     /// What happens before the parameters of all ranks are compared after `step`.
     pub fn before_audit(&mut self, step: u64, net: &mut Net) -> Result<()> {
         while self.next(Moment::Audit, step)?.is_some() {
-            act::flip_bit(&mut net.params_mut()[0]);
+            net.edit_params(|_, params| act::flip_bit(&mut params[0]))?;
         }
         Ok(())
     }

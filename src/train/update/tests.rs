@@ -132,7 +132,7 @@ impl World {
         if steps.start > 0 {
             let found = found.filter(|_| rank == 0);
             found.iter().for_each(|found| import_params(&mut net, found).unwrap());
-            comm.broadcast(net.params_mut().into(), 0).unwrap();
+            net.edit_params(|_, params| comm.broadcast(params.into(), 0)).unwrap().unwrap();
             updater.import(found, &mut *comm).unwrap();
         }
         let grads = updater.grads().clone();
@@ -157,7 +157,7 @@ impl World {
         }
         let tensors = reducer.with(|comm, updater| updater.export(&net, comm)).unwrap();
         assert_eq!(tensors.is_empty(), rank > 0);
-        let params = net.params().to_vec();
+        let params = net.params().unwrap().to_vec();
         assert_rounded(&net, &weights);
         // As long as a rank reads the one copy, none may be off to change it.
         reducer.with(|comm, _| comm.barrier()).unwrap();
@@ -169,8 +169,9 @@ impl World {
 fn assert_rounded(net: &Net, weights: &Weights) {
     // SAFETY: between steps nobody writes.
     let rounded = unsafe { weights.bf16.slice(0..weights.bf16.bytes()) }.bf16();
-    let stale = net.params().iter().zip(rounded).position(|(param, rounded)| bf16::from_f32(*param) != *rounded);
-    assert_eq!((rounded.len(), stale), (net.params().len(), None), "the copy in bf16");
+    let params = net.params().unwrap();
+    let stale = params.iter().zip(rounded).position(|(param, rounded)| bf16::from_f32(*param) != *rounded);
+    assert_eq!((rounded.len(), stale), (params.len(), None), "the copy in bf16");
 }
 
 fn tree_of(size: usize, step: u64, index: usize, terms: Terms) -> f32 {
@@ -191,8 +192,8 @@ fn plainly(optimizer: &str, size: usize, steps: u64, terms: Terms) -> (Vec<f32>,
     let rule = optim::new(&config.optimizer);
     let options =
         Options { batch: 1, place: Place::Host, threads: 1, seed: 3, precision: Precision::F32, training: true };
-    let mut net = Net::new(NetSpec::new(&config.model).unwrap(), &options).unwrap();
-    let (table, params) = net.table_and_params_mut();
+    let net = Net::new(NetSpec::new(&config.model).unwrap(), &options).unwrap();
+    let (table, mut params) = (net.table().clone(), net.params().unwrap().to_vec());
     let mut state = vec![vec![0.0; params.len()]; rule.state().len()];
     for step in 0..steps {
         let mut grads: Vec<f32> = (0..params.len()).map(|index| tree_of(size, step, index, terms)).collect();
@@ -222,7 +223,7 @@ fn plainly(optimizer: &str, size: usize, steps: u64, terms: Terms) -> (Vec<f32>,
             named.push((tensor.name, tensor.values));
         }
     }
-    (params.to_vec(), named)
+    (params, named)
 }
 
 fn worlds() -> impl Iterator<Item = World> {

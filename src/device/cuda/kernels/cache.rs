@@ -16,7 +16,7 @@ const HASH_BYTES: usize = blake3::OUT_LEN;
 /// The code of a source, from the cache or else compiled, and then kept there.
 pub fn cubin(source: &Source, element: Element, architecture: &str, nvrtc: Version) -> Result<Vec<u8>> {
     let key = key(source, element, architecture, nvrtc);
-    cached(folder(|name| std::env::var_os(name)).as_deref(), &key, || compile(source, element, architecture))
+    cached(cache_folder("kernels").as_deref(), &key, || compile(source, element, architecture))
 }
 
 fn cached(folder: Option<&Path>, key: &str, compile: impl FnOnce() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
@@ -59,11 +59,16 @@ fn key(source: &Source, element: Element, architecture: &str, nvrtc: Version) ->
     format!("{}-{}", source.name, hash.finalize().to_hex())
 }
 
+/// The folder of this name in the user's cache.
+pub fn cache_folder(name: &str) -> Option<PathBuf> {
+    folder(|variable| std::env::var_os(variable)).map(|folder| folder.join(name))
+}
+
 /// Of the XDG base directory specification: a variable that is not absolute counts as not set.
 fn folder(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     let absolute = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
-    Some(cache.join("lockstep/kernels"))
+    Some(cache.join("lockstep"))
 }
 
 #[cfg(test)]
@@ -119,8 +124,8 @@ mod tests {
         let of = |cache: Option<&str>, home: Option<&str>| {
             folder(|name| if name == "HOME" { home } else { cache }.map(OsString::from))
         };
-        assert_eq!(of(Some("/cache"), Some("/home/a")), Some("/cache/lockstep/kernels".into()));
-        assert_eq!(of(Some("relative"), Some("/home/a")), Some("/home/a/.cache/lockstep/kernels".into()));
+        assert_eq!(of(Some("/cache"), Some("/home/a")), Some("/cache/lockstep".into()));
+        assert_eq!(of(Some("relative"), Some("/home/a")), Some("/home/a/.cache/lockstep".into()));
         assert_eq!(of(None, None), None);
     }
 }

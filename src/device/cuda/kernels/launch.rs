@@ -132,7 +132,17 @@ macro_rules! values {
     };
 }
 
-values!(T = "T", f32 = "float", bf16 = "bf16", f16 = "f16", u8 = "u8", u32 = "u32", u64 = "u64", i32 = "i32");
+values!(
+    T = "T",
+    f32 = "float",
+    f64 = "double",
+    bf16 = "bf16",
+    f16 = "f16",
+    u8 = "u8",
+    u32 = "u32",
+    u64 = "u64",
+    i32 = "i32"
+);
 
 /// What can be handed to a kernel.
 ///

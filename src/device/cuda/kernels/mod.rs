@@ -17,6 +17,7 @@ mod compile;
 mod launch;
 mod signature;
 
+pub(super) use cache::cache_folder;
 pub(super) use compile::check_nvrtc;
 pub use compile::compile;
 pub use launch::{Argument, Arguments, Grid, Kernel, Read, T, Value, Write};

@@ -42,6 +42,35 @@ impl Layer for Elementwise {
     }
 }
 
+/// An activation's forward in place, for layers that fuse it.
+pub struct Function {
+    gpu: Gpu,
+    element: Element,
+    activation: Activation,
+    forward: ForwardKernel,
+}
+
+impl Function {
+    pub fn new(gpu: &Gpu, activation: Activation, element: Element) -> Result<Function> {
+        let forward = gpu.module(&SOURCE, element)?.kernel("activation_forward")?;
+        Ok(Function { gpu: gpu.clone(), element, activation, forward })
+    }
+
+    /// `y = f(y)`
+    ///
+    /// # Safety
+    /// y stays allocated, and nobody else touches it, until the compute stream has come past this.
+    pub unsafe fn apply(&self, mut y: SliceMut<'_>) -> Result<()> {
+        if self.activation == Activation::None {
+            return Ok(());
+        }
+        let n = y.bytes() / self.element.bytes();
+        let arguments = ((&y).into(), (&mut y).into(), self.activation.number(), n as u64);
+        // SAFETY: n values; the caller vouches for the rest.
+        unsafe { self.forward.launch(self.gpu.compute(), self.gpu.grid_over(n), arguments) }
+    }
+}
+
 /// An activation's backward.
 pub struct Gradient {
     gpu: Gpu,
@@ -72,5 +101,14 @@ impl Gradient {
                 unsafe { self.backward.launch(stream, self.gpu.grid_over(n), arguments) }
             }
         }
+    }
+
+    /// `dy = f'(x) dy`
+    ///
+    /// # Safety
+    /// As above.
+    pub unsafe fn apply_in_place(&self, y: Slice<'_>, dy: SliceMut<'_>) -> Result<()> {
+        // SAFETY: the kernel reads each value before it writes it.
+        unsafe { self.apply(y, Slice::from_raw(dy.place(), dy.address(), dy.bytes()), dy) }
     }
 }

@@ -4,6 +4,7 @@
 
 mod bf16;
 mod cpu;
+mod cuda;
 mod depthwise;
 mod padded;
 mod tables;
@@ -19,6 +20,7 @@ use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
+use crate::device::cuda::kernels::Element;
 use crate::error::{Error, Result};
 use padded::Padded;
 use schemars::JsonSchema;
@@ -54,7 +56,8 @@ pub struct Conv2d {
     algorithm: Algorithm,
 }
 
-/// How the products are computed. The choice is by shapes, never by timing, so all ranks make the same one.
+/// How the products are computed. On the CPU the choice is by shapes, never by timing, so all ranks make the same one; on a
+/// GPU it is cuDNN's and timing's, where "direct" leaves out what transforms, and "winograd" is as "auto".
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Algorithm {
@@ -230,11 +233,14 @@ impl LayerSpec for Conv2d {
                 Algorithm::Direct => self.direct(geometry, build),
                 _ => Box::new(winograd::Conv2d::new(geometry, self.bias, self.activation, build)),
             }),
-            Place::Cuda => Err(Error::device("conv2d has no CUDA kernel yet; train on the CPU")),
+            Place::Cuda => self.on_gpu(Element::F32, build),
         }
     }
 
     fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        if build.place == Place::Cuda {
+            return self.on_gpu(Element::Bf16, build);
+        }
         match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
             Some(layer) => Ok(Box::new(layer)),
             None => widened::around(self, build),
@@ -243,11 +249,16 @@ impl LayerSpec for Conv2d {
 }
 
 impl Conv2d {
+    fn on_gpu(&self, element: Element, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        let geometry = self.geometry(build.inputs).map_err(Error::usage)?;
+        Ok(Box::new(cuda::Conv2d::new(geometry, self.bias, self.activation, self.algorithm, element, build)?))
+    }
+
     /// The operator with bf16 products, for what they are good for: a depthwise convolution is none, and of activations
     /// they know ReLU.
     fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Conv2d> {
         let geometry = self.geometry(build.inputs).ok()?;
-        let fits = build.place == Place::Host && !geometry.is_depthwise() && self.activation.is_relu_or_none();
+        let fits = !geometry.is_depthwise() && self.activation.is_relu_or_none();
         fits.then(|| bf16::Conv2d::new(kernel, geometry, self.bias, self.activation == Activation::Relu, build))
     }
 }

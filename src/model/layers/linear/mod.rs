@@ -2,6 +2,7 @@
 
 mod bf16;
 mod cpu;
+mod cuda;
 pub mod factors;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use super::super::widened;
 use super::super::{Build, Factors, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
+use crate::device::cuda::kernels::Element;
 use crate::error::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -77,11 +79,14 @@ impl LayerSpec for Linear {
         let width = self.width(build.inputs).map_err(Error::usage)?;
         match build.place {
             Place::Host => Ok(Box::new(cpu::Linear::new(width, self.units, self.bias, self.activation, build))),
-            Place::Cuda => Err(Error::device("linear has no CUDA kernel yet; train on the CPU")),
+            Place::Cuda => self.on_gpu(Element::F32, build),
         }
     }
 
     fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        if build.place == Place::Cuda {
+            return self.on_gpu(Element::Bf16, build);
+        }
         match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
             Some(layer) => Ok(Box::new(layer)),
             None => widened::around(self, build),
@@ -90,11 +95,15 @@ impl LayerSpec for Linear {
 }
 
 impl Linear {
+    fn on_gpu(&self, element: Element, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+        let width = self.width(build.inputs).map_err(Error::usage)?;
+        Ok(Box::new(cuda::Linear::new((width, self.units), self.bias, self.activation, element, build)?))
+    }
+
     /// The operator with bf16 products; of activations they know ReLU.
     fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Linear> {
         let width = self.width(build.inputs).ok()?;
-        let fits = build.place == Place::Host && self.activation.is_relu_or_none();
-        fits.then(|| {
+        self.activation.is_relu_or_none().then(|| {
             bf16::Linear::new(kernel, (width, self.units), self.bias, self.activation == Activation::Relu, build)
         })
     }

@@ -1,0 +1,372 @@
+//! Matrix products through cuBLASLt: planned once, then executed with pointers alone.
+//!
+//! Matrices of this program are row by row, cuBLASLt's are column by column. Byte for byte, a row-major (r, c) matrix is the
+//! column-major (c, r) matrix that is its transpose, both with lines of c values. So what is wanted is, transposed,
+//!
+//! ```text
+//! row-major      C (m, n)    =  L (m, k)    R (k, n)
+//! column-major   C^T (n, m)  =  R^T (n, k)  L^T (k, m)
+//! ```
+//!
+//! and cuBLASLt is given R as its A, L as its B and C as its D, with the lengths of each exchanged; no byte moves. A matrix that
+//! is transposed here (stored as (k, m) or (n, k)) is transposed there. cuBLASLt adds one bias to each row of its D: a column
+//! of C, so a unit of a layer. Its BGRADB sums op(B) over k: here, the rows of op(L).
+//!
+//! A plan asks the library once for algorithms that fit, times them, and keeps the fastest. Left out are those that split k and
+//! sum the parts in place, whose order is that in which blocks end, and those that sum parts in 16 bits; so a plan gives equal
+//! bits at each execution. An execution allocates nothing and asks for no heuristic, as capturing a step into a CUDA graph
+//! demands; only the first one after the number of samples has changed asks whether the algorithm still fits.
+
+mod handles;
+
+use super::Gpu;
+use super::kernels::Element;
+use crate::device::{Arena, Slice, SliceMut};
+use crate::error::{Error, Result};
+use cudarc::cublaslt::sys;
+use handles::{Layout, Library, Operation, Preference, check};
+use std::fmt;
+
+/// Bytes of workspace that an algorithm may use: what NVIDIA recommends for Hopper.
+const MOST_WORKSPACE: usize = 32 << 20;
+/// Where a workspace has to begin.
+const WORKSPACE_ALIGNMENT: usize = 256;
+/// Every matrix and bias begins at a multiple of so many values, as the arenas lay them out.
+const ALIGNMENT_VALUES: usize = 16;
+/// Algorithms that are tried.
+const CANDIDATES: usize = 8;
+/// Timed executions of each.
+const RUNS: usize = 5;
+/// The library's order stands unless another algorithm is faster than this share of the best time so far: what timing alone
+/// decides, noise may decide otherwise in the next run.
+const CLEARLY_FASTER: f32 = 0.95;
+
+/// What is done to C on its way to memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    None,
+    Relu,
+    /// Adds a bias (n), which has the type of C.
+    Bias,
+    BiasRelu,
+    /// Also writes the sums of op(L) over k, (m), in the type of C, where the bias is given otherwise.
+    SumLeft,
+}
+
+/// C (m, n) = op(L) (m, k) op(R) (k, n), all of them dense.
+#[derive(Clone, Debug)]
+pub struct Product {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    /// L is stored as (k, m).
+    pub transpose_left: bool,
+    /// R is stored as (n, k).
+    pub transpose_right: bool,
+    /// Of L and R.
+    pub factors: Element,
+    /// Of C.
+    pub result: Element,
+    /// Whether factors in f32 may be cut to TF32's 10 bits behind the point, which matrix units multiply.
+    pub tf32: bool,
+    pub epilogue: Epilogue,
+}
+
+/// The buffers of one execution.
+pub struct Operands<'a> {
+    pub left: Slice<'a>,
+    pub right: Slice<'a>,
+    pub result: SliceMut<'a>,
+    /// Address of the bias, or of the sums; 0 where the epilogue has none.
+    pub bias: usize,
+    /// `Matmul::workspace_bytes`.
+    pub workspace: SliceMut<'a>,
+}
+
+/// A planned product. The rows in which L is stored are samples, of which an execution may have fewer.
+pub struct Matmul {
+    gpu: Gpu,
+    library: &'static Library,
+    product: Product,
+    operation: Operation,
+    left: Layout,
+    right: Layout,
+    result: Layout,
+    /// The fastest for the greatest number of samples, and what it needs.
+    best: sys::cublasLtMatmulAlgo_t,
+    workspace: usize,
+    /// What the layouts and `algorithm` are set to.
+    samples: usize,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Matmul {
+    /// Nothing where the library has no algorithm for it. Waits for the GPU's stream; not for use within a step.
+    pub fn new(gpu: &Gpu, product: &Product) -> Result<Option<Matmul>> {
+        let library = Library::get()?;
+        let operation = Operation::new(product)?;
+        let [left, right, result] = product.stored();
+        let mut plan = Matmul {
+            gpu: gpu.clone(),
+            library,
+            operation,
+            left: Layout::new(product.factors, left)?,
+            right: Layout::new(product.factors, right)?,
+            result: Layout::new(product.result, result)?,
+            best: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            workspace: 0,
+            samples: left.0,
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            product: product.clone(),
+        };
+        plan.choose().map(|found| found.then_some(plan))
+    }
+
+    /// Of scratch memory that `run` needs, at any address.
+    pub fn workspace_bytes(&self) -> usize {
+        match self.workspace {
+            0 => 0,
+            bytes => bytes + WORKSPACE_ALIGNMENT,
+        }
+    }
+
+    /// Enqueues the product of `samples` on the compute stream.
+    pub fn run(&mut self, samples: usize, operands: Operands<'_>) -> Result<()> {
+        self.fit(samples)?;
+        let stored = self.product.with_samples(samples).stored();
+        let factors = self.product.factors;
+        let matrices = [
+            (operands.left.bytes(), factors, stored[0]),
+            (operands.right.bytes(), factors, stored[1]),
+            (operands.result.bytes(), self.product.result, stored[2]),
+        ];
+        for (bytes, values, (rows, columns)) in matrices {
+            assert!(bytes >= rows * columns * values.bytes(), "{bytes} bytes for ({rows}, {columns}) in {values:?}");
+        }
+        assert_eq!(operands.bias != 0, self.product.epilogue.has_bias());
+        assert!(operands.workspace.bytes() >= self.workspace_bytes());
+        let addresses = [operands.left.address(), operands.right.address(), operands.result.address()];
+        let workspace = operands.workspace.address().next_multiple_of(WORKSPACE_ALIGNMENT);
+        self.execute(&self.algorithm, addresses, operands.bias, (workspace, self.workspace))
+    }
+}
+
+impl Matmul {
+    /// Takes the fastest algorithm; false if there is none.
+    fn choose(&mut self) -> Result<bool> {
+        // The heuristic does not follow the pointer, but expects of later ones what it sees of its alignment.
+        self.operation.set_bias(ALIGNMENT_VALUES * self.product.result.bytes())?;
+        let candidates = self.candidates(MOST_WORKSPACE)?;
+        let workspace = candidates.iter().map(|candidate| candidate.workspaceSize).max().unwrap_or(0);
+        let trial = Trial::new(&self.gpu, &self.product, workspace)?;
+        let mut best = f32::INFINITY;
+        for candidate in candidates {
+            // One that cannot be run after all is no choice.
+            let Ok(time) = self.time(&candidate.algo, &trial) else { continue };
+            if time < best * CLEARLY_FASTER {
+                (best, self.best, self.workspace) = (time, candidate.algo, candidate.workspaceSize);
+            }
+        }
+        self.algorithm = self.best;
+        Ok(best.is_finite())
+    }
+
+    /// The shortest of some executions, in milliseconds.
+    fn time(&self, algorithm: &sys::cublasLtMatmulAlgo_t, trial: &Trial) -> Result<f32> {
+        let (start, end) = (self.gpu.timer()?, self.gpu.timer()?);
+        let run = || self.execute(algorithm, trial.matrices, trial.bias, trial.workspace);
+        run()?;
+        (0..RUNS).try_fold(f32::INFINITY, |shortest, _| {
+            self.gpu.compute().record(&start)?;
+            run()?;
+            self.gpu.compute().record(&end)?;
+            end.wait()?;
+            Ok(shortest.min(end.ms_since(&start)?))
+        })
+    }
+
+    /// Sets the lengths to those of `samples`, and an algorithm that can do them: the chosen one, if it can.
+    fn fit(&mut self, samples: usize) -> Result<()> {
+        if samples == self.samples {
+            return Ok(());
+        }
+        let [left, right, result] = self.product.with_samples(samples).stored();
+        self.left.set(left)?;
+        self.right.set(right)?;
+        self.result.set(result)?;
+        self.algorithm = match self.can(&self.best)? {
+            true => self.best,
+            false => {
+                let others = self.candidates(self.workspace)?;
+                let what = || format!("cuBLASLt has no algorithm for {}", self.product.with_samples(samples));
+                others.into_iter().next().ok_or_else(|| Error::device(what()))?.algo
+            }
+        };
+        self.samples = samples;
+        Ok(())
+    }
+
+    /// Whether an algorithm can do what the layouts say, with the workspace that there is.
+    fn can(&self, algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<bool> {
+        let mut result = no_heuristic();
+        // SAFETY: all handles are alive, and the result is written before it is read.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                self.library.handle(),
+                self.operation.handle(),
+                self.right.handle(),
+                self.left.handle(),
+                self.result.handle(),
+                self.result.handle(),
+                algorithm,
+                &mut result,
+            )
+        };
+        let success = sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
+        Ok(status == success && result.state == success && result.workspaceSize <= self.workspace)
+    }
+
+    /// What the library's heuristic offers, the best first by its estimate.
+    fn candidates(&self, workspace: usize) -> Result<Vec<sys::cublasLtMatmulHeuristicResult_t>> {
+        let alignment = |values: Element| (ALIGNMENT_VALUES * values.bytes()) as u32;
+        let preference = Preference::new(workspace, alignment(self.product.factors), alignment(self.product.result))?;
+        let (mut results, mut count) = ([no_heuristic(); CANDIDATES], 0);
+        // SAFETY: all handles are alive, and there is room for so many results.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.library.handle(),
+                self.operation.handle(),
+                self.right.handle(),
+                self.left.handle(),
+                self.result.handle(),
+                self.result.handle(),
+                preference.handle(),
+                CANDIDATES as i32,
+                results.as_mut_ptr(),
+                &mut count,
+            )
+        };
+        if status == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+            return Ok(Vec::new());
+        }
+        check("cublasLtMatmulAlgoGetHeuristic", status).map_err(|error| error.context(&self.product))?;
+        let usable = |result: &sys::cublasLtMatmulHeuristicResult_t| {
+            result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= workspace
+        };
+        Ok(results.into_iter().take(count as usize).filter(usable).collect())
+    }
+
+    /// Enqueues one execution over what the layouts say.
+    fn execute(
+        &self,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        [left, right, result]: [usize; 3],
+        bias: usize,
+        (workspace, workspace_bytes): (usize, usize),
+    ) -> Result<()> {
+        static ONE: f32 = 1.0;
+        static ZERO: f32 = 0.0;
+        if bias != 0 {
+            self.operation.set_bias(bias)?;
+        }
+        // SAFETY: all handles are alive; the caller has memory of the layouts' lengths at these addresses.
+        let status = unsafe {
+            sys::cublasLtMatmul(
+                self.library.handle(),
+                self.operation.handle(),
+                (&raw const ONE).cast(),
+                right as *const _,
+                self.right.handle(),
+                left as *const _,
+                self.left.handle(),
+                (&raw const ZERO).cast(),
+                result as *const _,
+                self.result.handle(),
+                result as *mut _,
+                self.result.handle(),
+                algorithm,
+                workspace as *mut _,
+                workspace_bytes,
+                self.gpu.compute().handle()?.cast(),
+            )
+        };
+        check("cublasLtMatmul", status).map_err(|error| error.context(&self.product))
+    }
+}
+
+/// Before the library has written it.
+fn no_heuristic() -> sys::cublasLtMatmulHeuristicResult_t {
+    sys::cublasLtMatmulHeuristicResult_t {
+        algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+        workspaceSize: 0,
+        state: sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+        wavesCount: 0.0,
+        reserved: [0; 4],
+    }
+}
+
+/// Memory for trying algorithms, zeroed.
+struct Trial {
+    _memory: Arena,
+    /// L, R and C.
+    matrices: [usize; 3],
+    bias: usize,
+    /// Address and bytes.
+    workspace: (usize, usize),
+}
+
+impl Trial {
+    fn new(gpu: &Gpu, product: &Product, workspace: usize) -> Result<Trial> {
+        let bytes = |element: Element, (rows, columns)| element.bytes() * rows * columns;
+        let [left, right, result] = product.stored();
+        let factors = [left, right].map(|shape| bytes(product.factors, shape));
+        // A bias is no longer than C's columns, or L's rows.
+        let results = [result, (1, product.n.max(product.m))].map(|shape| bytes(product.result, shape));
+        let mut end = 0;
+        let mut place = |bytes: usize| {
+            let start = end;
+            end += bytes.next_multiple_of(WORKSPACE_ALIGNMENT);
+            start
+        };
+        let [left, right, result, bias, behind] =
+            [factors[0], factors[1], results[0], results[1], workspace].map(&mut place);
+        let memory = gpu.allocate(end + WORKSPACE_ALIGNMENT)?;
+        let start = memory.address().next_multiple_of(WORKSPACE_ALIGNMENT);
+        Ok(Trial {
+            matrices: [left, right, result].map(|at| start + at),
+            bias: start + bias,
+            workspace: (start + behind, workspace),
+            _memory: memory,
+        })
+    }
+}
+
+impl Product {
+    /// Rows and columns of L, R and C in memory.
+    fn stored(&self) -> [(usize, usize); 3] {
+        let &Product { m, n, k, transpose_left, transpose_right, .. } = self;
+        let left = if transpose_left { (k, m) } else { (m, k) };
+        let right = if transpose_right { (n, k) } else { (k, n) };
+        [left, right, (m, n)]
+    }
+
+    fn with_samples(&self, samples: usize) -> Product {
+        match self.transpose_left {
+            true => Product { k: samples, ..self.clone() },
+            false => Product { m: samples, ..self.clone() },
+        }
+    }
+}
+
+impl fmt::Display for Product {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Product { m, n, k, factors, result, .. } = self;
+        write!(f, "the product of ({m}, {k}) and ({k}, {n}) in {factors:?} to {result:?}")
+    }
+}
+
+impl Epilogue {
+    fn has_bias(self) -> bool {
+        !matches!(self, Epilogue::None | Epilogue::Relu)
+    }
+}

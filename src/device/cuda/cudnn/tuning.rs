@@ -1,0 +1,106 @@
+//! Which of several plans runs: the fastest, by the GPU's clock, over buffers of the real lengths.
+//!
+//! Two plans may be so close that now one and now the other comes out first, and their sums are in different orders. For two
+//! runs to give the same bits the choice is written down (`choices`), and later runs, and the other ranks of the host, take it
+//! from there.
+
+use super::engines::{self, Rules, configurations};
+use super::graph::Graph;
+use super::plan::Plan;
+use crate::device::Arena;
+use crate::device::cuda::{Gpu, choices, libraries};
+use crate::error::{Error, Result};
+use std::sync::Arc;
+
+/// Runs before those that count, which load code and fill caches, and those.
+const WARM_UP: usize = 2;
+const RUNS: usize = 5;
+
+/// None if no engine supports the graph within the rules.
+pub fn fastest(gpu: &Gpu, graph: &Arc<Graph>, rules: Rules) -> Result<Option<Plan>> {
+    let key = format!(
+        "cuDNN {} on {} ({}): {graph}, {:?}, {:?}, {rules:?}",
+        libraries::cudnn()?.version,
+        gpu.device().name,
+        gpu.device().architecture(),
+        graph.convolution,
+        graph.product,
+    );
+    if let Some(plan) = choices::read(&key).map(|name| named(graph, rules, &name)).transpose()?.flatten() {
+        return Ok(Some(plan));
+    }
+    let mut plans = engines::plans(graph, rules)?;
+    if plans.is_empty() {
+        return Ok(None);
+    }
+    let times = Stage::new(gpu, graph, &plans)?.times(&mut plans)?;
+    let best = (0..plans.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).expect("there are plans");
+    tracing::debug!("{graph}: {} takes {:.3} ms, the fastest of {}", plans[best].name(), times[best], plans.len());
+    let standing = choices::keep_first(&key, plans[best].name());
+    let chosen = plans.iter().position(|plan| plan.name() == standing).unwrap_or(best);
+    Ok(Some(plans.swap_remove(chosen)))
+}
+
+/// The plan that heuristics find most promising, without a run. None if no engine supports the graph within the rules.
+pub fn first(graph: &Arc<Graph>, rules: Rules) -> Result<Option<Plan>> {
+    let mut found = configurations(graph, rules)?.into_iter();
+    Ok(found.find_map(|configuration| engines::plan(graph, configuration, rules)))
+}
+
+fn named(graph: &Arc<Graph>, rules: Rules, name: &str) -> Result<Option<Plan>> {
+    let known = configurations(graph, rules)?.into_iter().find(|configuration| configuration.name == name);
+    Ok(known.and_then(|configuration| engines::plan(graph, configuration, rules)))
+}
+
+/// Memory in which plans are tried.
+struct Stage<'a> {
+    gpu: &'a Gpu,
+    memory: Vec<Arena>,
+    workspace: Arena,
+}
+
+impl Stage<'_> {
+    fn new<'a>(gpu: &'a Gpu, graph: &Graph, plans: &[Plan]) -> Result<Stage<'a>> {
+        let room = |error: Error| error.context(format_args!("buffers to time the {graph}"));
+        let memory =
+            graph.buffers().iter().map(|&bytes| gpu.allocate(bytes)).collect::<Result<Vec<_>>>().map_err(room)?;
+        let workspace = plans.iter().map(Plan::workspace_bytes).max().unwrap_or(0);
+        Ok(Stage { gpu, memory, workspace: gpu.allocate(workspace).map_err(room)? })
+    }
+
+    /// Milliseconds of each plan, the median of its runs. An engine that fails has been proposed by mistake: it is taken out.
+    fn times(&self, plans: &mut Vec<Plan>) -> Result<Vec<f32>> {
+        let (mut times, mut failure) = (Vec::new(), None);
+        plans.retain_mut(|plan| match self.median(plan) {
+            Ok(time) => {
+                times.push(time);
+                true
+            }
+            Err(error) => {
+                failure = Some(error);
+                false
+            }
+        });
+        match failure {
+            Some(error) if plans.is_empty() => Err(error),
+            _ => Ok(times),
+        }
+    }
+
+    fn median(&self, plan: &mut Plan) -> Result<f32> {
+        let buffers: Vec<usize> = self.memory.iter().map(Arena::address).collect();
+        let (stream, start, end) = (self.gpu.compute(), self.gpu.timer()?, self.gpu.timer()?);
+        let mut times = Vec::with_capacity(WARM_UP + RUNS);
+        for _ in 0..WARM_UP + RUNS {
+            stream.record(&start)?;
+            // SAFETY: memory of these lengths, which nobody else knows, and the wait is over before it is freed.
+            unsafe { plan.run(&buffers, self.workspace.address()) }?;
+            stream.record(&end)?;
+            end.wait()?;
+            times.push(end.ms_since(&start)?);
+        }
+        let counted = &mut times[WARM_UP..];
+        counted.sort_by(f32::total_cmp);
+        Ok(counted[RUNS / 2])
+    }
+}

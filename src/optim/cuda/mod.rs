@@ -1,0 +1,323 @@
+//! The update on a GPU: one pass over the flat arenas, whatever the tensors' number and lengths, that also writes the rounded
+//! weights which layers in 16 bits read. With S tensors of state an element costs 4 (2 + S) bytes read and 4 (1 + S) written,
+//! and 2 for the rounded weight.
+//!
+//! The arenas are cut into chunks of one tensor each, of 4096 elements at most, a block's work. Every element is computed with
+//! the operations of the CPU's rule in their order, each rounded by itself, and norms are summed by the CPU's tree: the
+//! results have the bits that `optim::new`'s have.
+//!
+//! What changes from step to step (learning rate, bias corrections, the factor of clipping) lies in device memory, written by
+//! `begin` and `measure`; so the launches of `update` are the same at each step, and a CUDA graph may hold them.
+
+mod numbers;
+
+use super::{At, Optimizer};
+use crate::config::raw::{self, Rule};
+use crate::device::cuda::Gpu;
+use crate::device::cuda::kernels::{Argument, Element, Grid, Kernel, Module, Read, Source, Value, Write};
+use crate::device::{Arena, Place, Slice, SliceMut};
+use crate::error::Result;
+use crate::model::params::{ParamTable, Role};
+use numbers::Numbers;
+use std::ops::Range;
+use std::sync::Arc;
+
+static SOURCE: Source = Source { name: "optim", text: include_str!("optim.cu") };
+
+/// Elements of a chunk at most.
+const CHUNK: usize = 4096;
+const THREADS: u32 = 256;
+
+/// The optimizer of `[optimizer]` over a net's arenas.
+pub struct Update {
+    gpu: Gpu,
+    config: raw::Optimizer,
+    states: usize,
+    /// Where each chunk begins, and where the last one ends.
+    starts: Vec<usize>,
+    chunks: Arena,
+    /// By tensor: the momentum of a running statistic, or less than 0.
+    running: Arena,
+    numbers: Arena,
+    begin: Kernel<(Write<Numbers>, Numbers)>,
+    rule: Kernel<(Arenas,)>,
+    norms: Option<Norms>,
+}
+
+/// The arenas that an update works on, each with all elements of the parameters.
+pub struct Buffers<'a> {
+    pub params: SliceMut<'a>,
+    /// Sums over all ranks.
+    pub grads: Slice<'a>,
+    /// In the order of `Optimizer::state`, zeros at first.
+    pub state: &'a mut [SliceMut<'a>],
+    /// The rounded weights; empty where layers read f32.
+    pub rounded: SliceMut<'a>,
+}
+
+/// A part of one tensor, as in optim.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Chunk {
+    first: u64,
+    len: u32,
+    tensor: u32,
+}
+
+impl Value for Chunk {
+    const NAME: &'static str = "Chunk";
+}
+
+/// Addresses and bounds, as in optim.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Arenas {
+    chunks: usize,
+    running: usize,
+    numbers: usize,
+    params: usize,
+    grads: usize,
+    state: [usize; 2],
+    rounded: usize,
+    rates: usize,
+    first: u64,
+    end: u64,
+}
+
+// SAFETY: the same struct in optim.cu: eleven words of 64 bits.
+unsafe impl Argument for Arenas {
+    fn c_type() -> String {
+        "Arenas".to_owned()
+    }
+}
+
+impl Update {
+    /// For a net whose layers read weights of type `element`.
+    pub fn new(config: &raw::Optimizer, table: &ParamTable, element: Element) -> Result<Update> {
+        let gpu = Gpu::of_this_rank()?;
+        let (chunks, firsts) = cut(table);
+        let running = table.params.iter().map(|param| match param.spec.role {
+            Role::Running { momentum } => momentum,
+            Role::Trainable => -1.0,
+        });
+        let running: Vec<f32> = running.collect();
+        let end = chunks.last().map_or(0, |last| last.first as usize + last.len as usize);
+        let starts = chunks.iter().map(|chunk| chunk.first as usize).chain([end]).collect();
+        let module = gpu.module(&SOURCE, element)?;
+        let rule = super::new(config);
+        let norms = config.shared.clip_norm.is_some() || rule.needs_norms();
+        Ok(Update {
+            states: rule.state().len(),
+            starts,
+            norms: norms.then(|| Norms::new(&gpu, &module, chunks.len(), &firsts, &*rule)).transpose()?,
+            chunks: uploaded(&gpu, &chunks)?,
+            running: uploaded(&gpu, &running)?,
+            numbers: gpu.allocate(size_of::<Numbers>())?,
+            begin: module.kernel("begin_step")?,
+            rule: module.kernel(kernel_of(&config.rule))?,
+            gpu,
+            config: config.clone(),
+        })
+    }
+
+    /// A step begins: its learning rate and number go to the GPU.
+    pub fn begin(&self, at: At) -> Result<()> {
+        let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
+        let numbers = Numbers::new(&self.config, at);
+        // SAFETY: this memory is used by the compute stream alone.
+        unsafe { self.begin.launch(self.gpu.compute(), one, ((&mut whole_mut(&self.numbers)).into(), numbers)) }
+    }
+
+    /// Where the update needs norms of whole gradients, between `begin` and the first `update` of a step: clips and sets rates.
+    ///
+    /// # Safety
+    /// All elements of both arenas stay allocated, and nobody else writes them, until the compute stream has come past this.
+    pub unsafe fn measure(&self, grads: Slice<'_>, params: Slice<'_>) -> Result<()> {
+        let Some(norms) = &self.norms else { return Ok(()) };
+        let of = |values| Measured { values, chunks: &self.chunks, running: &self.running, numbers: &self.numbers };
+        if self.config.shared.clip_norm.is_some() {
+            // SAFETY: the caller's promise.
+            unsafe { norms.squares(&self.gpu, of(grads), false, &norms.gradients) }?;
+            norms.clip(&self.gpu, &self.numbers)?;
+        }
+        let Some(rates) = &norms.rates else { return Ok(()) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            norms.squares(&self.gpu, of(grads), true, &norms.gradients)?;
+            norms.squares(&self.gpu, of(params), false, &norms.weights)?;
+        }
+        norms.set_rates(&self.gpu, &self.numbers, rates)
+    }
+
+    /// Updates the parameters, the state and the rounded weights at `elements`, which begin at a multiple of 16.
+    ///
+    /// # Safety
+    /// All stay allocated, and nobody else touches these elements, until the compute stream has come past this.
+    pub unsafe fn update(&self, elements: Range<usize>, buffers: Buffers<'_>) -> Result<()> {
+        assert!(elements.start.is_multiple_of(16), "an update from element {} on", elements.start);
+        assert_eq!(buffers.state.len(), self.states, "tensors of state");
+        let bytes = elements.end * size_of::<f32>();
+        let arenas = [buffers.params.bytes(), buffers.grads.bytes()];
+        assert!(arenas.into_iter().chain(buffers.state.iter().map(SliceMut::bytes)).all(|arena| arena >= bytes));
+        assert_eq!(buffers.params.place(), Place::Cuda, "a CUDA kernel was given memory of the CPU");
+        let chunks = self.starts.len() - 1;
+        let first = self.starts[1..].partition_point(|&end| end <= elements.start).min(chunks);
+        let last = self.starts[..chunks].partition_point(|&start| start < elements.end);
+        if first >= last {
+            return Ok(());
+        }
+        let state = |number: usize| buffers.state.get(number).map_or(0, SliceMut::address);
+        let rates = self.norms.as_ref().and_then(|norms| norms.rates.as_ref());
+        let arenas = Arenas {
+            chunks: self.chunks.address() + first * size_of::<Chunk>(),
+            running: self.running.address(),
+            numbers: self.numbers.address(),
+            params: buffers.params.address(),
+            grads: buffers.grads.address(),
+            state: [state(0), state(1)],
+            rounded: if buffers.rounded.bytes() > 0 { buffers.rounded.address() } else { 0 },
+            rates: rates.map_or(0, Arena::address),
+            first: elements.start as u64,
+            end: elements.end as u64,
+        };
+        // SAFETY: the chunks that the elements are in, and arenas that reach so far; the caller vouches for the rest.
+        unsafe { self.rule.launch(self.gpu.compute(), blocks(last - first), (arenas,)) }
+    }
+}
+
+/// The chunks of all tensors, in order, and the number of each tensor's first, and of all.
+fn cut(table: &ParamTable) -> (Vec<Chunk>, Vec<u32>) {
+    let (mut chunks, mut firsts) = (Vec::new(), vec![0]);
+    for (tensor, param) in table.params.iter().enumerate() {
+        for first in param.range.clone().step_by(CHUNK) {
+            let len = CHUNK.min(param.range.end - first);
+            chunks.push(Chunk { first: first as u64, len: len as u32, tensor: tensor as u32 });
+        }
+        firsts.push(chunks.len() as u32);
+    }
+    (chunks, firsts)
+}
+
+fn kernel_of(rule: &Rule) -> &'static str {
+    match rule {
+        Rule::Sgd { momentum: 0.0, .. } => "update_sgd",
+        Rule::Sgd { nesterov: true, .. } => "update_nesterov",
+        Rule::Sgd { .. } => "update_momentum",
+        Rule::Adam { .. } | Rule::Adamw { .. } => "update_adam",
+        Rule::Adagrad { .. } => "update_adagrad",
+        Rule::Adadelta { .. } => "update_adadelta",
+        Rule::Lars { .. } => "update_lars",
+    }
+}
+
+/// L2 norms of whole tensors, and what is made of them.
+struct Norms {
+    tensors: usize,
+    /// Numbers of the tensors' first chunks.
+    firsts: Arena,
+    /// f64 by chunk.
+    sums: Arena,
+    /// f64 by tensor.
+    gradients: Arena,
+    weights: Arena,
+    /// Learning rates by tensor, where the rule makes them.
+    rates: Option<Arena>,
+    chunk_squares: Kernel<(Read<f32>, Read<Chunk>, Read<Numbers>, u32, Write<f64>)>,
+    tensor_squares: Kernel<(Write<f64>, Read<Chunk>, Read<u32>, Read<f32>, Write<f64>)>,
+    clip_by_norm: Kernel<(Read<f64>, Write<Numbers>, u32)>,
+    lars_rates: Kernel<(Read<f64>, Read<f64>, Read<Numbers>, Write<f32>, u32)>,
+}
+
+/// An arena whose squares are summed, and how it is cut.
+struct Measured<'a> {
+    values: Slice<'a>,
+    chunks: &'a Arena,
+    running: &'a Arena,
+    numbers: &'a Arena,
+}
+
+impl Norms {
+    fn new(gpu: &Gpu, module: &Arc<Module>, chunks: usize, firsts: &[u32], rule: &dyn Optimizer) -> Result<Norms> {
+        let tensors = firsts.len() - 1;
+        let rates = rule.needs_norms().then(|| gpu.allocate(tensors * size_of::<f32>()));
+        Ok(Norms {
+            tensors,
+            firsts: uploaded(gpu, firsts)?,
+            sums: gpu.allocate(chunks * size_of::<f64>())?,
+            gradients: gpu.allocate(tensors * size_of::<f64>())?,
+            weights: gpu.allocate(tensors * size_of::<f64>())?,
+            rates: rates.transpose()?,
+            chunk_squares: module.kernel("chunk_squares")?,
+            tensor_squares: module.kernel("tensor_squares")?,
+            clip_by_norm: module.kernel("clip_by_norm")?,
+            lars_rates: module.kernel("lars_rates")?,
+        })
+    }
+
+    /// The squares of each tensor, after clipping where that is wanted.
+    ///
+    /// # Safety
+    /// The values stay allocated, and nobody else writes them, until the compute stream has come past this.
+    unsafe fn squares(&self, gpu: &Gpu, of: Measured<'_>, clip: bool, to: &Arena) -> Result<()> {
+        let (mut sums, mut squares) = (whole_mut(&self.sums), whole_mut(to));
+        let by_chunk =
+            (of.values.into(), whole(of.chunks).into(), whole(of.numbers).into(), u32::from(clip), (&mut sums).into());
+        let by_tensor = (
+            (&mut sums).into(),
+            whole(of.chunks).into(),
+            whole(&self.firsts).into(),
+            whole(of.running).into(),
+            (&mut squares).into(),
+        );
+        let chunks = self.sums.bytes() / size_of::<f64>();
+        // SAFETY: lengths as the kernels' comments say; the caller vouches for the values.
+        unsafe {
+            self.chunk_squares.launch(gpu.compute(), blocks(chunks), by_chunk)?;
+            self.tensor_squares.launch(gpu.compute(), blocks(self.tensors), by_tensor)
+        }
+    }
+
+    /// Sets the factor of all gradients.
+    fn clip(&self, gpu: &Gpu, numbers: &Arena) -> Result<()> {
+        let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
+        let arguments = (whole(&self.gradients).into(), (&mut whole_mut(numbers)).into(), self.tensors as u32);
+        // SAFETY: a square for each tensor.
+        unsafe { self.clip_by_norm.launch(gpu.compute(), one, arguments) }
+    }
+
+    fn set_rates(&self, gpu: &Gpu, numbers: &Arena, rates: &Arena) -> Result<()> {
+        let arguments = (
+            whole(&self.gradients).into(),
+            whole(&self.weights).into(),
+            whole(numbers).into(),
+            (&mut whole_mut(rates)).into(),
+            self.tensors as u32,
+        );
+        // SAFETY: a square of each kind and a rate for each tensor.
+        unsafe { self.lars_rates.launch(gpu.compute(), gpu.grid_over(self.tensors), arguments) }
+    }
+}
+
+/// A block for each of so many.
+fn blocks(count: usize) -> Grid {
+    Grid { blocks: [count as u32, 1, 1], threads: [THREADS, 1, 1], shared_bytes: 0 }
+}
+
+fn uploaded<V: bytemuck::Pod>(gpu: &Gpu, values: &[V]) -> Result<Arena> {
+    let arena = gpu.allocate(size_of_val(values))?;
+    // SAFETY: the values' own bytes, whose alignment is at least 4, for the time of the call.
+    let from = unsafe { Slice::from_raw(Place::Host, values.as_ptr() as usize, size_of_val(values)) };
+    gpu.compute().copy_and_wait(from, whole_mut(&arena))?;
+    Ok(arena)
+}
+
+/// Memory that only the compute stream uses, in order.
+fn whole(arena: &Arena) -> Slice<'_> {
+    // SAFETY: as the comment says.
+    unsafe { arena.slice(0..arena.bytes()) }
+}
+
+fn whole_mut(arena: &Arena) -> SliceMut<'_> {
+    // SAFETY: as above.
+    unsafe { arena.slice_mut(0..arena.bytes()) }
+}

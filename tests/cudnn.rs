@@ -1,0 +1,449 @@
+//! Convolutions on a GPU, here an emulated one, against the CPU's layer; and which of cuDNN's engines compute them.
+
+#[path = "common/emulator.rs"]
+mod emulator;
+
+use emulator::{cache, download, gpu, upload};
+use half::bf16;
+use lockstep::device::cuda::cudnn::{Convolution, Graph, Product, Rules, fastest, first};
+use lockstep::device::cuda::kernels::Element;
+use lockstep::device::{Arena, Place, Slice, SliceMut};
+use lockstep::model::params::ParamSpec;
+use lockstep::model::{Backward, Build, Forward, Layer, LayerSpec, Pass, Shape, layers};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::fs;
+use std::sync::Arc;
+
+/// Counts what the calling thread asks for.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // A thread that ends may have no counter any more.
+        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// A convolution as `[[model.layers]]` has it, over images of a shape.
+struct Case {
+    input: Shape,
+    keys: &'static str,
+}
+
+const fn case(h: usize, w: usize, c: usize, keys: &'static str) -> Case {
+    Case { input: Shape::new(h, w, c), keys }
+}
+
+const CASES: &[Case] = &[
+    case(5, 4, 7, "filters = 9\nkernel = 1"),
+    case(7, 6, 8, "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\""),
+    case(9, 7, 3, "filters = 40\nkernel = 3\npadding = \"same\"\nactivation = \"sigmoid\""),
+    case(6, 9, 5, "filters = 6\nkernel = 3\npadding = 2\nbias = false\nactivation = \"relu\""),
+    case(5, 5, 4, "filters = 3\nkernel = [3, 2]\npadding = [1, 0]\nbias = false\nactivation = \"tanh\""),
+    // Strides that leave the last rows unseen, that skip pixels, that differ.
+    case(8, 8, 9, "filters = 8\nkernel = 3\nstride = 2\npadding = 1\nactivation = \"relu\""),
+    case(9, 7, 8, "filters = 4\nkernel = 1\nstride = 2"),
+    case(10, 11, 8, "filters = 3\nkernel = [3, 2]\nstride = [2, 3]\npadding = [2, 0]"),
+    // More zeros behind than in front: arranged in blocks of one pixel.
+    case(6, 6, 9, "filters = 4\nkernel = 2\npadding = \"same\"\nactivation = \"relu\""),
+    case(8, 7, 8, "filters = 8\nkernel = [3, 4]\nstride = 2\npadding = \"same\"\ngroups = 4"),
+    // Few channels and a stride: space to depth.
+    case(23, 23, 3, "filters = 10\nkernel = 11\nstride = 4\npadding = 2\nactivation = \"relu\""),
+    case(8, 9, 1, "filters = 5\nkernel = [2, 3]\nstride = 2\nactivation = \"relu\""),
+    case(9, 9, 3, "filters = 4\nkernel = 3\nstride = 2\npadding = \"same\"\nbias = false"),
+    // Groups, down to depthwise.
+    case(6, 7, 8, "filters = 12\nkernel = 3\npadding = 1\ngroups = 4"),
+    case(5, 5, 6, "filters = 6\nkernel = 3\npadding = 1\ngroups = 6\nactivation = \"relu\""),
+];
+
+/// Samples that layers are built for.
+const BATCH: usize = 5;
+
+/// y, dx, dweight in canonical order, dbias.
+type Results = [Vec<f32>; 4];
+
+impl Case {
+    fn spec(&self) -> Arc<dyn LayerSpec> {
+        let keys = toml::from_str(self.keys).unwrap_or_else(|error| panic!("{}: {error}", self.keys));
+        (layers::find("conv2d").unwrap().parse)(keys).unwrap_or_else(|error| panic!("{}: {error}", self.keys)).spec
+    }
+
+    /// x, dy and the parameters in canonical order, made by a function of index and number.
+    fn values(&self, batch: usize, value: impl Fn(usize, usize) -> f32) -> (Vec<f32>, Vec<f32>, Vec<Vec<f32>>) {
+        let inferred = self.spec().infer(&[self.input]).unwrap();
+        let values = |len: usize, number: usize| (0..len).map(|i| value(i, number)).collect::<Vec<f32>>();
+        let params = inferred.params.iter().enumerate().map(|(i, param)| values(param.len(), 3 + i)).collect();
+        (values(batch * self.input.len(), 1), values(batch * inferred.output.len(), 2), params)
+    }
+
+    fn cpu(&self, batch: usize, masks: bool, value: impl Fn(usize, usize) -> f32) -> Results {
+        let (x, mut dy, params) = self.values(batch, value);
+        let (spec, inputs) = (self.spec(), [self.input]);
+        let inferred = spec.infer(&inputs).unwrap();
+        let arena = |i: usize, canonical: &Vec<f32>| {
+            let mut arena = vec![0.0; canonical.len()];
+            inferred.params[i].to_arena(canonical, &mut arena);
+            arena
+        };
+        let params: Vec<Vec<f32>> = params.iter().enumerate().map(|(i, param)| arena(i, param)).collect();
+        let build = Build { inputs: &inputs, batch, threads: 1, ..Build::default() };
+        let mut layer = spec.build(&build).unwrap();
+        let (mut y, mut dx) = (vec![f32::NAN; dy.len()], vec![f32::NAN; x.len()]);
+        let mut grads: Vec<Vec<f32>> = params.iter().map(|param| vec![f32::NAN; param.len()]).collect();
+        let mut scratch = vec![f32::NAN; layer.scratch_bytes() / 4];
+        let slices: Vec<Slice> = params.iter().map(|param| param[..].into()).collect();
+        let io = Forward {
+            inputs: &[x[..].into()],
+            output: (&mut y[..]).into(),
+            params: &slices,
+            params_bf16: &[],
+            saved: SliceMut::empty(),
+            scratch: (&mut scratch[..]).into(),
+        };
+        layer.forward(&pass(batch), io).unwrap();
+        let io = Backward {
+            inputs: &[x[..].into()],
+            output: if inferred.backward_reads_output { y[..].into() } else { Slice::empty() },
+            grad_output: (&mut dy[..]).into(),
+            grad_inputs: &mut [(&mut dx[..]).into()],
+            params: &slices,
+            params_bf16: &[],
+            grad_params: &mut grads.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
+            factors: SliceMut::empty(),
+            saved: Slice::empty(),
+            scratch: (&mut scratch[..]).into(),
+        };
+        layer.backward(&pass(batch), io).unwrap();
+        if masks {
+            x.iter().zip(&mut dx).filter(|(x, _)| **x <= 0.0).for_each(|(_, dx)| *dx = 0.0);
+        }
+        let mut dweight = vec![0.0; grads[0].len()];
+        inferred.params[0].to_canonical(&grads[0], &mut dweight);
+        [y, dx, dweight, grads.get(1).cloned().unwrap_or_default()]
+    }
+}
+
+fn pass(batch: usize) -> Pass {
+    Pass { batch, training: true, first_sample: 0, share: 1.0 }
+}
+
+/// A layer on the GPU.
+struct Subject<'a> {
+    case: &'a Case,
+    element: Element,
+    layer: Box<dyn Layer>,
+    specs: Vec<ParamSpec>,
+    reads_output: bool,
+}
+
+/// Device memory of a pass. Parameters are there as they are and rounded.
+struct Buffers {
+    x: Arena,
+    y: Arena,
+    dx: Arena,
+    dy: Arena,
+    params: Vec<Arena>,
+    rounded: Vec<Arena>,
+    grads: Vec<Arena>,
+    scratch: Arena,
+}
+
+impl Subject<'_> {
+    fn new(case: &Case, element: Element, with: impl Fn(&mut Build<'_>)) -> Subject<'_> {
+        gpu();
+        let inputs = [case.input];
+        let mut build = Build { inputs: &inputs, batch: BATCH, place: Place::Cuda, ..Build::default() };
+        (build.training, build.grad_inputs) = (true, true);
+        with(&mut build);
+        let spec = case.spec();
+        let inferred = spec.infer(&inputs).unwrap();
+        let layer = if element == Element::F32 { spec.build(&build) } else { spec.build_bf16(&build) };
+        Subject {
+            layer: layer.unwrap_or_else(|error| panic!("{}: {error}", case.keys)),
+            specs: inferred.params.into_iter().map(|param| param.on(Place::Cuda)).collect(),
+            reads_output: inferred.backward_reads_output,
+            case,
+            element,
+        }
+    }
+
+    /// Forward and backward into poisoned memory.
+    fn run(&mut self, batch: usize, value: impl Fn(usize, usize) -> f32) -> Results {
+        let buffers = self.buffers(batch, value);
+        self.pass(batch, &buffers);
+        let grad = |i: usize| buffers.grads.get(i).map_or(vec![], download);
+        let mut dweight = vec![0.0; self.specs[0].len()];
+        self.specs[0].to_canonical(&grad(0), &mut dweight);
+        [self.download(&buffers.y), self.download(&buffers.dx), dweight, grad(1)]
+    }
+
+    fn buffers(&self, batch: usize, value: impl Fn(usize, usize) -> f32) -> Buffers {
+        let (x, dy, params) = self.case.values(batch, value);
+        let arena = |(spec, canonical): (&ParamSpec, &Vec<f32>)| {
+            let mut arena = vec![0.0; canonical.len()];
+            spec.to_arena(canonical, &mut arena);
+            arena
+        };
+        let params: Vec<Vec<f32>> = self.specs.iter().zip(&params).map(arena).collect();
+        let (x, dy) = (self.upload(&x), self.upload(&dy));
+        Buffers {
+            y: poisoned(dy.bytes()),
+            dx: poisoned(x.bytes()),
+            params: params.iter().map(|param| upload(param)).collect(),
+            rounded: params.iter().map(|param| self.upload(param)).collect(),
+            grads: params.iter().map(|param| poisoned(4 * param.len())).collect(),
+            scratch: poisoned(self.layer.scratch_bytes()),
+            x,
+            dy,
+        }
+    }
+
+    /// Forward, and backward from its output.
+    fn pass(&mut self, batch: usize, buffers: &Buffers) {
+        let Buffers { x, y, dx, dy, scratch, .. } = buffers;
+        let (params, rounded) = (two(&buffers.params), two(&buffers.rounded));
+        let count = self.specs.len();
+        let io = Forward {
+            inputs: &[all(x)],
+            output: all_mut(y),
+            params: &params[..count],
+            params_bf16: if self.element == Element::F32 { &[] } else { &rounded[..count] },
+            saved: SliceMut::empty(),
+            scratch: all_mut(scratch),
+        };
+        self.layer.forward(&pass(batch), io).unwrap();
+        let mut grads = [0, 1].map(|i| buffers.grads.get(i).map_or(SliceMut::empty(), all_mut));
+        let io = Backward {
+            inputs: &[all(x)],
+            output: if self.reads_output { all(y) } else { Slice::empty() },
+            grad_output: all_mut(dy),
+            grad_inputs: &mut [all_mut(dx)],
+            params: &params[..count],
+            params_bf16: if self.element == Element::F32 { &[] } else { &rounded[..count] },
+            grad_params: &mut grads[..count],
+            factors: SliceMut::empty(),
+            saved: Slice::empty(),
+            scratch: all_mut(scratch),
+        };
+        self.layer.backward(&pass(batch), io).unwrap();
+    }
+
+    /// In the layer's type.
+    fn upload(&self, values: &[f32]) -> Arena {
+        match self.element {
+            Element::F32 => upload(values),
+            _ => upload(&values.iter().map(|&value| bf16::from_f32(value)).collect::<Vec<_>>()),
+        }
+    }
+
+    fn download(&self, arena: &Arena) -> Vec<f32> {
+        match self.element {
+            Element::F32 => download(arena),
+            _ => download::<bf16>(arena).into_iter().map(f32::from).collect(),
+        }
+    }
+}
+
+/// At most two, empty ones behind them.
+fn two(arenas: &[Arena]) -> [Slice<'_>; 2] {
+    [0, 1].map(|i| arenas.get(i).map_or(Slice::empty(), all))
+}
+
+/// NaNs in any type.
+fn poisoned(bytes: usize) -> Arena {
+    upload(&vec![bf16::from_bits(u16::MAX); bytes / 2])
+}
+
+fn all(arena: &Arena) -> Slice<'_> {
+    // SAFETY: the stream's work on it comes one after the other.
+    unsafe { arena.slice(0..arena.bytes()) }
+}
+
+fn all_mut(arena: &Arena) -> SliceMut<'_> {
+    // SAFETY: as above.
+    unsafe { arena.slice_mut(0..arena.bytes()) }
+}
+
+/// Values of both signs that bf16 holds exactly.
+fn mixed(i: usize, number: usize) -> f32 {
+    bf16::from_f32(((i * 37 + number * 101) % 211) as f32 / 211.0 - 0.45).to_f32()
+}
+
+fn assert_close(what: &str, case: &Case, found: &Results, expected: &Results, tolerance: f32) {
+    for (name, (found, expected)) in ["y", "dx", "dweight", "dbias"].iter().zip(found.iter().zip(expected)) {
+        let largest = expected.iter().fold(1e-3, |largest: f32, value| largest.max(value.abs()));
+        assert_eq!(found.len(), expected.len());
+        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let close = (found - expected).abs() <= tolerance * largest;
+            assert!(close, "{what}: {name}[{i}] is {found}, expected {expected}: {}", case.keys.replace('\n', ", "));
+        }
+    }
+}
+
+/// Full batches and short ones, and full ones again; the mask of a ReLU in front with all of them.
+#[test]
+fn the_layer_agrees_with_the_cpus() {
+    for case in CASES {
+        for (element, tolerance) in [(Element::F32, 2e-6), (Element::Bf16, 1e-2)] {
+            for masks in [false, true] {
+                let mut subject = Subject::new(case, element, |build| build.masks_input = masks);
+                for batch in [BATCH, 2, BATCH] {
+                    let expected = case.cpu(batch, masks, mixed);
+                    let what = format!("{element:?}, {batch} samples, masks {masks}");
+                    assert_close(&what, case, &subject.run(batch, mixed), &expected, tolerance);
+                }
+            }
+        }
+    }
+}
+
+/// Sums of small integers are exact in any order, so nothing but the right products was added.
+#[test]
+fn arranged_images_give_the_same_products() {
+    let integer = |i: usize, number: usize| ((i * 7 + number * 3) % 9) as f32 - 4.0;
+    for case in [
+        case(31, 31, 3, "filters = 4\nkernel = 11\nstride = 4"),
+        case(28, 30, 3, "filters = 4\nkernel = 11\nstride = 4\npadding = 2"),
+        case(10, 10, 7, "filters = 4\nkernel = 4\nstride = 3\npadding = \"same\""),
+        case(6, 7, 9, "filters = 4\nkernel = 4\npadding = \"same\""),
+    ] {
+        let found = Subject::new(&case, Element::F32, |_| ()).run(BATCH, integer);
+        assert!(found == case.cpu(BATCH, false, integer), "{}", case.keys);
+    }
+}
+
+/// Once a layer has met its buffers, its passes ask the heap of this program for nothing.
+#[test]
+fn a_pass_allocates_nothing_on_the_host() {
+    for case in CASES {
+        let mut subject = Subject::new(case, Element::Bf16, |build| build.masks_input = true);
+        let buffers = subject.buffers(BATCH, mixed);
+        subject.pass(BATCH, &buffers);
+        let before = ALLOCATIONS.get();
+        subject.pass(BATCH, &buffers);
+        assert_eq!(ALLOCATIONS.get() - before, 0, "{}", case.keys);
+    }
+}
+
+/// A layer whose reader has undone its ReLU leaves the gradient as it is.
+#[test]
+fn a_gradient_that_is_masked_is_not_masked_again() {
+    let relu = case(7, 6, 8, "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\"");
+    let none = case(7, 6, 8, "filters = 16\nkernel = 3\npadding = 1");
+    let [_, dx, dweight, dbias] = Subject::new(&relu, Element::F32, |build| build.grad_masked = true).run(BATCH, mixed);
+    let [_, expected_dx, expected_dweight, expected_dbias] = none.cpu(BATCH, false, mixed);
+    let (found, expected) = ([vec![], dx, dweight, dbias], [vec![], expected_dx, expected_dweight, expected_dbias]);
+    assert_close("masked before", &relu, &found, &expected, 2e-6);
+}
+
+/// TF32 reads 11 significant bits of each factor, which is far from f32, but only where it is asked for.
+#[test]
+fn tf32_is_used_if_it_is_asked_for() {
+    let case = case(7, 6, 8, "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\"");
+    let odd = |i: usize, number: usize| ((i * 37 + number * 101) % 211) as f32 / 211.0 - 0.45;
+    let error = |tf32| {
+        let [found, ..] = Subject::new(&case, Element::F32, |build| build.tf32 = tf32).run(BATCH, odd);
+        let [expected, ..] = case.cpu(BATCH, false, odd);
+        found.iter().zip(&expected).fold(0.0, |worst: f32, (a, b)| worst.max((a - b).abs()))
+    };
+    let [exact, cut] = [false, true].map(error);
+    assert!(exact < 1e-5 && (1e-5..1e-2).contains(&cut), "{exact} and {cut}");
+}
+
+const CONVOLUTION: Convolution = Convolution {
+    batch: 2,
+    input: [8, 8, 8],
+    output: [8, 8, 16],
+    kernel: [3, 3],
+    stride: [1, 1],
+    before: [1, 1],
+    after: [1, 1],
+    groups: 1,
+};
+const PLAIN: Product = Product::Forward { bias: false, relu: false };
+const RULES: Rules = Rules { nondeterministic: false, tf32: false, direct: false, workspace: 1 << 20 };
+
+fn graph(convolution: Convolution, product: Product, element: Element) -> Arc<Graph> {
+    Arc::new(Graph::new(&gpu().cudnn().unwrap(), convolution, product, element).unwrap())
+}
+
+#[test]
+fn engines_that_break_a_rule_are_not_taken() {
+    let name = |product, element, rules| {
+        first(&graph(CONVOLUTION, product, element), rules).unwrap().map(|plan| plan.name().to_owned())
+    };
+    let of = |rules| name(PLAIN, Element::F32, rules);
+    assert_eq!(of(RULES).as_deref(), Some("eng4_k13=16"));
+    assert_eq!(of(Rules { direct: true, ..RULES }).as_deref(), Some("eng2_k13=16"));
+    assert_eq!(of(Rules { tf32: true, ..RULES }).as_deref(), Some("eng1_k13=16"));
+    assert_eq!(of(Rules { tf32: true, nondeterministic: true, ..RULES }).as_deref(), Some("eng0_k13=16"));
+    assert_eq!(of(Rules { workspace: 100, ..RULES }), None);
+    assert_eq!(name(PLAIN, Element::Bf16, RULES).as_deref(), Some("eng1_k13=16"));
+    let fused = Product::Forward { bias: true, relu: true };
+    assert_eq!(name(fused, Element::F32, RULES), None);
+    assert_eq!(name(fused, Element::F16, RULES).as_deref(), Some("eng1_k13=16"));
+}
+
+/// What timing chose once is chosen again, by whoever asks; what is not there any more is timed anew.
+#[test]
+fn a_choice_stands() {
+    let convolution = Convolution { batch: 3, ..CONVOLUTION };
+    let choose = || fastest(gpu(), &graph(convolution, PLAIN, Element::F32), RULES).unwrap().unwrap().name().to_owned();
+    let chosen = choose();
+    let folder = cache().join("lockstep/choices");
+    let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let text = |path: &std::path::Path| fs::read_to_string(path).unwrap_or_default();
+    let file = files.into_iter().find(|path| text(path).contains("forward of a 3x3 convolution of 3x8x8x8")).unwrap();
+    let (key, noted) = text(&file).split_once('\n').map(|(key, choice)| (key.to_owned(), choice.to_owned())).unwrap();
+    assert_eq!(noted, format!("{chosen}\n"));
+    for other in ["eng4_k13=16", "eng2_k13=32"] {
+        fs::write(&file, format!("{key}\n{other}\n")).unwrap();
+        assert_eq!(choose(), other);
+    }
+    fs::write(&file, format!("{key}\neng7\n")).unwrap();
+    assert!(["eng4_k13=16", "eng2_k13=16", "eng2_k13=32"].contains(&&*choose()));
+}
+
+#[test]
+fn what_cudnn_refuses_is_said_in_its_words() {
+    let wrong = Convolution { output: [7, 8, 16], ..CONVOLUTION };
+    let error = Graph::new(&gpu().cudnn().unwrap(), wrong, PLAIN, Element::F32).err().unwrap().to_string();
+    let expected =
+        "cuDNN's cudnnBackendFinalize failed with CUDNN_STATUS_BAD_PARAM: cudnnBackendFinalize: convolution of x";
+    assert!(error.contains(expected), "{error}");
+    // No engine pads one side more than the other.
+    let lopsided = Convolution { output: [9, 8, 16], after: [2, 1], ..CONVOLUTION };
+    assert!(fastest(gpu(), &graph(lopsided, PLAIN, Element::F32), RULES).unwrap().is_none());
+}
+
+/// More sets of buffers than a plan keeps, then the first again.
+#[test]
+fn a_plan_takes_any_buffers() {
+    let mut plan = first(&graph(CONVOLUTION, PLAIN, Element::F32), RULES).unwrap().unwrap();
+    let [x, w, y] = plan.graph().buffers()[..] else { panic!("three buffers") };
+    let ones = |bytes: usize| upload(&vec![1f32; bytes / 4]);
+    let (x, w, workspace) = (ones(x), ones(w), ones(plan.workspace_bytes()));
+    let outputs: Vec<Arena> = (0..20).map(|_| ones(y)).collect();
+    for output in outputs.iter().chain(&outputs[..1]) {
+        // SAFETY: buffers of the graph's lengths.
+        unsafe { plan.run(&[x.address(), w.address(), output.address()], workspace.address()) }.unwrap();
+        let found: Vec<f32> = download(output);
+        // 8 channels under 9 taps, at a corner 4.
+        assert_eq!((found[0], found[9 * 16]), (32.0, 72.0));
+    }
+}

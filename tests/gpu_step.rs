@@ -1,0 +1,173 @@
+//! The loss and the update on a GPU, here an emulated one, against the CPU's.
+
+#[path = "common/emulator.rs"]
+mod emulator;
+#[path = "common/values.rs"]
+mod values;
+
+use emulator::upload;
+use lockstep::config::raw::{self, OptimizerShared, Rule};
+use lockstep::device::cuda::kernels::Element;
+use lockstep::device::{Slice, SliceMut};
+use lockstep::model::loss::{self, Loss};
+use lockstep::model::params::{Init, Layout, Param, ParamSpec, ParamTable, Role};
+use lockstep::optim::{self, At, Norms, clip, norm};
+use values::{Values, distance};
+
+#[test]
+fn losses_agree_with_the_cpus() {
+    for (classes, batch) in [(2, 1), (10, 9), (33, 300), (1000, 17)] {
+        let weights = (0..classes).map(|k| ((k + 1) % 5) as f32 * 0.5).collect::<Vec<_>>();
+        let cross_entropy = |label_smoothing| raw::Loss::SoftmaxCrossEntropy { label_smoothing, class_weights: None };
+        for (config, weights) in [
+            (cross_entropy(0.0), None),
+            (cross_entropy(0.1), None),
+            (cross_entropy(0.2), Some(weights)),
+            (raw::Loss::KlDivergence { label_smoothing: 0.3 }, None),
+            (raw::Loss::Mse {}, None),
+        ] {
+            let loss = Loss::new(&config, classes, weights).unwrap();
+            check_loss(&loss, classes, batch, Element::F32);
+            check_loss(&loss, classes, batch.min(40), Element::Bf16);
+        }
+    }
+}
+
+fn check_loss(loss: &Loss, classes: usize, batch: usize, element: Element) {
+    let value = |i: usize| ((i * 7919 % 1013) as f32 - 500.0) * 0.02;
+    // Of equal values the first is the answer.
+    let outputs = Values::of(&(0..batch * classes).map(|i| value(i).round()).collect::<Vec<_>>(), element);
+    let labels: Vec<u32> = (0..batch).map(|i| (i * 13 % classes) as u32).collect();
+    let scale = 1.0 / batch as f32;
+    let mut expected = vec![f32::NAN; batch * classes];
+    let x = Slice::from(&outputs.values[..]);
+    let sums = loss.forward_backward(x, &labels, scale, SliceMut::from(&mut expected[..]));
+
+    let on_gpu = loss::cuda::Loss::new(loss, 300, element).unwrap();
+    let memory = upload(&labels);
+    // SAFETY: nobody writes it.
+    let labels = unsafe { memory.slice(0..memory.bytes()) };
+    let (grad, found) = (Values::poisoned(batch * classes, element), Values::poisoned(2, Element::F32));
+    // SAFETY: all live until `download` has waited.
+    unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut()) }.unwrap();
+    let what = format!("{loss:?} of {batch} samples in {element:?}");
+    let error = distance(&grad.download(), &expected);
+    assert!(error <= if element == Element::F32 { 3e-6 } else { 4e-3 }, "gradient of {what}: {error}");
+    let both = found.download();
+    assert!(((both[0] - sums.loss_sum) / sums.loss_sum).abs() < 1e-5, "{what}: {both:?}, {sums:?}");
+    assert_eq!(both[1], sums.correct as f32, "{what}");
+
+    let found = Values::poisoned(2, Element::F32);
+    // SAFETY: as above.
+    unsafe { on_gpu.evaluate(outputs.slice(), labels, found.slice_mut()) }.unwrap();
+    assert_eq!(found.download(), both, "{what}");
+}
+
+/// Every rule, with every kind of clipping and decay, gives the CPU's bits: over tensors that end within a line, within a chunk
+/// and with one, some of them running statistics, cut anywhere.
+#[test]
+fn updates_have_the_bits_of_the_cpus() {
+    for rule in [
+        Rule::Sgd { momentum: 0.0, nesterov: false },
+        Rule::Sgd { momentum: 0.9, nesterov: false },
+        Rule::Sgd { momentum: 0.9, nesterov: true },
+        Rule::Adam { betas: [0.9, 0.999], eps: 1e-8 },
+        Rule::Adamw { betas: [0.9, 0.99], eps: 1e-8 },
+        Rule::Adagrad { eps: 1e-10, lr_decay: 0.01 },
+        Rule::Adadelta { rho: 0.9, eps: 1e-6 },
+        Rule::Lars { momentum: 0.9, trust_coefficient: 0.01, eps: 1e-8 },
+    ] {
+        let plain = OptimizerShared { lr: 0.1, weight_decay: 0.0, l1: 0.0, clip_norm: None, clip_value: None };
+        let decayed =
+            OptimizerShared { weight_decay: 1e-2, l1: 1e-3, clip_norm: Some(3.0), clip_value: Some(0.02), ..plain };
+        for (shared, element) in [(plain, Element::F32), (decayed, Element::Bf16)] {
+            check_update(&raw::Optimizer { rule: rule.clone(), shared }, element);
+        }
+    }
+}
+
+fn check_update(config: &raw::Optimizer, element: Element) {
+    let table = table(&[1, 4096, -100, 37, 5000, 2 * 4096 + 16 * 5 + 3, -7]);
+    let states = optim::new(config).state().len();
+    let mut expected = vec![vec![0.0; table.len()]; 1 + states];
+    (0..).zip(&mut expected[0]).for_each(|(i, w)| *w = value(i, 1.0));
+    let params = Values::of(&expected[0], Element::F32);
+    let state: Vec<_> = (0..states).map(|_| Values::of(&vec![0.0; table.len()], Element::F32)).collect();
+    let rounded = Values::poisoned(if element == Element::F32 { 0 } else { table.len() }, element);
+    let update = optim::cuda::Update::new(config, &table, element).unwrap();
+    for step in 0..3 {
+        let at = At { lr: 0.1 / (step + 1) as f32, step };
+        let grads = (0..table.len()).map(|i| value(i + 31 * step as usize, 0.1)).collect::<Vec<_>>();
+        let on_gpu = Values::of(&grads, Element::F32);
+        update.begin(at).unwrap();
+        // SAFETY: all live until `download` has waited.
+        unsafe { update.measure(on_gpu.slice(), params.slice()) }.unwrap();
+        for elements in [0..16 * 300, 16 * 300..table.len()] {
+            let buffers = optim::cuda::Buffers {
+                params: params.slice_mut(),
+                grads: on_gpu.slice(),
+                state: &mut state.iter().map(Values::slice_mut).collect::<Vec<_>>(),
+                rounded: rounded.slice_mut(),
+            };
+            // SAFETY: as above.
+            unsafe { update.update(elements, buffers) }.unwrap();
+        }
+        update_on_cpu(config, &table, at, grads, &mut expected);
+    }
+    let what = format!("{config:?}");
+    for (found, expected) in std::iter::once(&params).chain(&state).zip(&expected) {
+        let found = found.download();
+        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+            assert_eq!(found.to_bits(), expected.to_bits(), "{what} at {i}: {found}, on the CPU {expected}");
+        }
+    }
+    let in_tensors = |i: &usize| table.params.iter().any(|param| param.range.contains(i));
+    for (i, found) in rounded.download().into_iter().enumerate().filter(|(i, _)| in_tensors(i)) {
+        assert_eq!(found, half::bf16::from_f32(expected[0][i]).to_f32(), "{what}: rounded weight {i}");
+    }
+}
+
+/// As `train::update` does it. arenas: parameters, and each tensor of state.
+fn update_on_cpu(config: &raw::Optimizer, table: &ParamTable, at: At, mut grads: Vec<f32>, arenas: &mut [Vec<f32>]) {
+    let rule = optim::new(config);
+    let trainable = || table.params.iter().filter(|param| param.spec.role == Role::Trainable);
+    if let Some(limit) = config.shared.clip_norm {
+        let squares = trainable().map(|param| norm::sum_of_squares(&grads[param.range.clone()])).sum();
+        trainable().for_each(|param| clip::scale(&mut grads[param.range.clone()], clip::norm_factor(squares, limit)));
+    }
+    let [params, state @ ..] = arenas else { unreachable!("parameters come first") };
+    for param in &table.params {
+        let (params, grads) = (&mut params[param.range.clone()], &mut grads[param.range.clone()]);
+        if let Role::Running { momentum } = param.spec.role {
+            params.iter_mut().zip(&*grads).for_each(|(value, mean)| *value += momentum * (mean - *value));
+            continue;
+        }
+        if let Some(limit) = config.shared.clip_value {
+            clip::clip_value(grads, limit);
+        }
+        let [weight, gradient] = [&*params, grads].map(|values| norm::sum_of_squares(values).sqrt());
+        let at = At { lr: rule.rate(at.lr, Norms { weight, gradient }), ..at };
+        let mut state: Vec<&mut [f32]> = state.iter_mut().map(|arena| &mut arena[param.range.clone()]).collect();
+        rule.update(at, params, grads, &mut state);
+    }
+}
+
+fn value(i: usize, scale: f32) -> f32 {
+    ((i * 7919 % 1013) as f32 - 500.0) * scale * 10f32.powi((i % 7) as i32 - 5)
+}
+
+/// Tensors of these lengths, each from a cache line on; less than 0: running statistics.
+fn table(lengths: &[isize]) -> ParamTable {
+    let mut end = 0;
+    let param = |(number, length): (usize, &isize)| {
+        let len = length.unsigned_abs();
+        let range = end..end + len;
+        end = range.end.next_multiple_of(16);
+        let role = if *length < 0 { Role::Running { momentum: 0.1 } } else { Role::Trainable };
+        let (layout, init) = (Layout::Canonical, Init::Constant(0.0));
+        let spec = ParamSpec { name: "weight", shape: vec![len], layout, init, role };
+        Param { name: number.to_string(), node: number, number: number as u32, spec, range }
+    };
+    let params = lengths.iter().enumerate().map(param).collect();
+    ParamTable { params, tail: end..end + 16 }
+}
