@@ -2,7 +2,7 @@
 //! is the host's, and what is put into a stream has happened when the call returns.
 
 use lockstep::device::cuda::Gpu;
-use lockstep::device::{Arena, Place, Slice, SliceMut};
+use lockstep::device::{Arena, Slice, SliceMut};
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -11,12 +11,8 @@ use std::sync::OnceLock;
 use std::{env, fs};
 
 /// Sources in tests/emulator, and the names by which the libraries are looked for.
-const LIBRARIES: [(&str, &str); 4] = [
-    ("driver.rs", "libcuda.so.1"),
-    ("nvrtc.rs", "libnvrtc.so.13"),
-    ("cublaslt.rs", "libcublasLt.so.13"),
-    ("cudnn/lib.rs", "libcudnn.so.9"),
-];
+const LIBRARIES: [(&str, &str); 3] =
+    [("driver.rs", "libcuda.so.1"), ("nvrtc.rs", "libnvrtc.so.13"), ("cudnn/lib.rs", "libcudnn.so.9")];
 
 /// The GPU that all tests of this process share.
 pub fn gpu() -> &'static Gpu {
@@ -38,27 +34,27 @@ pub fn cache() -> &'static Path {
     CACHE.get_or_init(|| tempfile::tempdir().unwrap()).path()
 }
 
-/// Device memory with these values.
-pub fn upload<V: bytemuck::Pod>(values: &[V]) -> Arena {
-    let arena = gpu().allocate(size_of_val(values)).unwrap();
-    // SAFETY: the values' own bytes, and memory that nobody else knows.
-    let (from, to) = unsafe {
-        let from = Slice::from_raw(Place::Host, values.as_ptr() as usize, size_of_val(values));
-        (from, arena.slice_mut(0..arena.bytes()))
-    };
-    gpu().compute().copy_and_wait(from, to).unwrap();
+/// Device memory with these values, f32 or bf16.
+pub fn upload<V>(values: &[V]) -> Arena
+where
+    for<'a> Slice<'a>: From<&'a [V]>,
+{
+    let from = Slice::from(values);
+    let arena = gpu().allocate(from.bytes()).unwrap();
+    // SAFETY: nobody else knows the memory.
+    gpu().compute().copy_and_wait(from, unsafe { arena.slice_mut(0..arena.bytes()) }).unwrap();
     arena
 }
 
 /// What is in device memory, all work done.
-pub fn download<V: bytemuck::Pod>(arena: &Arena) -> Vec<V> {
-    let mut values = vec![V::zeroed(); arena.bytes() / size_of::<V>()];
-    // SAFETY: the values' own bytes; work that writes the arena is in the same stream, before the copy.
-    let (from, to) = unsafe {
-        let to = SliceMut::from_raw(Place::Host, values.as_mut_ptr() as usize, arena.bytes());
-        (arena.slice(0..arena.bytes()), to)
-    };
-    gpu().compute().copy_and_wait(from, to).unwrap();
+pub fn download<V: Clone + Default>(arena: &Arena) -> Vec<V>
+where
+    for<'a> SliceMut<'a>: From<&'a mut [V]>,
+{
+    let mut values = vec![V::default(); arena.bytes() / size_of::<V>()];
+    // SAFETY: work that writes it is in the same stream, before the copy.
+    let from = unsafe { arena.slice(0..arena.bytes()) };
+    gpu().compute().copy_and_wait(from, SliceMut::from(&mut values[..])).unwrap();
     values
 }
 

@@ -12,7 +12,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// A source in this folder, and the library that it stands for.
-const LIBRARIES: [(&str, &str); 2] = [("driver/lib.rs", "libcuda.so.1"), ("nvrtc.rs", "libnvrtc.so.13")];
+const LIBRARIES: [(&str, &str); 3] =
+    [("driver/lib.rs", "libcuda.so.1"), ("nvrtc.rs", "libnvrtc.so.13"), ("cublaslt.rs", "libcublasLt.so.13")];
 
 /// None, and a line that says why, where there is no compiler for kernels.
 pub fn gpu() -> Option<Gpu> {

@@ -92,6 +92,17 @@ fn cases() -> Vec<Case> {
         case("flatten", "", &[image(6, 6, 70)]),
         case("flatten", "", &[Shape::vector(33)]),
     ]);
+    for (inputs, keys) in [
+        (1, "units = 1"),
+        (37, "units = 70\nactivation = \"relu\""),
+        (64, "units = 48\nactivation = \"relu\""),
+        (64, "units = 40\nactivation = \"tanh\""),
+        (50, "units = 33\nbias = false\nactivation = \"sigmoid\""),
+        (24, "units = 16\nbias = false\nactivation = \"relu\""),
+    ] {
+        cases.push(case("linear", keys, &[Shape::vector(inputs)]));
+    }
+    cases.push(Case { grad_masked: true, ..case("linear", "units = 24\nactivation = \"relu\"", &[Shape::vector(32)]) });
     cases
 }
 

@@ -6,3 +6,6 @@ mod augment;
 mod emulator;
 mod layers;
 mod operands;
+mod products;
+mod step;
+mod values;

@@ -7,6 +7,7 @@ use half::bf16;
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{Arena, Place, Slice, SliceMut};
+use lockstep::model::params::ParamSpec;
 use lockstep::model::{Backward, Build, Forward, Inferred, Layer, LayerSpec, Pass};
 use lockstep::rng::{Purpose, Rng};
 
@@ -54,9 +55,7 @@ impl<'a> Operands<'a> {
         if case.masks_input {
             inputs[0].iter_mut().for_each(|value| *value = value.max(0.0));
         }
-        // Parameters stay f32. Around 1, as a running variance is not below 0.
-        let param = |values: Vec<f32>| values.iter().map(|value| 1.0 + 0.2 * value.clamp(-2.0, 2.0)).collect();
-        let params = inferred.params.iter().map(|spec| param(normal(spec.len()))).collect();
+        let params = inferred.params.iter().map(|spec| param(spec, normal(spec.len()), element)).collect();
         let grad_output = normal(batch * inferred.output.len());
         Operands { case, batch, element, inputs, params, grad_output, inferred }
     }
@@ -87,6 +86,9 @@ impl<'a> Operands<'a> {
             layer: 3,
             masks_input: self.case.masks_input,
             grad_masked: self.case.grad_masked,
+            training: true,
+            grad_inputs: true,
+            ..Build::default()
         }
     }
 
@@ -95,6 +97,7 @@ impl<'a> Operands<'a> {
         let of_batch = |values: &[f32]| memory.activation(&values[..values.len() / self.batch * call.batch]);
         let inputs: Vec<Arena> = self.inputs.iter().map(|input| of_batch(input)).collect();
         let params: Vec<Arena> = self.params.iter().map(|param| memory.f32(param)).collect();
+        let rounded: Vec<Arena> = self.params.iter().map(|param| memory.activation(param)).collect();
         let output_len = call.batch * self.inferred.output.len();
         let mut output = memory.activation(&vec![f32::NAN; output_len]);
         let saved = self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed;
@@ -103,7 +106,7 @@ impl<'a> Operands<'a> {
             inputs: &slices(&inputs),
             output: whole_mut(&mut output),
             params: &slices(&params),
-            params_bf16: &[],
+            params_bf16: &slices(&rounded),
             saved: whole_mut(&mut saved),
             scratch: whole_mut(&mut scratch),
         };
@@ -126,7 +129,7 @@ impl<'a> Operands<'a> {
             grad_output: whole_mut(&mut grad_output),
             grad_inputs: &mut grad_inputs.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             params: &slices(&params),
-            params_bf16: &[],
+            params_bf16: &slices(&rounded),
             grad_params: &mut grad_params.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
             saved: whole(&saved),
@@ -138,6 +141,16 @@ impl<'a> Operands<'a> {
         let of_params = grad_params.iter().map(|grad| memory.read_f32(grad));
         [forward, of_inputs.chain(of_params).collect()]
     }
+}
+
+/// A parameter as the layer's type holds it: the weight of a product such that sums stay around 1, others around 1 themselves, as
+/// a running variance is not below 0.
+fn param(spec: &ParamSpec, normal: Vec<f32>, element: Element) -> Vec<f32> {
+    let value = |normal: f32| match &spec.shape[..] {
+        [_, inputs @ ..] if !inputs.is_empty() => normal / (inputs.iter().product::<usize>() as f32).sqrt(),
+        _ => 1.0 + 0.2 * normal.clamp(-2.0, 2.0),
+    };
+    normal.into_iter().map(|normal| round(element, value(normal))).collect()
 }
 
 fn round(element: Element, value: f32) -> f32 {

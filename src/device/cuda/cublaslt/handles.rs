@@ -17,7 +17,7 @@ const PLAIN: u32 = 0;
 const TRANSPOSED: u32 = 1;
 
 /// Sums of split products: whole in f32, in a fixed order, from the workspace. Products that are not split are always allowed.
-const REDUCTIONS: u32 = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+pub const REDUCTIONS: u32 = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
 
 pub fn check(function: &str, status: sys::cublasStatus_t) -> Result<()> {
     if status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS {

@@ -12,35 +12,29 @@
 //! is transposed here (stored as (k, m) or (n, k)) is transposed there. cuBLASLt adds one bias to each row of its D: a column
 //! of C, so a unit of a layer. Its BGRADB sums op(B) over k: here, the rows of op(L).
 //!
-//! A plan asks the library once for algorithms that fit, times them, and keeps the fastest. Left out are those that split k and
+//! A plan asks the library once for algorithms that fit and keeps the fastest (`tuning`). Left out are those that split k and
 //! sum the parts in place, whose order is that in which blocks end, and those that sum parts in 16 bits; so a plan gives equal
 //! bits at each execution. An execution allocates nothing and asks for no heuristic, as capturing a step into a CUDA graph
 //! demands; only the first one after the number of samples has changed asks whether the algorithm still fits.
 
 mod handles;
+mod tuning;
 
 use super::Gpu;
 use super::kernels::Element;
-use crate::device::{Arena, Slice, SliceMut};
+use crate::device::{Slice, SliceMut};
 use crate::error::{Error, Result};
 use cudarc::cublaslt::sys;
 use handles::{Layout, Library, Operation, Preference, check};
 use std::fmt;
+use tuning::Algorithm;
 
-/// Bytes of workspace that an algorithm may use: what NVIDIA recommends for Hopper.
-const MOST_WORKSPACE: usize = 32 << 20;
 /// Where a workspace has to begin.
 const WORKSPACE_ALIGNMENT: usize = 256;
 /// Every matrix and bias begins at a multiple of so many values, as the arenas lay them out.
 const ALIGNMENT_VALUES: usize = 16;
 /// Algorithms that are tried.
 const CANDIDATES: usize = 8;
-/// Timed executions of each.
-const RUNS: usize = 5;
-/// The library's order stands unless another algorithm is faster than this share of the best time so far: what timing alone
-/// decides, noise may decide otherwise in the next run.
-const CLEARLY_FASTER: f32 = 0.95;
-
 /// What is done to C on its way to memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Epilogue {
@@ -92,12 +86,11 @@ pub struct Matmul {
     left: Layout,
     right: Layout,
     result: Layout,
-    /// The fastest for the greatest number of samples, and what it needs.
-    best: sys::cublasLtMatmulAlgo_t,
-    workspace: usize,
+    /// The one chosen for the greatest number of samples.
+    best: Algorithm,
     /// What the layouts and `algorithm` are set to.
     samples: usize,
-    algorithm: sys::cublasLtMatmulAlgo_t,
+    algorithm: Algorithm,
 }
 
 impl Matmul {
@@ -113,18 +106,19 @@ impl Matmul {
             left: Layout::new(product.factors, left)?,
             right: Layout::new(product.factors, right)?,
             result: Layout::new(product.result, result)?,
-            best: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
-            workspace: 0,
+            best: NO_ALGORITHM,
             samples: left.0,
-            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            algorithm: NO_ALGORITHM,
             product: product.clone(),
         };
-        plan.choose().map(|found| found.then_some(plan))
+        let Some(chosen) = plan.chosen()? else { return Ok(None) };
+        (plan.best, plan.algorithm) = (chosen, chosen);
+        Ok(Some(plan))
     }
 
     /// Of scratch memory that `run` needs, at any address.
     pub fn workspace_bytes(&self) -> usize {
-        match self.workspace {
+        match self.best.workspace {
             0 => 0,
             bytes => bytes + WORKSPACE_ALIGNMENT,
         }
@@ -147,44 +141,11 @@ impl Matmul {
         assert!(operands.workspace.bytes() >= self.workspace_bytes());
         let addresses = [operands.left.address(), operands.right.address(), operands.result.address()];
         let workspace = operands.workspace.address().next_multiple_of(WORKSPACE_ALIGNMENT);
-        self.execute(&self.algorithm, addresses, operands.bias, (workspace, self.workspace))
+        self.execute(&self.algorithm.handle, addresses, operands.bias, (workspace, self.best.workspace))
     }
 }
 
 impl Matmul {
-    /// Takes the fastest algorithm; false if there is none.
-    fn choose(&mut self) -> Result<bool> {
-        // The heuristic does not follow the pointer, but expects of later ones what it sees of its alignment.
-        self.operation.set_bias(ALIGNMENT_VALUES * self.product.result.bytes())?;
-        let candidates = self.candidates(MOST_WORKSPACE)?;
-        let workspace = candidates.iter().map(|candidate| candidate.workspaceSize).max().unwrap_or(0);
-        let trial = Trial::new(&self.gpu, &self.product, workspace)?;
-        let mut best = f32::INFINITY;
-        for candidate in candidates {
-            // One that cannot be run after all is no choice.
-            let Ok(time) = self.time(&candidate.algo, &trial) else { continue };
-            if time < best * CLEARLY_FASTER {
-                (best, self.best, self.workspace) = (time, candidate.algo, candidate.workspaceSize);
-            }
-        }
-        self.algorithm = self.best;
-        Ok(best.is_finite())
-    }
-
-    /// The shortest of some executions, in milliseconds.
-    fn time(&self, algorithm: &sys::cublasLtMatmulAlgo_t, trial: &Trial) -> Result<f32> {
-        let (start, end) = (self.gpu.timer()?, self.gpu.timer()?);
-        let run = || self.execute(algorithm, trial.matrices, trial.bias, trial.workspace);
-        run()?;
-        (0..RUNS).try_fold(f32::INFINITY, |shortest, _| {
-            self.gpu.compute().record(&start)?;
-            run()?;
-            self.gpu.compute().record(&end)?;
-            end.wait()?;
-            Ok(shortest.min(end.ms_since(&start)?))
-        })
-    }
-
     /// Sets the lengths to those of `samples`, and an algorithm that can do them: the chosen one, if it can.
     fn fit(&mut self, samples: usize) -> Result<()> {
         if samples == self.samples {
@@ -194,20 +155,20 @@ impl Matmul {
         self.left.set(left)?;
         self.right.set(right)?;
         self.result.set(result)?;
-        self.algorithm = match self.can(&self.best)? {
+        self.algorithm = match self.can(&self.best, self.best.workspace) {
             true => self.best,
             false => {
-                let others = self.candidates(self.workspace)?;
+                let others = self.candidates(self.best.workspace)?;
                 let what = || format!("cuBLASLt has no algorithm for {}", self.product.with_samples(samples));
-                others.into_iter().next().ok_or_else(|| Error::device(what()))?.algo
+                others.into_iter().next().ok_or_else(|| Error::device(what()))?
             }
         };
         self.samples = samples;
         Ok(())
     }
 
-    /// Whether an algorithm can do what the layouts say, with the workspace that there is.
-    fn can(&self, algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<bool> {
+    /// Whether an algorithm can do what the layouts say with so many bytes of workspace.
+    fn can(&self, algorithm: &Algorithm, workspace: usize) -> bool {
         let mut result = no_heuristic();
         // SAFETY: all handles are alive, and the result is written before it is read.
         let status = unsafe {
@@ -218,16 +179,16 @@ impl Matmul {
                 self.left.handle(),
                 self.result.handle(),
                 self.result.handle(),
-                algorithm,
+                &algorithm.handle,
                 &mut result,
             )
         };
         let success = sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
-        Ok(status == success && result.state == success && result.workspaceSize <= self.workspace)
+        status == success && result.state == success && result.workspaceSize <= workspace
     }
 
     /// What the library's heuristic offers, the best first by its estimate.
-    fn candidates(&self, workspace: usize) -> Result<Vec<sys::cublasLtMatmulHeuristicResult_t>> {
+    fn candidates(&self, workspace: usize) -> Result<Vec<Algorithm>> {
         let alignment = |values: Element| (ALIGNMENT_VALUES * values.bytes()) as u32;
         let preference = Preference::new(workspace, alignment(self.product.factors), alignment(self.product.result))?;
         let (mut results, mut count) = ([no_heuristic(); CANDIDATES], 0);
@@ -253,7 +214,8 @@ impl Matmul {
         let usable = |result: &sys::cublasLtMatmulHeuristicResult_t| {
             result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= workspace
         };
-        Ok(results.into_iter().take(count as usize).filter(usable).collect())
+        let found = results.into_iter().take(count as usize).filter(usable);
+        Ok(found.map(|result| Algorithm { handle: result.algo, workspace: result.workspaceSize }).collect())
     }
 
     /// Enqueues one execution over what the layouts say.
@@ -294,50 +256,17 @@ impl Matmul {
     }
 }
 
+/// Before one is chosen.
+const NO_ALGORITHM: Algorithm = Algorithm { handle: sys::cublasLtMatmulAlgo_t { data: [0; 8] }, workspace: 0 };
+
 /// Before the library has written it.
 fn no_heuristic() -> sys::cublasLtMatmulHeuristicResult_t {
     sys::cublasLtMatmulHeuristicResult_t {
-        algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+        algo: NO_ALGORITHM.handle,
         workspaceSize: 0,
         state: sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
         wavesCount: 0.0,
         reserved: [0; 4],
-    }
-}
-
-/// Memory for trying algorithms, zeroed.
-struct Trial {
-    _memory: Arena,
-    /// L, R and C.
-    matrices: [usize; 3],
-    bias: usize,
-    /// Address and bytes.
-    workspace: (usize, usize),
-}
-
-impl Trial {
-    fn new(gpu: &Gpu, product: &Product, workspace: usize) -> Result<Trial> {
-        let bytes = |element: Element, (rows, columns)| element.bytes() * rows * columns;
-        let [left, right, result] = product.stored();
-        let factors = [left, right].map(|shape| bytes(product.factors, shape));
-        // A bias is no longer than C's columns, or L's rows.
-        let results = [result, (1, product.n.max(product.m))].map(|shape| bytes(product.result, shape));
-        let mut end = 0;
-        let mut place = |bytes: usize| {
-            let start = end;
-            end += bytes.next_multiple_of(WORKSPACE_ALIGNMENT);
-            start
-        };
-        let [left, right, result, bias, behind] =
-            [factors[0], factors[1], results[0], results[1], workspace].map(&mut place);
-        let memory = gpu.allocate(end + WORKSPACE_ALIGNMENT)?;
-        let start = memory.address().next_multiple_of(WORKSPACE_ALIGNMENT);
-        Ok(Trial {
-            matrices: [left, right, result].map(|at| start + at),
-            bias: start + bias,
-            workspace: (start + behind, workspace),
-            _memory: memory,
-        })
     }
 }
 

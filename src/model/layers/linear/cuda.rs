@@ -24,21 +24,26 @@ static SOURCE: Source = Source { name: "linear", text: include_str!("linear.cu")
 
 pub struct Linear {
     gpu: Gpu,
-    units: usize,
     element: Element,
     forward: Matmul,
     /// What the product does not do itself.
     function: Function,
+    /// Where backward will be called.
+    backward: Option<Gradients>,
+}
+
+struct Gradients {
     undo: Gradient,
-    backward_weight: Matmul,
+    weight: Matmul,
     bias: Bias,
-    backward_data: Matmul,
+    /// By the input, where somebody wants it.
+    data: Option<Matmul>,
 }
 
 /// Who sums the bias's gradient.
 enum Bias {
     None,
-    /// `backward_weight` itself.
+    /// The product that makes the weight's.
     Product,
     Kernel(Kernel<(Read<T>, Write<f32>, u32, u32)>),
 }
@@ -69,27 +74,13 @@ impl Linear {
             tf32: build.tf32,
             epilogue,
         };
-        let weight = Product {
-            m: units,
-            n: inputs,
-            k: build.batch,
-            transpose_left: true,
-            transpose_right: false,
-            result: Element::F32,
-            epilogue: Epilogue::None,
-            ..forward
-        };
-        let data = Product { n: inputs, k: units, transpose_right: false, epilogue: Epilogue::None, ..forward };
-        let (backward_weight, bias) = backward_weight(&gpu, weight, bias)?;
+        let undo = activation.to_undo(build);
+        let backward = build.training.then(|| Gradients::new(&gpu, &forward, bias, undo, build.grad_inputs));
         Ok(Linear {
             forward: planned(&gpu, &forward)?,
             function: Function::new(&gpu, function, element)?,
-            undo: Gradient::new(&gpu, activation.to_undo(build), element)?,
-            backward_weight,
-            bias,
-            backward_data: planned(&gpu, &data)?,
+            backward: backward.transpose()?,
             gpu,
-            units,
             element,
         })
     }
@@ -100,8 +91,19 @@ impl Linear {
     }
 }
 
+impl Gradients {
+    fn new(gpu: &Gpu, forward: &Product, bias: bool, undo: Activation, data: bool) -> Result<Gradients> {
+        let plain = Product { transpose_right: false, epilogue: Epilogue::None, ..*forward };
+        let weight =
+            Product { m: forward.n, n: forward.k, k: forward.m, transpose_left: true, result: Element::F32, ..plain };
+        let data = data.then(|| planned(gpu, &Product { n: forward.k, k: forward.n, ..plain }));
+        let (weight, bias) = weight_and_bias(gpu, weight, bias)?;
+        Ok(Gradients { undo: Gradient::new(gpu, undo, forward.factors)?, weight, bias, data: data.transpose()? })
+    }
+}
+
 /// The product, with the bias's sums in it if it can have them.
-fn backward_weight(gpu: &Gpu, product: Product, bias: bool) -> Result<(Matmul, Bias)> {
+fn weight_and_bias(gpu: &Gpu, product: Product, bias: bool) -> Result<(Matmul, Bias)> {
     if !bias {
         return Ok((planned(gpu, &product)?, Bias::None));
     }
@@ -122,8 +124,8 @@ fn planned(gpu: &Gpu, product: &Product) -> Result<Matmul> {
 
 impl Layer for Linear {
     fn scratch_bytes(&self) -> usize {
-        let products = [&self.forward, &self.backward_weight, &self.backward_data];
-        products.map(Matmul::workspace_bytes).into_iter().max().unwrap_or(0)
+        let backward = self.backward.iter().flat_map(|gradients| gradients.data.iter().chain([&gradients.weight]));
+        backward.chain([&self.forward]).map(Matmul::workspace_bytes).max().unwrap_or(0)
     }
 
     fn forward(&mut self, pass: &Pass, mut io: Forward<'_>) -> Result<()> {
@@ -142,30 +144,26 @@ impl Layer for Linear {
 
     fn backward(&mut self, pass: &Pass, mut io: Backward<'_>) -> Result<()> {
         assert_eq!(io.factors.bytes(), 0, "ranks on GPUs exchange gradients, not factors");
+        let weight = self.choose(io.params, io.params_bf16)[0];
+        let gradients = self.backward.as_mut().expect("a layer is built for training if it is trained");
         // SAFETY: dy and y are in the net's arenas.
-        unsafe { self.undo.apply_in_place(io.output, io.grad_output.reborrow()) }?;
+        unsafe { gradients.undo.apply_in_place(io.output, io.grad_output.reborrow()) }?;
         let dy = io.grad_output.into_shared();
-        self.backward_params(pass.batch, io.inputs[0], dy, io.grad_params, io.scratch.reborrow())?;
-        if io.grad_inputs[0].bytes() == 0 {
-            return Ok(());
+        gradients.by_params(&self.gpu, pass.batch, [io.inputs[0], dy], io.grad_params, io.scratch.reborrow())?;
+        if let Some(data) = gradients.data.as_mut().filter(|_| io.grad_inputs[0].bytes() > 0) {
+            let result = io.grad_inputs[0].reborrow();
+            data.run(pass.batch, Operands { left: dy, right: weight, result, bias: 0, workspace: io.scratch })?;
         }
-        let operands = Operands {
-            left: dy,
-            right: self.choose(io.params, io.params_bf16)[0],
-            result: io.grad_inputs[0].reborrow(),
-            bias: 0,
-            workspace: io.scratch,
-        };
-        self.backward_data.run(pass.batch, operands)
+        Ok(())
     }
 }
 
-impl Linear {
-    fn backward_params(
+impl Gradients {
+    fn by_params(
         &mut self,
+        gpu: &Gpu,
         batch: usize,
-        x: Slice<'_>,
-        dy: Slice<'_>,
+        [x, dy]: [Slice<'_>; 2],
         grads: &mut [SliceMut<'_>],
         workspace: SliceMut<'_>,
     ) -> Result<()> {
@@ -175,11 +173,12 @@ impl Linear {
             _ => 0,
         };
         let operands = Operands { left: dy, right: x, result: weight.reborrow(), bias: sums, workspace };
-        self.backward_weight.run(batch, operands)?;
+        self.weight.run(batch, operands)?;
         let (Bias::Kernel(sum_rows), [bias]) = (&self.bias, bias) else { return Ok(()) };
-        let grid = Grid { blocks: [self.units.div_ceil(32) as u32, 1, 1], threads: [256, 1, 1], shared_bytes: 0 };
-        let arguments = (dy.into(), bias.into(), batch as u32, self.units as u32);
+        let units = bias.bytes() / size_of::<f32>();
+        let grid = Grid { blocks: [units.div_ceil(32) as u32, 1, 1], threads: [256, 1, 1], shared_bytes: 0 };
+        let arguments = (dy.into(), bias.into(), batch as u32, units as u32);
         // SAFETY: dy (batch, units) and a sum for each unit, in the net's arenas.
-        unsafe { sum_rows.launch(self.gpu.compute(), grid, arguments) }
+        unsafe { sum_rows.launch(gpu.compute(), grid, arguments) }
     }
 }

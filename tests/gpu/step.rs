@@ -1,21 +1,18 @@
-//! The loss and the update on a GPU, here an emulated one, against the CPU's.
+//! The loss and the update on a GPU against the CPU's.
 
-#[path = "common/emulator.rs"]
-mod emulator;
-#[path = "common/values.rs"]
-mod values;
-
-use emulator::upload;
+use crate::emulator;
+use crate::values::{Values, distance, upload};
 use lockstep::config::raw::{self, OptimizerShared, Rule};
+use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{Slice, SliceMut};
 use lockstep::model::loss::{self, Loss};
 use lockstep::model::params::{Init, Layout, Param, ParamSpec, ParamTable, Role};
 use lockstep::optim::{self, At, Norms, clip, norm};
-use values::{Values, distance};
 
 #[test]
 fn losses_agree_with_the_cpus() {
+    let Some(gpu) = emulator::gpu() else { return };
     for (classes, batch) in [(2, 1), (10, 9), (33, 300), (1000, 17)] {
         let weights = (0..classes).map(|k| ((k + 1) % 5) as f32 * 0.5).collect::<Vec<_>>();
         let cross_entropy = |label_smoothing| raw::Loss::SoftmaxCrossEntropy { label_smoothing, class_weights: None };
@@ -27,16 +24,16 @@ fn losses_agree_with_the_cpus() {
             (raw::Loss::Mse {}, None),
         ] {
             let loss = Loss::new(&config, classes, weights).unwrap();
-            check_loss(&loss, classes, batch, Element::F32);
-            check_loss(&loss, classes, batch.min(40), Element::Bf16);
+            check_loss(&gpu, &loss, classes, batch, Element::F32);
+            check_loss(&gpu, &loss, classes, batch.min(40), Element::Bf16);
         }
     }
 }
 
-fn check_loss(loss: &Loss, classes: usize, batch: usize, element: Element) {
+fn check_loss(gpu: &Gpu, loss: &Loss, classes: usize, batch: usize, element: Element) {
     let value = |i: usize| ((i * 7919 % 1013) as f32 - 500.0) * 0.02;
     // Of equal values the first is the answer.
-    let outputs = Values::of(&(0..batch * classes).map(|i| value(i).round()).collect::<Vec<_>>(), element);
+    let outputs = Values::of(gpu, &(0..batch * classes).map(|i| value(i).round()).collect::<Vec<_>>(), element);
     let labels: Vec<u32> = (0..batch).map(|i| (i * 13 % classes) as u32).collect();
     let scale = 1.0 / batch as f32;
     let mut expected = vec![f32::NAN; batch * classes];
@@ -44,10 +41,10 @@ fn check_loss(loss: &Loss, classes: usize, batch: usize, element: Element) {
     let sums = loss.forward_backward(x, &labels, scale, SliceMut::from(&mut expected[..]));
 
     let on_gpu = loss::cuda::Loss::new(loss, 300, element).unwrap();
-    let memory = upload(&labels);
+    let memory = upload(gpu, &labels);
     // SAFETY: nobody writes it.
     let labels = unsafe { memory.slice(0..memory.bytes()) };
-    let (grad, found) = (Values::poisoned(batch * classes, element), Values::poisoned(2, Element::F32));
+    let (grad, found) = (Values::poisoned(gpu, batch * classes, element), Values::poisoned(gpu, 2, Element::F32));
     // SAFETY: all live until `download` has waited.
     unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut()) }.unwrap();
     let what = format!("{loss:?} of {batch} samples in {element:?}");
@@ -57,7 +54,7 @@ fn check_loss(loss: &Loss, classes: usize, batch: usize, element: Element) {
     assert!(((both[0] - sums.loss_sum) / sums.loss_sum).abs() < 1e-5, "{what}: {both:?}, {sums:?}");
     assert_eq!(both[1], sums.correct as f32, "{what}");
 
-    let found = Values::poisoned(2, Element::F32);
+    let found = Values::poisoned(gpu, 2, Element::F32);
     // SAFETY: as above.
     unsafe { on_gpu.evaluate(outputs.slice(), labels, found.slice_mut()) }.unwrap();
     assert_eq!(found.download(), both, "{what}");
@@ -67,6 +64,7 @@ fn check_loss(loss: &Loss, classes: usize, batch: usize, element: Element) {
 /// and with one, some of them running statistics, cut anywhere.
 #[test]
 fn updates_have_the_bits_of_the_cpus() {
+    let Some(gpu) = emulator::gpu() else { return };
     for rule in [
         Rule::Sgd { momentum: 0.0, nesterov: false },
         Rule::Sgd { momentum: 0.9, nesterov: false },
@@ -81,24 +79,24 @@ fn updates_have_the_bits_of_the_cpus() {
         let decayed =
             OptimizerShared { weight_decay: 1e-2, l1: 1e-3, clip_norm: Some(3.0), clip_value: Some(0.02), ..plain };
         for (shared, element) in [(plain, Element::F32), (decayed, Element::Bf16)] {
-            check_update(&raw::Optimizer { rule: rule.clone(), shared }, element);
+            check_update(&gpu, &raw::Optimizer { rule: rule.clone(), shared }, element);
         }
     }
 }
 
-fn check_update(config: &raw::Optimizer, element: Element) {
+fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
     let table = table(&[1, 4096, -100, 37, 5000, 2 * 4096 + 16 * 5 + 3, -7]);
     let states = optim::new(config).state().len();
     let mut expected = vec![vec![0.0; table.len()]; 1 + states];
     (0..).zip(&mut expected[0]).for_each(|(i, w)| *w = value(i, 1.0));
-    let params = Values::of(&expected[0], Element::F32);
-    let state: Vec<_> = (0..states).map(|_| Values::of(&vec![0.0; table.len()], Element::F32)).collect();
-    let rounded = Values::poisoned(if element == Element::F32 { 0 } else { table.len() }, element);
+    let params = Values::of(gpu, &expected[0], Element::F32);
+    let state: Vec<_> = (0..states).map(|_| Values::of(gpu, &vec![0.0; table.len()], Element::F32)).collect();
+    let rounded = Values::poisoned(gpu, if element == Element::F32 { 0 } else { table.len() }, element);
     let update = optim::cuda::Update::new(config, &table, element).unwrap();
     for step in 0..3 {
         let at = At { lr: 0.1 / (step + 1) as f32, step };
         let grads = (0..table.len()).map(|i| value(i + 31 * step as usize, 0.1)).collect::<Vec<_>>();
-        let on_gpu = Values::of(&grads, Element::F32);
+        let on_gpu = Values::of(gpu, &grads, Element::F32);
         update.begin(at).unwrap();
         // SAFETY: all live until `download` has waited.
         unsafe { update.measure(on_gpu.slice(), params.slice()) }.unwrap();
