@@ -12,8 +12,12 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// A source in this folder, and the library that it stands for.
-const LIBRARIES: [(&str, &str); 3] =
-    [("driver/lib.rs", "libcuda.so.1"), ("nvrtc.rs", "libnvrtc.so.13"), ("cublaslt.rs", "libcublasLt.so.13")];
+const LIBRARIES: [(&str, &str); 4] = [
+    ("driver/lib.rs", "libcuda.so.1"),
+    ("nvrtc.rs", "libnvrtc.so.13"),
+    ("cublaslt.rs", "libcublasLt.so.13"),
+    ("cudnn/lib.rs", "libcudnn.so.9"),
+];
 
 /// None, and a line that says why, where there is no compiler for kernels.
 pub fn gpu() -> Option<Gpu> {

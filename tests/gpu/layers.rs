@@ -1,5 +1,4 @@
-//! Every layer that has kernels of its own, forward and backward, in every precision, against the CPU's f32 layer on the same
-//! values.
+//! Every layer, forward and backward, in every precision, against the CPU's f32 layer on the same values.
 
 use crate::emulator;
 use crate::operands::{Call, Operands, Results};
@@ -13,9 +12,12 @@ const BATCH: usize = 3;
 #[test]
 fn layers_agree_with_those_of_the_cpu() {
     let Some(gpu) = emulator::gpu() else { return };
-    println!("{:<60} {:>9} {:>9} {:>14}", "layer", "precision", "direction", "relative error");
-    let mut wrong = Vec::new();
-    for case in cases() {
+    println!("{:<90} {:>9} {:>9} {:>14}", "layer", "precision", "direction", "relative error");
+    let (cases, mut wrong) = (cases(), Vec::new());
+    for kind in layers::REGISTRY {
+        assert!(cases.iter().any(|case| case.kind == kind.name), "no case of {}", kind.name);
+    }
+    for case in cases {
         for element in [Element::F32, Element::Bf16] {
             wrong.extend(check(&gpu, &case, element));
         }
@@ -92,6 +94,15 @@ fn cases() -> Vec<Case> {
         case("flatten", "", &[image(6, 6, 70)]),
         case("flatten", "", &[Shape::vector(33)]),
     ]);
+    for (input, keys) in [
+        (image(7, 6, 8), "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\""),
+        (image(5, 4, 7), "filters = 9\nkernel = 1\nbias = false"),
+        (image(10, 11, 8), "filters = 8\nkernel = [3, 2]\nstride = [2, 3]\npadding = [2, 0]\ngroups = 4"),
+        (image(23, 23, 3), "filters = 10\nkernel = 11\nstride = 4\npadding = 2\nactivation = \"relu\""),
+        (image(9, 7, 3), "filters = 40\nkernel = 3\npadding = \"same\"\nactivation = \"sigmoid\""),
+    ] {
+        cases.push(case("conv2d", keys, &[input]));
+    }
     for (inputs, keys) in [
         (1, "units = 1"),
         (37, "units = 70\nactivation = \"relu\""),
@@ -135,7 +146,7 @@ fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
     let masks = if case.masks_input { " behind a relu" } else { "" };
     let name = format!("{} {}{masks} on {}", case.kind, case.keys.replace('\n', " "), shapes.join(", "));
     let lines = ["forward", "backward"].into_iter().zip(errors).map(|(direction, error)| {
-        let line = format!("{name:<60} {precision:>9} {direction:>9} {error:>14.2e}");
+        let line = format!("{name:<90} {precision:>9} {direction:>9} {error:>14.2e}");
         println!("{line}");
         (error < limit, line)
     });

@@ -8,4 +8,5 @@ mod layers;
 mod operands;
 mod products;
 mod step;
+mod strictness;
 mod values;

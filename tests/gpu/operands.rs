@@ -3,7 +3,7 @@
 
 use crate::emulator::{self, whole, whole_mut};
 use crate::layers::Case;
-use half::bf16;
+use half::{bf16, f16};
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{Arena, Place, Slice, SliceMut};
@@ -17,6 +17,7 @@ pub struct Operands<'a> {
     element: Element,
     inferred: Inferred,
     inputs: Vec<Vec<f32>>,
+    /// In canonical order.
     params: Vec<Vec<f32>>,
     grad_output: Vec<f32>,
 }
@@ -70,7 +71,7 @@ impl<'a> Operands<'a> {
         let layer = match self.element {
             Element::F32 => spec.build(&build),
             Element::Bf16 => spec.build_bf16(&build),
-            Element::F16 => unimplemented!("layers in f16"),
+            Element::F16 => panic!("no layer is built for f16"),
         };
         let layer = layer.unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
         self.run(layer, call, &Cuda { gpu, element: self.element })
@@ -94,53 +95,83 @@ impl<'a> Operands<'a> {
 
     fn run(&self, mut layer: Box<dyn Layer>, call: Call, memory: &dyn Memory) -> Results {
         let pass = Pass { batch: call.batch, training: call.training, first_sample: (1 << 32) - 2, share: 0.3 };
-        let of_batch = |values: &[f32]| memory.activation(&values[..values.len() / self.batch * call.batch]);
-        let inputs: Vec<Arena> = self.inputs.iter().map(|input| of_batch(input)).collect();
-        let params: Vec<Arena> = self.params.iter().map(|param| memory.f32(param)).collect();
-        let rounded: Vec<Arena> = self.params.iter().map(|param| memory.activation(param)).collect();
-        let output_len = call.batch * self.inferred.output.len();
-        let mut output = memory.activation(&vec![f32::NAN; output_len]);
-        let saved = self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed;
-        let [mut saved, mut scratch] = [saved, layer.scratch_bytes()].map(|bytes| memory.poisoned(bytes));
+        let mut buffers = self.buffers(&*layer, call.batch, memory);
         let forward = Forward {
-            inputs: &slices(&inputs),
-            output: whole_mut(&mut output),
-            params: &slices(&params),
-            params_bf16: &slices(&rounded),
-            saved: whole_mut(&mut saved),
-            scratch: whole_mut(&mut scratch),
+            inputs: &slices(&buffers.inputs),
+            output: whole_mut(&mut buffers.output),
+            params: &slices(&buffers.params),
+            params_bf16: &slices(&buffers.rounded),
+            saved: whole_mut(&mut buffers.saved),
+            scratch: whole_mut(&mut buffers.scratch),
         };
         layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
-        let forward = vec![memory.read(&output, output_len)];
-        if !call.training {
-            return [forward, Vec::new()];
+        let output = vec![memory.read(&buffers.output, call.batch * self.inferred.output.len())];
+        match call.training {
+            true => [output, self.backward(&mut *layer, &pass, buffers, memory)],
+            false => [output, Vec::new()],
         }
+    }
 
-        let mut grad_output = of_batch(&self.grad_output);
+    /// The gradients by inputs, then by parameters in canonical order.
+    fn backward(&self, layer: &mut dyn Layer, pass: &Pass, buffers: Buffers, memory: &dyn Memory) -> Vec<Vec<f32>> {
+        let len = |values: &[f32]| values.len() / self.batch * pass.batch;
+        let mut grad_output = memory.activation(&self.grad_output[..len(&self.grad_output)]);
         let mut scratch = memory.poisoned(layer.scratch_bytes());
-        let poisoned = |values: &Vec<f32>| memory.activation(&vec![f32::NAN; values.len() / self.batch * call.batch]);
+        let poisoned = |input: &Vec<f32>| memory.activation(&vec![f32::NAN; len(input)]);
         let mut grad_inputs: Vec<Arena> = self.inputs.iter().map(poisoned).collect();
         let mut grad_params: Vec<Arena> = self.params.iter().map(|param| memory.poisoned(4 * param.len())).collect();
         let Inferred { backward_reads_input, backward_reads_output, .. } = self.inferred;
         let read = |arena, is_read| if is_read { whole(arena) } else { Slice::empty() };
-        let backward = Backward {
-            inputs: &inputs.iter().map(|input| read(input, backward_reads_input)).collect::<Vec<_>>(),
-            output: read(&output, backward_reads_output && !self.case.grad_masked),
+        let io = Backward {
+            inputs: &buffers.inputs.iter().map(|input| read(input, backward_reads_input)).collect::<Vec<_>>(),
+            output: read(&buffers.output, backward_reads_output && !self.case.grad_masked),
             grad_output: whole_mut(&mut grad_output),
             grad_inputs: &mut grad_inputs.iter_mut().map(whole_mut).collect::<Vec<_>>(),
-            params: &slices(&params),
-            params_bf16: &slices(&rounded),
+            params: &slices(&buffers.params),
+            params_bf16: &slices(&buffers.rounded),
             grad_params: &mut grad_params.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
-            saved: whole(&saved),
+            saved: whole(&buffers.saved),
             scratch: whole_mut(&mut scratch),
         };
-        layer.backward(&pass, backward).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
-        let of_inputs = grad_inputs.iter().zip(&self.inputs);
-        let of_inputs = of_inputs.map(|(grad, input)| memory.read(grad, input.len() / self.batch * call.batch));
-        let of_params = grad_params.iter().map(|grad| memory.read_f32(grad));
-        [forward, of_inputs.chain(of_params).collect()]
+        layer.backward(pass, io).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
+        let of_inputs = grad_inputs.iter().zip(&self.inputs).map(|(grad, input)| memory.read(grad, len(input)));
+        let of_params = grad_params.iter().zip(&self.inferred.params).map(|(grad, spec)| {
+            let mut canonical = vec![f32::NAN; spec.len()];
+            spec.clone().on(memory.place()).to_canonical(&memory.read_f32(grad), &mut canonical);
+            canonical
+        });
+        of_inputs.chain(of_params).collect()
     }
+
+    fn buffers(&self, layer: &dyn Layer, batch: usize, memory: &dyn Memory) -> Buffers {
+        let laid_out = |(canonical, spec): (&Vec<f32>, &ParamSpec)| {
+            let mut arena = vec![f32::NAN; canonical.len()];
+            spec.clone().on(memory.place()).to_arena(canonical, &mut arena);
+            arena
+        };
+        let params: Vec<Vec<f32>> = self.params.iter().zip(&self.inferred.params).map(laid_out).collect();
+        let of_batch = |input: &Vec<f32>| memory.activation(&input[..input.len() / self.batch * batch]);
+        Buffers {
+            inputs: self.inputs.iter().map(of_batch).collect(),
+            params: params.iter().map(|param| memory.f32(param)).collect(),
+            rounded: params.iter().map(|param| memory.activation(param)).collect(),
+            output: memory.activation(&vec![f32::NAN; batch * self.inferred.output.len()]),
+            saved: memory.poisoned(self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed),
+            scratch: memory.poisoned(layer.scratch_bytes()),
+        }
+    }
+}
+
+/// What forward gets, and what it leaves for backward.
+struct Buffers {
+    inputs: Vec<Arena>,
+    params: Vec<Arena>,
+    /// The parameters in the layer's type.
+    rounded: Vec<Arena>,
+    output: Arena,
+    saved: Arena,
+    scratch: Arena,
 }
 
 /// A parameter as the layer's type holds it: the weight of a product such that sums stay around 1, others around 1 themselves, as
@@ -157,7 +188,7 @@ fn round(element: Element, value: f32) -> f32 {
     match element {
         Element::F32 => value,
         Element::Bf16 => bf16::from_f32(value).to_f32(),
-        Element::F16 => half::f16::from_f32(value).to_f32(),
+        Element::F16 => f16::from_f32(value).to_f32(),
     }
 }
 
@@ -167,6 +198,7 @@ fn slices(arenas: &[Arena]) -> Vec<Slice<'_>> {
 
 /// Where operands lie.
 trait Memory {
+    fn place(&self) -> Place;
     /// Values of the layer's type.
     fn activation(&self, values: &[f32]) -> Arena;
     fn f32(&self, values: &[f32]) -> Arena;
@@ -178,6 +210,9 @@ trait Memory {
 struct Cpu;
 
 impl Memory for Cpu {
+    fn place(&self) -> Place {
+        Place::Host
+    }
     fn activation(&self, values: &[f32]) -> Arena {
         self.f32(values)
     }
@@ -205,13 +240,19 @@ struct Cuda<'a> {
 }
 
 impl Memory for Cuda<'_> {
+    fn place(&self) -> Place {
+        Place::Cuda
+    }
     fn activation(&self, values: &[f32]) -> Arena {
         let mut arena = Arena::host(values.len() * self.element.bytes()).expect("memory");
         let mut to = whole_mut(&mut arena);
         match self.element {
             Element::F32 => to.f32().copy_from_slice(values),
             Element::Bf16 => to.bf16().iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from)),
-            Element::F16 => unimplemented!("layers in f16"),
+            Element::F16 => {
+                let to: &mut [f16] = bytemuck::cast_slice_mut(to.u8());
+                to.iter_mut().zip(values).for_each(|(to, from)| *to = f16::from_f32(*from));
+            }
         }
         drop(to);
         emulator::upload(self.gpu, &arena)
@@ -227,7 +268,10 @@ impl Memory for Cuda<'_> {
         match self.element {
             Element::F32 => whole(&host).f32()[..len].to_vec(),
             Element::Bf16 => whole(&host).bf16()[..len].iter().map(|value| value.to_f32()).collect(),
-            Element::F16 => unimplemented!("layers in f16"),
+            Element::F16 => {
+                let values: &[f16] = bytemuck::cast_slice(whole(&host).u8());
+                values[..len].iter().map(|value| value.to_f32()).collect()
+            }
         }
     }
     fn read_f32(&self, arena: &Arena) -> Vec<f32> {
