@@ -38,17 +38,21 @@ pub struct Case {
     pub grad_masked: bool,
 }
 
-/// Packs of channels that are full and not, odd sizes, one channel, windows that overlap, leave gaps and hang over the edge.
 fn cases() -> Vec<Case> {
-    let case = |kind, keys, inputs: &[Shape]| Case {
-        kind,
-        keys,
-        inputs: inputs.to_vec(),
-        masks_input: false,
-        grad_masked: false,
-    };
+    [small(), large(), products(), convolutions()].concat()
+}
+
+const fn image(h: usize, w: usize, c: usize) -> Shape {
+    Shape::new(h, w, c)
+}
+
+fn case(kind: &'static str, keys: &'static str, inputs: &[Shape]) -> Case {
+    Case { kind, keys, inputs: inputs.to_vec(), masks_input: false, grad_masked: false }
+}
+
+/// Packs of channels that are full and not, odd sizes, one channel, windows that overlap, leave gaps and hang over the edge.
+fn small() -> Vec<Case> {
     let masking = |kind, keys, input| Case { masks_input: true, ..case(kind, keys, &[input]) };
-    let image = Shape::new;
     let mut cases = Vec::new();
     for input in [image(9, 7, 1), image(5, 8, 3), image(7, 7, 8), image(6, 9, 96)] {
         cases.extend([
@@ -79,8 +83,12 @@ fn cases() -> Vec<Case> {
             case("add", "", &[input, input, input]),
         ]);
     }
-    // More than the emulator's blocks do at once, tiles with an end, and channels beyond a block's.
-    cases.extend([
+    cases
+}
+
+/// More than the emulator's blocks do at once, tiles with an end, and channels beyond a block's.
+fn large() -> Vec<Case> {
+    vec![
         case("max_pool", "size = 3\nstride = 2", &[image(33, 35, 24)]),
         case("global_avg_pool", "", &[image(20, 20, 300)]),
         case("global_max_pool", "", &[image(3, 3, 520)]),
@@ -93,16 +101,12 @@ fn cases() -> Vec<Case> {
         case("softmax", "", &[Shape::vector(1000)]),
         case("flatten", "", &[image(6, 6, 70)]),
         case("flatten", "", &[Shape::vector(33)]),
-    ]);
-    for (input, keys) in [
-        (image(7, 6, 8), "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\""),
-        (image(5, 4, 7), "filters = 9\nkernel = 1\nbias = false"),
-        (image(10, 11, 8), "filters = 8\nkernel = [3, 2]\nstride = [2, 3]\npadding = [2, 0]\ngroups = 4"),
-        (image(23, 23, 3), "filters = 10\nkernel = 11\nstride = 4\npadding = 2\nactivation = \"relu\""),
-        (image(9, 7, 3), "filters = 40\nkernel = 3\npadding = \"same\"\nactivation = \"sigmoid\""),
-    ] {
-        cases.push(case("conv2d", keys, &[input]));
-    }
+    ]
+}
+
+fn products() -> Vec<Case> {
+    let mut cases =
+        vec![Case { grad_masked: true, ..case("linear", "units = 24\nactivation = \"relu\"", &[Shape::vector(32)]) }];
     for (inputs, keys) in [
         (1, "units = 1"),
         (37, "units = 70\nactivation = \"relu\""),
@@ -113,8 +117,41 @@ fn cases() -> Vec<Case> {
     ] {
         cases.push(case("linear", keys, &[Shape::vector(inputs)]));
     }
-    cases.push(Case { grad_masked: true, ..case("linear", "units = 24\nactivation = \"relu\"", &[Shape::vector(32)]) });
     cases
+}
+
+fn convolutions() -> Vec<Case> {
+    let cases = [
+        (image(5, 4, 7), "filters = 9\nkernel = 1"),
+        (image(7, 6, 8), "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\""),
+        // So many pixels that the bias's gradient is summed in more parts than a block has lanes.
+        (image(16, 16, 2), "filters = 33\nkernel = 1\nactivation = \"relu\""),
+        (image(9, 7, 3), "filters = 40\nkernel = 3\npadding = \"same\"\nactivation = \"sigmoid\""),
+        (image(6, 9, 5), "filters = 6\nkernel = 3\npadding = 2\nbias = false\nactivation = \"relu\""),
+        (image(5, 5, 4), "filters = 3\nkernel = [3, 2]\npadding = [1, 0]\nbias = false\nactivation = \"tanh\""),
+        // Strides that leave the last rows unseen, that skip pixels, that differ.
+        (image(8, 8, 9), "filters = 8\nkernel = 3\nstride = 2\npadding = 1\nactivation = \"relu\""),
+        (image(9, 7, 8), "filters = 4\nkernel = 1\nstride = 2"),
+        (image(10, 11, 8), "filters = 3\nkernel = [3, 2]\nstride = [2, 3]\npadding = [2, 0]"),
+        // More zeros behind than in front: arranged in blocks of one pixel.
+        (image(6, 6, 9), "filters = 4\nkernel = 2\npadding = \"same\"\nactivation = \"relu\""),
+        (image(8, 7, 8), "filters = 8\nkernel = [3, 4]\nstride = 2\npadding = \"same\"\ngroups = 4"),
+        // Few channels and a stride: space to depth.
+        (image(23, 23, 3), "filters = 10\nkernel = 11\nstride = 4\npadding = 2\nactivation = \"relu\""),
+        (image(8, 9, 1), "filters = 5\nkernel = [2, 3]\nstride = 2\nactivation = \"relu\""),
+        (image(9, 9, 3), "filters = 4\nkernel = 3\nstride = 2\npadding = \"same\"\nbias = false"),
+        // Groups, down to depthwise.
+        (image(6, 7, 8), "filters = 12\nkernel = 3\npadding = 1\ngroups = 4"),
+        (image(5, 5, 6), "filters = 6\nkernel = 3\npadding = 1\ngroups = 6\nactivation = \"relu\""),
+    ];
+    let case = |(input, keys), masks| Case {
+        kind: "conv2d",
+        keys,
+        inputs: vec![input],
+        masks_input: masks,
+        grad_masked: masks && keys.contains("relu"),
+    };
+    cases.iter().flat_map(|&each| [false, true].map(|masks| case(each, masks))).collect()
 }
 
 /// Prints a line a direction; returns those that are off.

@@ -2,6 +2,7 @@
 //! they should, not that they are fast. With one: `LOCKSTEP_TEST_GPU=1 cargo test --test gpu -- --nocapture`.
 
 mod augment;
+mod conv2d;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod layers;

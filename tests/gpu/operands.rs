@@ -63,7 +63,13 @@ impl<'a> Operands<'a> {
 
     pub fn on_cpu(&self, spec: &dyn LayerSpec, call: Call) -> Results {
         let layer = spec.build(&self.build(Place::Host)).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
-        self.run(layer, call, &Cpu)
+        let mut results = self.run(layer, call, &Cpu);
+        // What a layer of the CPU leaves to the ReLU itself.
+        if self.case.masks_input && !self.inferred.can_mask_input && call.training {
+            let masked = self.inputs[0].iter().zip(&mut results[1][0]).filter(|(input, _)| **input <= 0.0);
+            masked.for_each(|(_, grad)| *grad = 0.0);
+        }
+        results
     }
 
     pub fn on_gpu(&self, gpu: &Gpu, spec: &dyn LayerSpec, call: Call) -> Results {
@@ -136,21 +142,14 @@ impl<'a> Operands<'a> {
         };
         layer.backward(pass, io).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
         let of_inputs = grad_inputs.iter().zip(&self.inputs).map(|(grad, input)| memory.read(grad, len(input)));
-        let of_params = grad_params.iter().zip(&self.inferred.params).map(|(grad, spec)| {
-            let mut canonical = vec![f32::NAN; spec.len()];
-            spec.clone().on(memory.place()).to_canonical(&memory.read_f32(grad), &mut canonical);
-            canonical
-        });
+        let specs = self.specs_on(memory.place());
+        let of_params = specs.iter().zip(&grad_params).map(|(spec, grad)| canonical(spec, &memory.read_f32(grad)));
         of_inputs.chain(of_params).collect()
     }
 
     fn buffers(&self, layer: &dyn Layer, batch: usize, memory: &dyn Memory) -> Buffers {
-        let laid_out = |(canonical, spec): (&Vec<f32>, &ParamSpec)| {
-            let mut arena = vec![f32::NAN; canonical.len()];
-            spec.clone().on(memory.place()).to_arena(canonical, &mut arena);
-            arena
-        };
-        let params: Vec<Vec<f32>> = self.params.iter().zip(&self.inferred.params).map(laid_out).collect();
+        let specs = self.specs_on(memory.place());
+        let params: Vec<Vec<f32>> = specs.iter().zip(&self.params).map(|(spec, param)| arranged(spec, param)).collect();
         let of_batch = |input: &Vec<f32>| memory.activation(&input[..input.len() / self.batch * batch]);
         Buffers {
             inputs: self.inputs.iter().map(of_batch).collect(),
@@ -160,6 +159,11 @@ impl<'a> Operands<'a> {
             saved: memory.poisoned(self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed),
             scratch: memory.poisoned(layer.scratch_bytes()),
         }
+    }
+
+    /// The parameters as they lie on a device.
+    fn specs_on(&self, place: Place) -> Vec<ParamSpec> {
+        self.inferred.params.iter().map(|spec| spec.clone().on(place)).collect()
     }
 }
 
@@ -182,6 +186,19 @@ fn param(spec: &ParamSpec, normal: Vec<f32>, element: Element) -> Vec<f32> {
         _ => 1.0 + 0.2 * normal.clamp(-2.0, 2.0),
     };
     normal.into_iter().map(|normal| round(element, value(normal))).collect()
+}
+
+/// As it lies in the arena.
+fn arranged(spec: &ParamSpec, canonical: &[f32]) -> Vec<f32> {
+    let mut arena = vec![0.0; canonical.len()];
+    spec.to_arena(canonical, &mut arena);
+    arena
+}
+
+fn canonical(spec: &ParamSpec, arena: &[f32]) -> Vec<f32> {
+    let mut canonical = vec![0.0; arena.len()];
+    spec.to_canonical(arena, &mut canonical);
+    canonical
 }
 
 fn round(element: Element, value: f32) -> f32 {

@@ -84,7 +84,7 @@ pub fn upload<V: bytemuck::Pod>(gpu: &Gpu, values: &[V]) -> Arena {
 }
 
 /// What is in device memory, all work done.
-fn download<V: bytemuck::Pod>(gpu: &Gpu, arena: &Arena) -> Vec<V> {
+pub fn download<V: bytemuck::Pod>(gpu: &Gpu, arena: &Arena) -> Vec<V> {
     let mut values = vec![V::zeroed(); arena.bytes() / size_of::<V>()];
     // SAFETY: the values' own bytes; work that writes the arena is in the same stream, before the copy.
     let (from, to) = unsafe {
