@@ -61,6 +61,7 @@ mpi() {
     export MPICC=mpicc.$name CARGO_PROFILE_DEV_OPT_LEVEL=0
     step cargo test --features mpi --lib mpi
     MPIRUN=mpirun.$name step cargo test --features mpi --test mpi
+    MPIRUN=mpirun.$name step cargo test --features mpi --test allocations over_mpi
 }
 
 # Open MPI 5 takes programs that were built with 4.1, so it only has to be there.

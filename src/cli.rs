@@ -258,7 +258,8 @@ fn bench_step(config: &Config, args: &BenchStepArgs, verbosity: i8) -> Result<()
 }
 
 fn bench_comm(args: &BenchCommArgs, verbosity: i8) -> Result<()> {
-    let parallel = Parallel { algorithm: args.algorithm, ..Parallel::over(args.transport) };
+    let (algorithm, reduce_dtype) = (args.algorithm, args.options.reduce_dtype);
+    let parallel = Parallel { algorithm, reduce_dtype, ..Parallel::over(args.transport) };
     train::join(&parallel, verbosity, |_, comm| comm::bench::run(comm, &args.options))
 }
 

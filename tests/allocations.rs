@@ -1,10 +1,15 @@
 //! After the first steps a step allocates nothing: a run of more steps makes no more allocations. Counted over every
 //! thread of every rank: compute, communication, data workers, watch.
 
+#[allow(dead_code)]
+#[path = "common/mpirun.rs"]
+mod mpirun;
+
 use lockstep::config;
 use lockstep::launch::spawn;
 use lockstep::launch::world::{Launcher, World};
 use lockstep::train::{self, Options, Resume};
+use mpirun::Mpirun;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::OsString;
 use std::fs;
@@ -86,28 +91,43 @@ every_steps = 1000000
 
 #[test]
 fn a_step_allocates_nothing() {
-    for (transport, precision) in [("shm", "f32"), ("tcp", "f32"), ("shm", "bf16")] {
-        let (few, many) = (100, 500);
-        let [before, after] = [few, many].map(|steps| allocations(transport, precision, steps));
-        for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
-            // One an epoch would be 50 more. A few are left to what a thread does when it first blocks or is late.
-            let more = after.saturating_sub(before);
-            assert!(
-                more < 10,
-                "{transport}, {precision}, rank {rank}: {few} steps {before} allocations, {many} steps {after}"
-            );
-        }
+    for sets in ["parallel.transport=shm", "parallel.transport=tcp", "parallel.transport=shm run.precision=bf16"] {
+        check(sets, || Command::new(std::env::current_exe().unwrap()));
     }
 }
 
-/// Allocations of each of two ranks in a run of so many steps.
-fn allocations(transport: &str, precision: &str, steps: u64) -> [usize; 2] {
+/// Lockstep's own: MPI has another allocator.
+#[test]
+fn a_step_over_mpi_allocates_nothing() {
+    let Some(mpirun) = Mpirun::of_this_build() else { return };
+    let native = "parallel.transport=mpi parallel.algorithm=native parallel.reduce_dtype=bf16";
+    for sets in ["parallel.transport=mpi", native] {
+        check(sets, || {
+            let mut launcher = mpirun.command(2);
+            launcher.arg(std::env::current_exe().unwrap());
+            launcher
+        });
+    }
+}
+
+fn check(sets: &str, launcher: impl Fn() -> Command) {
+    let (few, many) = (100, 500);
+    let [before, after] = [few, many].map(|steps| allocations(launcher(), &format!("{sets} run.steps={steps}")));
+    for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
+        // One an epoch would be 50 more. A few are left to what a thread does when it first blocks or is late.
+        let more = after.saturating_sub(before);
+        assert!(more < 10, "{sets}, rank {rank}: {few} steps {before} allocations, {many} steps {after}");
+    }
+}
+
+/// Allocations of each of two ranks in a run with these settings.
+fn allocations(mut launcher: Command, sets: &str) -> [usize; 2] {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
-    let status = Command::new(std::env::current_exe().unwrap())
+    let status = launcher
         .args(["--exact", "program", "--nocapture"])
         .env("ALLOCATIONS_FOLDER", folder.path())
-        .env("ALLOCATIONS_SETS", format!("run.steps={steps} parallel.transport={transport} run.precision={precision}"))
+        .env("ALLOCATIONS_SETS", sets)
         .status()
         .unwrap();
     assert!(status.success());

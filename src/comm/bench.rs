@@ -10,6 +10,7 @@ mod update;
 
 use super::sum::{values_mut, vectorised};
 use super::{Communicator, chunk};
+use crate::config::raw::ReduceDtype;
 use crate::device::{Arena, SliceMut};
 use crate::error::{Context, Error, Kind, Result};
 use crate::report::print;
@@ -25,6 +26,9 @@ pub struct Options {
     /// all_reduce, or reduce_update: a step of SGD with momentum from gradients to new parameters
     #[arg(long, value_enum, default_value_t = Operation::AllReduce, hide_possible_values = true)]
     pub operation: Operation,
+    /// Sums in f32 or bf16, of reduce_update over mpi with --algorithm native
+    #[arg(long, value_enum, default_value_t = ReduceDtype::F32, hide_possible_values = true)]
+    pub reduce_dtype: ReduceDtype,
     /// Smallest message, bytes
     #[arg(long, default_value_t = 8)]
     pub min_bytes: usize,
@@ -77,11 +81,16 @@ struct Row {
 
 /// Measures and, on rank 0, prints. Collective.
 pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
-    let Options { operation, min_bytes, max_bytes, factor, .. } = *options;
+    let Options { operation, reduce_dtype, min_bytes, max_bytes, factor, .. } = *options;
     if min_bytes < 4 || max_bytes < min_bytes || factor < 2 {
         return Err(Error::usage(format!(
             "--min-bytes {min_bytes} --max-bytes {max_bytes} --factor {factor}: expected 4 <= min <= max and factor >= 2"
         )));
+    }
+    if reduce_dtype == ReduceDtype::Bf16 && operation == Operation::AllReduce {
+        return Err(Error::usage(
+            "--reduce-dtype bf16 is for gradients; an all_reduce sums in f32. Add --operation reduce_update",
+        ));
     }
     if options.pin {
         pin(comm.rank())?;
@@ -91,7 +100,12 @@ pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
         Operation::AllReduce => None,
         Operation::ReduceUpdate => Some(Update::new(&mut *comm, max_bytes / size_of::<f32>())?),
     };
-    let mut bench = Bench { comm, operation, arena, update, iteration: 0 };
+    let terms = match reduce_dtype {
+        ReduceDtype::F32 => 1024,
+        // Integers up to 256 have a bf16.
+        ReduceDtype::Bf16 => (256 / comm.size() as u32).max(1),
+    };
+    let mut bench = Bench { comm, operation, arena, update, terms, iteration: 0 };
     let first = bench.comm.rank() == 0;
     if first && !options.json {
         let name = operation.to_possible_value().expect("none is hidden");
@@ -134,6 +148,8 @@ struct Bench {
     operation: Operation,
     arena: Arena,
     update: Option<Update>,
+    /// Values that are summed are integers below this, so that every sum is exact.
+    terms: u32,
     iteration: usize,
 }
 
@@ -181,7 +197,7 @@ impl Bench {
         self.iteration += 1;
         let rank = self.comm.rank();
         for (index, x) in self.data(len).f32().iter_mut().enumerate() {
-            *x = value(rank, index, self.iteration) as f32;
+            *x = (value(rank, index, self.iteration) % self.terms) as f32;
         }
         if let Some(update) = &mut self.update {
             update.fill(chunk(len, self.comm.size(), rank), self.iteration);
@@ -220,7 +236,7 @@ impl Bench {
 
     fn count_wrong(&self, len: usize) -> usize {
         let size = self.comm.size();
-        let sum = |index| (0..size).map(|rank| value(rank, index, self.iteration)).sum::<u32>() as f32;
+        let sum = |index| (0..size).map(|rank| value(rank, index, self.iteration) % self.terms).sum::<u32>() as f32;
         match &self.update {
             None => self.data(len).f32().iter().enumerate().filter(|(index, x)| **x != sum(*index)).count(),
             Some(update) => update.count_wrong(len, self.iteration, sum),
@@ -266,7 +282,7 @@ unsafe fn plain_all_reduce(addresses: &[usize], range: Range<usize>) {
     }
 }
 
-/// A small integer, so that every sum is exact.
+/// An integer below 1024.
 fn value(rank: usize, index: usize, iteration: usize) -> u32 {
     (index as u32).wrapping_mul(7).wrapping_add((rank * 131 + iteration * 29) as u32) % 1024
 }

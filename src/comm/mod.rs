@@ -16,7 +16,7 @@ mod solo;
 mod sum;
 mod tcp;
 
-use crate::config::raw::{Algorithm, Parallel, TransportChoice};
+use crate::config::raw::{Algorithm, Parallel, ReduceDtype, TransportChoice};
 use crate::device::{Arena, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::rendezvous::Control;
@@ -30,12 +30,17 @@ use std::time::Duration;
 pub fn connect(parallel: &Parallel, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
     let size = control.size();
     if parallel.algorithm == Algorithm::Native && size > 1 {
-        return match parallel.transport {
-            TransportChoice::Mpi => {
-                Ok(Box::new(guard::Guarded::new(mpi::native(control.rank(), size, health.clone())?, health)))
-            }
-            _ => Err(Error::usage("algorithm = \"native\" is MPI's own; it goes with transport = \"mpi\"")),
-        };
+        if parallel.transport != TransportChoice::Mpi {
+            return Err(Error::usage("algorithm = \"native\" is MPI's own; it goes with transport = \"mpi\""));
+        }
+        let native = mpi::native(control.rank(), size, parallel.reduce_dtype, health.clone())?;
+        return Ok(Box::new(guard::Guarded::new(native, health)));
+    }
+    if parallel.reduce_dtype != ReduceDtype::F32 && size > 1 {
+        return Err(Error::usage(
+            "reduce_dtype = \"bf16\" goes with transport = \"mpi\" and algorithm = \"native\"; all else sums in f32, in one \
+             order, which gives the same bits on every layout of ranks",
+        ));
     }
     let (hosts, between) = match parallel.transport {
         TransportChoice::Auto if mpi::is_running() => (Hosts::new(&control.hosts()?), Between::Mpi),
@@ -94,7 +99,8 @@ pub fn mpi_library() -> Option<String> {
     mpi::library()
 }
 
-/// N ranks that call the same operations, with the same lengths, in the same order. All data is f32.
+/// N ranks that call the same operations, with the same lengths, in the same order. All data is f32; so are all sums, except
+/// those of `reduce_scatter` and `reduce_update` where `[parallel] reduce_dtype` says otherwise.
 ///
 /// Every operation returns the time it spent waiting for other ranks to arrive, as opposed to moving and adding bytes.
 /// A lost or stalled peer ends the wait with an error of kind `PeerLost`; nothing waits for ever. After an error there is

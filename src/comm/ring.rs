@@ -23,10 +23,13 @@
 //! all come through. Nothing blocks except `Mesh::wait`, with every connection open in both directions, so no length can
 //! deadlock.
 
+mod frames;
+
+use self::frames::{Flow, Frame, Half, Header, Totals, header, out_of_step};
 use super::hosts::Hosts;
 use super::sum::{self, Subtree, values_mut};
 use super::{Operation, Update, chunk};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -99,70 +102,6 @@ enum Source {
     There(usize),
 }
 
-/// How far the connection with one peer has come.
-#[derive(Default)]
-struct Flow {
-    peer: usize,
-    /// Where the subtrees of the peer's host lie in the staging memory.
-    staged: Range<usize>,
-    /// Frames of this operation: terms to the peer and from it, results to the peer and from it.
-    total: Totals,
-    sent: Half,
-    received: Half,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Totals {
-    terms_out: usize,
-    terms_in: usize,
-    results_out: usize,
-    results_in: usize,
-}
-
-/// One direction of a connection.
-#[derive(Clone, Copy, Default)]
-struct Half {
-    /// Bytes of the header.
-    header: usize,
-    /// Frames that are through.
-    terms: usize,
-    results: usize,
-    /// The frame under way: which, and how many bytes of it are through, its tag included.
-    frame: Option<Frame>,
-    bytes: usize,
-    tag: [u8; TAG],
-    theirs: [u8; HEADER],
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Frame {
-    Term,
-    Result,
-}
-
-const HEADER: usize = 24;
-/// What a frame begins with: its kind.
-const TAG: usize = 4;
-
-/// What a connection carries first: the operation, its root, its length, and how many came before it.
-fn header(job: &Job<'_>, sequence: u64) -> [u8; HEADER] {
-    let mut bytes = [0; HEADER];
-    bytes[0..4].copy_from_slice(&(job.operation as u32).to_le_bytes());
-    bytes[4..8].copy_from_slice(&(job.root as u32).to_le_bytes());
-    bytes[8..16].copy_from_slice(&(job.len as u64).to_le_bytes());
-    bytes[16..24].copy_from_slice(&sequence.to_le_bytes());
-    bytes
-}
-
-impl Frame {
-    fn tag(self) -> [u8; TAG] {
-        match self {
-            Frame::Term => *b"term",
-            Frame::Result => *b"done",
-        }
-    }
-}
-
 impl Ring {
     pub fn new(rank: usize, hosts: Hosts) -> Ring {
         let here = hosts.of(rank);
@@ -231,7 +170,7 @@ impl Ring {
                 return Ok(waited);
             };
             let peer = flow.peer;
-            let all_here = pass.ring.flows.iter().all(|flow| flow.received.header == HEADER);
+            let all_here = pass.ring.flows.iter().all(|flow| flow.received.has_header());
             let start = Instant::now();
             pass.mesh.wait(job.operation.words().waiting, peer)?;
             if !all_here {
@@ -241,29 +180,19 @@ impl Ring {
     }
 }
 
-impl Flow {
-    fn is_done(&self) -> bool {
-        let Flow { total, sent, received, .. } = self;
-        sent.header == HEADER
-            && received.header == HEADER
-            && (sent.terms, sent.results) == (total.terms_out, total.results_out)
-            && (received.terms, received.results) == (total.terms_in, total.results_in)
-    }
-}
-
 /// One operation under way.
 struct Pass<'a> {
     ring: &'a mut Ring,
     mesh: &'a mut dyn Mesh,
     job: &'a Job<'a>,
-    header: [u8; HEADER],
+    header: Header,
     position: usize,
     /// Values of this rank's chunk that are final.
     finished: usize,
 }
 
 impl<'a> Pass<'a> {
-    fn new(ring: &'a mut Ring, mesh: &'a mut dyn Mesh, job: &'a Job<'a>, header: [u8; HEADER]) -> Pass<'a> {
+    fn new(ring: &'a mut Ring, mesh: &'a mut dyn Mesh, job: &'a Job<'a>, header: Header) -> Pass<'a> {
         let Ring { rank, hosts, flows, subtrees, .. } = &mut *ring;
         let (rank, here, from) = (*rank, hosts.of(*rank), hosts.of(job.root));
         let pieces = |owner: usize| chunk(job.len, hosts.size(), owner).len().div_ceil(PIECE);
@@ -340,37 +269,24 @@ impl<'a> Pass<'a> {
     /// Sends what it can of what comes next; says whether anything went.
     fn send(&mut self, flow: usize) -> Result<bool> {
         let Flow { peer, total, mut sent, .. } = self.ring.flows[flow];
-        if sent.header < HEADER {
-            let more = total.terms_out > 0 || (total.results_out > 0 && self.finished > 0);
-            let count = self.mesh.send(peer, &self.header[sent.header..], more)?;
-            self.ring.flows[flow].sent.header += count;
-            return Ok(count > 0);
-        }
-        if sent.frame.is_none() {
-            sent.frame = self.next_frame(&total, &sent);
-            sent.bytes = 0;
-            if sent.frame == Some(Frame::Term) {
-                self.add_up_here(peer, sent.terms);
+        let count = if sent.has_header() {
+            if sent.frame.is_none() {
+                sent.frame = self.next_frame(&total, &sent);
+                if sent.frame == Some(Frame::Term) {
+                    self.add_up_here(peer, sent.terms);
+                }
             }
-        }
-        let Some(frame) = sent.frame else { return Ok(false) };
-        let payload = match frame {
-            Frame::Term => self.term(peer, sent.terms),
-            // SAFETY: `run`'s contract; nobody writes results that are final.
-            Frame::Result => unsafe { values_mut(self.results(), self.piece(self.ring.rank, sent.results)) },
+            let Some(frame) = sent.frame else { return Ok(false) };
+            let payload = match frame {
+                Frame::Term => self.term(peer, sent.terms),
+                // SAFETY: `run`'s contract; nobody writes results that are final.
+                Frame::Result => unsafe { values_mut(self.results(), self.piece(self.ring.rank, sent.results)) },
+            };
+            sent.send(self.mesh, peer, frame, bytemuck::cast_slice(payload))?
+        } else {
+            let more = total.terms_out > 0 || (total.results_out > 0 && self.finished > 0);
+            sent.send_header(self.mesh, peer, &self.header, more)?
         };
-        let payload: &[u8] = bytemuck::cast_slice(payload);
-        let mut count = 0;
-        if sent.bytes < TAG {
-            count = self.mesh.send(peer, &frame.tag()[sent.bytes..], true)?;
-        }
-        if sent.bytes + count >= TAG {
-            count += self.mesh.send(peer, &payload[sent.bytes + count - TAG..], false)?;
-        }
-        sent.bytes += count;
-        if sent.bytes == TAG + payload.len() {
-            sent.frame_is_through(frame);
-        }
         self.ring.flows[flow].sent = sent;
         Ok(count > 0)
     }
@@ -418,57 +334,31 @@ impl<'a> Pass<'a> {
     /// Receives what it can of what comes next; says whether anything came.
     fn receive(&mut self, flow: usize) -> Result<bool> {
         let Flow { peer, total, mut received, .. } = self.ring.flows[flow];
-        if received.header < HEADER {
-            let count = self.mesh.receive(peer, &mut received.theirs[received.header..])?;
-            received.header += count;
+        if !received.has_header() {
+            let (count, theirs) = received.receive_header(self.mesh, peer)?;
             self.ring.flows[flow].received = received;
-            if received.header == HEADER && received.theirs != self.header {
-                return Err(self.out_of_step(peer, &received.theirs));
-            }
-            return Ok(count > 0);
+            return match theirs {
+                Some(theirs) if theirs != self.header => Err(out_of_step(peer, &theirs, self.ring.rank, &self.header)),
+                _ => Ok(count > 0),
+            };
         }
         if (received.terms, received.results) == (total.terms_in, total.results_in) {
             return Ok(false);
         }
         let mut count = 0;
         if received.frame.is_none() {
-            count = self.mesh.receive(peer, &mut received.tag[received.bytes..])?;
-            received.bytes += count;
-            if received.bytes == TAG {
-                received.frame = Some(self.frame_that_comes(&received, &total, peer)?);
-            }
+            count += received.receive_tag(self.mesh, peer, self.job, &total)?;
         }
         if let Some(frame) = received.frame
             && let Some(space) = self.space(flow, &received, frame)
         {
-            let space: &mut [u8] = bytemuck::cast_slice_mut(space);
-            let length = space.len();
-            let more = self.mesh.receive(peer, &mut space[received.bytes - TAG..])?;
-            received.bytes += more;
-            count += more;
-            if received.bytes == TAG + length {
-                if frame == Frame::Result {
-                    self.arrived(peer, received.results);
-                }
-                received.frame_is_through(frame);
+            count += received.receive(self.mesh, peer, frame, bytemuck::cast_slice_mut(space))?;
+            if frame == Frame::Result && received.frame.is_none() {
+                self.arrived(peer, received.results - 1);
             }
         }
         self.ring.flows[flow].received = received;
         Ok(count > 0)
-    }
-
-    fn frame_that_comes(&self, received: &Half, total: &Totals, peer: usize) -> Result<Frame> {
-        if received.tag == Frame::Term.tag() && received.terms < total.terms_in {
-            Ok(Frame::Term)
-        } else if received.tag == Frame::Result.tag() && received.results < total.results_in {
-            Ok(Frame::Result)
-        } else {
-            Err(Error::internal(format!(
-                "rank {peer} sent {:?} in the middle of {}: the ranks are out of step",
-                String::from_utf8_lossy(&received.tag),
-                self.job.operation.words().name
-            )))
-        }
     }
 
     /// Where the frame under way goes; `None` where it has to wait.
@@ -548,30 +438,6 @@ impl<'a> Pass<'a> {
             Source::Here(position) => Subtree { ranks, address: self.job.data[position] + range.start * VALUE },
             Source::There(number) => Subtree { ranks, address: staging(number) },
         }));
-    }
-
-    fn out_of_step(&self, peer: usize, theirs: &[u8; HEADER]) -> Error {
-        let say = |header: &[u8; HEADER]| {
-            let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
-            let name = Operation::from_number(number(0)).map_or("?", |operation| operation.words().name);
-            format!("{name} of {} values (root {}, operation {})", number(8), number(4), number(16))
-        };
-        Error::internal(format!(
-            "the ranks are out of step: rank {peer} called {}, rank {} {}",
-            say(theirs),
-            self.ring.rank,
-            say(&self.header)
-        ))
-    }
-}
-
-impl Half {
-    fn frame_is_through(&mut self, frame: Frame) {
-        match frame {
-            Frame::Term => self.terms += 1,
-            Frame::Result => self.results += 1,
-        }
-        (self.frame, self.bytes) = (None, 0);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::Communicator;
 use super::ring::Mesh;
+use crate::config::raw::ReduceDtype;
 use crate::error::{Error, Result};
 use crate::launch::watch::Health;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ pub fn mesh(_: usize, _: &[usize], _: Arc<Health>) -> Result<Box<dyn Mesh>> {
     Err(not_built_in())
 }
 
-pub fn native(_: usize, _: usize, _: Arc<Health>) -> Result<Box<dyn Communicator>> {
+pub fn native(_: usize, _: usize, _: ReduceDtype, _: Arc<Health>) -> Result<Box<dyn Communicator>> {
     Err(not_built_in())
 }
 

@@ -1,10 +1,9 @@
 //! The cluster's MPI, in a build with `--features mpi`: started before all else, compared with what the launcher's
-//! variables say, and ended last. Ranks of several hosts meet through it, so that nobody has
-//! to give an address.
+//! variables say, and ended last. Ranks of several hosts meet through it, so that nobody has to give an address.
 //!
 //! One thread at a time calls MPI (MPI_THREAD_SERIALIZED): the main thread until the ranks have met, then whoever holds the
-//! communicator, at last the main thread again. Nothing but starting, duplicating a communicator and ending waits inside
-//! MPI, where a dead peer would hold it for ever: all else is started without blocking and then asked for.
+//! communicator, at last the main thread again. Nothing but starting and ending waits inside MPI, where a dead peer would
+//! hold it for ever: all else is started without blocking and then asked for.
 //!
 //! After a failure MPI is left alone and not ended: MPI_Finalize waits for all ranks. The process just exits, with its own
 //! code, and mpirun, which sees a rank go that way, ends what is left.
@@ -67,24 +66,35 @@ pub fn leave(health: &Health, result: Result<()>) -> Result<()> {
     let mut request = null();
     // SAFETY: MPI runs, and the request lives until it is complete.
     check(unsafe { ffi::MPI_Ibarrier(ffi::RSMPI_COMM_WORLD, &mut request) }, "leaving MPI")?;
-    health.wait("waiting for the other ranks to end", |limit| {
-        std::thread::sleep(limit.min(POLL));
-        is_complete(&mut request)
-    })?;
+    wait(health, "waiting for the other ranks to end", &mut request)?;
     drop(universe().take());
     result
 }
 
 /// MPI's communicator of all ranks once more, for messages that cannot be mistaken for others. Collective. It lives as long
 /// as MPI runs.
-pub fn duplicate_world() -> Result<ffi::MPI_Comm> {
-    // SAFETY: constants of MPI's; the results are written before they are used. The duplicate has the errhandler of the
-    // original (MPI 4.0, 7.4.2).
+pub fn duplicate_world(health: &Health) -> Result<ffi::MPI_Comm> {
+    let mut request = null();
+    // SAFETY: constants of MPI's. It writes the duplicate before the request is complete; after an error nobody calls it again.
+    // The duplicate has the errhandler of the original (MPI 4.0, 7.4.2).
     unsafe {
         let mut comm = ffi::RSMPI_COMM_NULL;
-        check(ffi::MPI_Comm_dup(ffi::RSMPI_COMM_WORLD, &mut comm), "making a communicator")?;
+        check(ffi::MPI_Comm_idup(ffi::RSMPI_COMM_WORLD, &mut comm, &mut request), "making a communicator")?;
+        wait(health, "waiting for the other ranks to make a communicator of MPI's", &mut request)?;
         Ok(comm)
     }
+}
+
+/// For what happens once in a run.
+fn wait(health: &Health, what: &str, request: &mut ffi::MPI_Request) -> Result<()> {
+    let poll = |limit: Duration| match is_complete(request)? {
+        true => Ok(true),
+        false => {
+            std::thread::sleep(limit.min(POLL));
+            Ok(false)
+        }
+    };
+    health.wait(what, poll).map(drop)
 }
 
 /// An error return of MPI's as an error of kind `PeerLost`: what a call with good arguments fails of is the other end.

@@ -135,9 +135,9 @@ impl World {
             Meeting::Node { job } => ways::at_socket(party, &socket_name(job.as_deref())?)?,
             Meeting::Tcp { host, ports, job } => ways::at_ports(party, host, ports, job, &interface)?,
             Meeting::Folder { folder, job } => ways::through_folder(party, folder, job, &interface)?,
-            Meeting::Pmi { fd } => ways::through_pmi(party, *fd, &interface)?,
+            Meeting::Pmi { fd, one_node } => ways::through_pmi(party, *fd, *one_node, &interface)?,
             #[cfg(feature = "mpi")]
-            Meeting::Mpi { one_node } => ways::through_broadcast(party, *one_node, &interface, mpi::broadcast)?,
+            Meeting::Mpi { one_node } => ways::through_broadcast(party, "MPI", *one_node, &interface, mpi::broadcast)?,
         };
         let [mut first, second] = <[Control; 2]>::try_from(stars).expect("two stars were asked for");
         first.choose_data_ip(interface.chosen_ip());

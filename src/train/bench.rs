@@ -69,6 +69,7 @@ pub fn run(
     let transport = comm.transport();
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
+    setup::take_device(config, &rank.world)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
     let learner = setup::learner(config, &plan, &parts, comm)?;
     let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;

@@ -12,7 +12,7 @@
 use crate::comm::hosts::Hosts;
 use crate::comm::{Communicator, split};
 use crate::config::plan::Plan;
-use crate::config::raw::{FactorExchange, Parallel};
+use crate::config::raw::{FactorExchange, Parallel, ReduceDtype};
 use crate::device::{self, Arena, SliceMut};
 use crate::error::Result;
 use crate::model::layers::{FromFactors, TILE_UNITS};
@@ -46,12 +46,17 @@ pub struct Estimate {
 pub fn estimate(config: &Parallel, net: &NetSpec, plan: &Plan, hosts: usize, norms: bool) -> Vec<Estimate> {
     let others = (hosts - 1) as f64 / hosts as f64;
     let link = config.network_gbit_s * 1e9 / 8.0;
+    // Then as many parameters go round, in f32.
+    let sum_bytes = match config.reduce_dtype {
+        ReduceDtype::F32 => 4,
+        ReduceDtype::Bf16 => 2,
+    };
     let threads = plan.threads as f64 * plan.ranks as f64 / hosts as f64;
     let layers = net.nodes.iter().enumerate().filter_map(|(node, layer)| Some((node, layer.inferred.factors?)));
     layers
         .map(|(node, factors)| {
             let values = factors.inputs * factors.units + factors.units;
-            let gradient_bytes = (2.0 * others * (4 * values) as f64) as usize;
+            let gradient_bytes = (others * ((sum_bytes + 4) * values) as f64) as usize;
             let factor_bytes = (others * (4 * factors.values() * plan.global_batch) as f64) as usize;
             let products = others * 2.0 * (values * plan.global_batch) as f64 / (OPERATIONS * threads);
             let (gradient_s, factors_s) = (gradient_bytes as f64 / link, factor_bytes as f64 / link + products);

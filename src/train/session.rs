@@ -71,6 +71,7 @@ pub fn train(
     let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
+    setup::take_device(config, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
     inject::check_ranks(&options.inject, &job, &rank.world)?;

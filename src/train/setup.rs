@@ -15,8 +15,10 @@ use crate::data::augment::{self, Augmenter};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::{self, Dataset, order};
+use crate::device::cuda::{Gpu, probe};
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
+use crate::launch::rendezvous::host;
 use crate::launch::world::World;
 use crate::model::Shape;
 use crate::model::loss::Loss;
@@ -87,10 +89,23 @@ pub fn plan(config: &Config, parts: &Parts, world: &World) -> Result<Plan> {
 /// The numbers of a run. All that a configuration can get wrong is refused here, before anything takes memory or time:
 /// what `trainer plan` accepts is what training accepts.
 pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks) -> Result<Plan> {
-    device::choose(config.run.device)?;
     let plan = Plan::new(config, ranks, parts.samples())?;
     loss(config, net, &*parts.train)?;
     Ok(plan)
+}
+
+/// Takes this rank's GPU, where it is to compute on one: of those that it sees, that of its number on this host.
+pub fn take_device(config: &Config, world: &World) -> Result<()> {
+    if device::choose(config.run.device) == Place::Host {
+        return Ok(());
+    }
+    let gpus = probe::gpus()?.devices.len();
+    if (1..world.local_size).contains(&gpus) && world.local_rank == 0 {
+        tracing::warn!("{} ranks on {} share {gpus} GPUs", world.local_size, host());
+    }
+    let gpu = Gpu::take(world.local_rank % gpus.max(1))?;
+    tracing::debug!("rank {} computes on {}", world.rank, gpu.device());
+    Ok(())
 }
 
 /// Compares, over all ranks, what they are about to train with. `fingerprint` is the training set's. Collective.
@@ -119,7 +134,7 @@ pub fn agree(
 pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
-    let place = device::choose(config.run.device)?;
+    let place = device::choose(config.run.device);
     let allocate = |bytes| match place {
         Place::Host => comm.allocate_replicated(bytes),
         Place::Cuda => device::allocate(place, bytes),
@@ -188,7 +203,7 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Opti
     }
     Ok(net::Options {
         batch: plan.micro_batch,
-        place: device::choose(config.run.device)?,
+        place: device::choose(config.run.device),
         threads: rayon::current_num_threads(),
         seed: config.run.seed,
         precision: config.run.precision,
@@ -198,7 +213,7 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Opti
 
 /// What batches of this plan and their outputs go through, on the net's device.
 pub fn feed(config: &Config, plan: &Plan, net: &NetSpec, train: &dyn Dataset) -> Result<Feed> {
-    let place = device::choose(config.run.device)?;
+    let place = device::choose(config.run.device);
     Feed::new(place, loss(config, net, train)?, plan.micro_batch, net.input.len())
 }
 

@@ -1,7 +1,7 @@
 //! The loss and the update on a GPU against the CPU's.
 
 use crate::emulator;
-use crate::values::{Values, distance, upload};
+use crate::values::{Values, distance, download, upload};
 use lockstep::config::raw::{self, OptimizerShared, Rule};
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
@@ -90,7 +90,7 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
     let mut expected = vec![vec![0.0; table.len()]; 1 + states];
     (0..).zip(&mut expected[0]).for_each(|(i, w)| *w = value(i, 1.0));
     let params = Values::of(gpu, &expected[0], Element::F32);
-    let state: Vec<_> = (0..states).map(|_| Values::of(gpu, &vec![0.0; table.len()], Element::F32)).collect();
+    let state: Vec<_> = (0..states).map(|_| gpu.allocate(4 * table.len()).unwrap()).collect();
     let rounded = Values::poisoned(gpu, if element == Element::F32 { 0 } else { table.len() }, element);
     let update = optim::cuda::Update::new(config, &table, element).unwrap();
     for step in 0..3 {
@@ -104,7 +104,7 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
             let buffers = optim::cuda::Buffers {
                 params: params.slice_mut(),
                 grads: on_gpu.slice(),
-                state: &mut state.iter().map(Values::slice_mut).collect::<Vec<_>>(),
+                state: &state,
                 rounded: rounded.slice_mut(),
             };
             // SAFETY: as above.
@@ -113,8 +113,8 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
         update_on_cpu(config, &table, at, grads, &mut expected);
     }
     let what = format!("{config:?}");
-    for (found, expected) in std::iter::once(&params).chain(&state).zip(&expected) {
-        let found = found.download();
+    let state = state.iter().map(|arena| download(gpu, arena));
+    for (found, expected) in std::iter::once(params.download()).chain(state).zip(&expected) {
         for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
             assert_eq!(found.to_bits(), expected.to_bits(), "{what} at {i}: {found}, on the CPU {expected}");
         }

@@ -84,7 +84,7 @@ impl Messages {
         // SAFETY: plain numbers.
         let nothing: ffi::MPI_Status = unsafe { std::mem::zeroed() };
         let mut messages = Messages {
-            comm: duplicate_world()?,
+            comm: duplicate_world(&health)?,
             health,
             streams: peers.iter().map(|&peer| Stream { peer, ..Stream::default() }).collect(),
             places,

@@ -2,13 +2,15 @@
 //!
 //! As `ring` it connects hosts, or single ranks, with messages under the ring schedule, so the sums have the order of all
 //! transports and their bits. As `native` its own collectives do everything: they know the cluster's network, and may use
-//! it to add; the order of their sums is MPI's.
+//! it to add; the order of their sums is MPI's, and gradients may be summed in bf16 (`rounded`).
 
 mod messages;
 mod native;
+mod rounded;
 
 use super::Communicator;
 use super::ring::Mesh;
+use crate::config::raw::ReduceDtype;
 use crate::error::{Error, Result};
 use crate::launch::mpi;
 use crate::launch::watch::Health;
@@ -30,10 +32,10 @@ pub fn mesh(size: usize, peers: &[usize], health: Arc<Health>) -> Result<Box<dyn
     Ok(Box::new(Messages::new(size, peers, health)?))
 }
 
-/// MPI's own collectives over all ranks that it has started. Collective.
-pub fn native(rank: usize, size: usize, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
+/// MPI's own collectives over all ranks that it has started, with sums of gradients in `dtype`. Collective.
+pub fn native(rank: usize, size: usize, dtype: ReduceDtype, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
     must_run()?;
-    Ok(Box::new(Native::new(rank, size, health)?))
+    Ok(Box::new(Native::new(rank, size, dtype, health)?))
 }
 
 fn must_run() -> Result<()> {

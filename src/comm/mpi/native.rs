@@ -3,15 +3,18 @@
 //! An operation is cut into pieces, each a non-blocking collective of its own, and a window of them is under way at once:
 //! while one is summed the next are on the network. All ranks begin the pieces in the same order, as MPI demands. Sums come
 //! into a buffer beside the data, as many as the window has pieces, and are copied; so no operation needs memory of the
-//! size of its data.
+//! size of its data. `reduce_dtype` is about reduce_scatter, and so reduce_update, by which gradients are summed: what else
+//! training sums are losses, counts, flags and norms, which all_reduce leaves exact, and parameters are only gathered.
 //!
 //! The chunks of reduce_scatter and all_gather go as reductions to, and broadcasts from, their owners, the first pieces of
 //! all chunks before the second, so that every rank is the root of some of the pieces under way. A rank that calls another operation, or
 //! another length, than its peers is not noticed here: MPI does not say.
 
 use super::Patience;
+use super::rounded::Rounded;
 use crate::comm::hosts::Hosts;
 use crate::comm::{Communicator, Operation, Words, chunk};
+use crate::config::raw::ReduceDtype;
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
 use crate::launch::mpi::{check, duplicate_world, is_complete, null};
@@ -35,6 +38,8 @@ pub struct Native {
     health: Arc<Health>,
     /// A piece for every place in the window. Never freed: after a failure MPI may still write there.
     sums: ManuallyDrop<Vec<f32>>,
+    /// Where gradients are summed in bf16.
+    rounded: Option<Rounded>,
 }
 
 // SAFETY: MPI's handles belong to the process, and one thread after the other may use them (MPI_THREAD_SERIALIZED).
@@ -51,7 +56,7 @@ struct Piece {
 enum Call {
     /// Every rank gets the sum.
     AllReduce,
-    /// The root gets the sum.
+    /// The root gets the sum, in bf16 if that was asked for.
     Reduce,
     /// Every rank gets the root's.
     Broadcast,
@@ -65,8 +70,13 @@ struct Flight {
 
 impl Native {
     /// Collective.
-    pub fn new(rank: usize, size: usize, health: Arc<Health>) -> Result<Native> {
-        Ok(Native { rank, size, comm: duplicate_world()?, health, sums: ManuallyDrop::new(vec![0.0; WINDOW * PIECE]) })
+    pub fn new(rank: usize, size: usize, dtype: ReduceDtype, health: Arc<Health>) -> Result<Native> {
+        let rounded = match dtype {
+            ReduceDtype::F32 => None,
+            ReduceDtype::Bf16 => Some(Rounded::new(WINDOW, PIECE)?),
+        };
+        let sums = ManuallyDrop::new(vec![0.0; WINDOW * PIECE]);
+        Ok(Native { rank, size, comm: duplicate_world(&health)?, health, sums, rounded })
     }
 
     /// Does `call` with all pieces. MPI does not tell waiting for a rank from moving its bytes, so no wait is reported.
@@ -105,9 +115,14 @@ impl Native {
     ) -> Result<ffi::MPI_Request> {
         let mut request = null();
         let (count, root) = (values.len() as c_int, *root as c_int);
-        // SAFETY: a piece is inside of the data and no longer than its place in `sums`.
+        // SAFETY: a piece is inside of the data.
+        let values = unsafe { std::slice::from_raw_parts_mut(data.add(values.start), values.len()) };
+        if let (Call::Reduce, Some(rounded)) = (call, &mut self.rounded) {
+            return rounded.reduce(place, values, root, self.comm);
+        }
+        let values: *mut c_void = values.as_mut_ptr().cast();
+        // SAFETY: a piece is no longer than its place in `sums`.
         let code = unsafe {
-            let values: *mut c_void = data.add(values.start).cast();
             let sums: *mut c_void = self.sums.as_mut_ptr().add(place * PIECE).cast();
             let (float, sum) = (ffi::RSMPI_FLOAT, ffi::RSMPI_SUM);
             match call {
@@ -123,15 +138,15 @@ impl Native {
     fn finish(&mut self, words: Words, call: Call, data: *mut f32, flight: Flight, place: usize) -> Result<()> {
         let Flight { piece: Piece { values, root }, request } = flight;
         self.complete(words, request)?;
-        let to_me = match call {
-            Call::AllReduce => true,
-            Call::Reduce => root == self.rank,
-            Call::Broadcast => false,
-        };
-        if to_me {
-            let sums = &self.sums[place * PIECE..][..values.len()];
-            // SAFETY: MPI has given the values back.
-            unsafe { data.add(values.start).copy_from_nonoverlapping(sums.as_ptr(), sums.len()) };
+        // SAFETY: a piece is inside of the data, and MPI has given it back.
+        let values = unsafe { std::slice::from_raw_parts_mut(data.add(values.start), values.len()) };
+        match (call, &self.rounded) {
+            (Call::Broadcast, _) => {}
+            (Call::Reduce, _) if root != self.rank => {}
+            (Call::Reduce, Some(rounded)) => rounded.take_sums(place, values),
+            (Call::Reduce, None) | (Call::AllReduce, _) => {
+                values.copy_from_slice(&self.sums[place * PIECE..][..values.len()]);
+            }
         }
         Ok(())
     }

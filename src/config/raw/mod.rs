@@ -141,6 +141,8 @@ pub struct Parallel {
     pub transport: TransportChoice,
     /// Of the transport mpi.
     pub algorithm: Algorithm,
+    /// Of the algorithm native: what gradients are summed in. bf16 sends half the bytes.
+    pub reduce_dtype: ReduceDtype,
     /// Gradients of about this many MiB are reduced together.
     #[schemars(range(max = 1_048_576), extend("exclusiveMinimum" = 0))]
     pub bucket_mib: f64,
@@ -174,6 +176,7 @@ impl Default for Parallel {
         Parallel {
             transport: TransportChoice::Auto,
             algorithm: Algorithm::Ring,
+            reduce_dtype: ReduceDtype::F32,
             bucket_mib: 1.0,
             overlap: true,
             factor_exchange: FactorExchange::Auto,
@@ -203,6 +206,14 @@ pub enum Algorithm {
     Ring,
     /// MPI's collectives, with sums in MPI's order.
     Native,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum ReduceDtype {
+    F32,
+    /// Terms and sums are rounded to the nearest.
+    Bf16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

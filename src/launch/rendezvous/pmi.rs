@@ -11,8 +11,22 @@ use std::time::Instant;
 
 /// More than any answer has; what is longer is no answer.
 const LONGEST_LINE: usize = 8192;
+const REMEDY: &str = "set LOCKSTEP_RENDEZVOUS=file:FOLDER, a folder that all hosts share, to meet without it";
 
-pub struct Pmi {
+/// Rank 0's text, which holds no spaces, on every rank. Collective over all that the process manager at `fd` has started.
+pub fn broadcast(fd: i32, rank: usize, text: &str, deadline: Instant) -> Result<String> {
+    const KEY: &str = "lockstep-rendezvous";
+    let mut pmi = Pmi::init(fd, deadline)?;
+    if rank == 0 {
+        pmi.put(KEY, text)?;
+    }
+    pmi.barrier()?;
+    let text = pmi.get(KEY)?;
+    pmi.finalize()?;
+    Ok(text)
+}
+
+struct Pmi {
     link: Link,
     /// Names the job's key-value space.
     space: String,
@@ -21,14 +35,16 @@ pub struct Pmi {
 
 impl Pmi {
     /// Opens the conversation over the inherited descriptor `fd`. Every answer has to come by `deadline`.
-    pub fn init(fd: i32, deadline: Instant) -> Result<Pmi> {
+    fn init(fd: i32, deadline: Instant) -> Result<Pmi> {
         let what = format!("PMI_FD = {fd}, the socket to the process manager");
         if fd < 0 {
             return Err(Error::usage(format!("{what}: not a descriptor")));
         }
         // SAFETY: the number is borrowed for this one call, which fails if nothing is open under it.
-        let own = fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 3)
-            .or_kind(Kind::Usage, format!("{what} (set MASTER_ADDR and MASTER_PORT to meet without it)"))?;
+        let own = fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 3).or_kind(
+            Kind::Usage,
+            format!("{what}, which the launcher's child has to leave open for the trainer; {REMEDY}"),
+        )?;
         let mut pmi = Pmi { link: Link::new(0, own), space: String::new(), deadline };
         pmi.ask("init pmi_version=1 pmi_subversion=1", "response_to_init")?;
         pmi.space = pmi.ask("get_my_kvsname", "my_kvsname")?.value("kvsname")?;
@@ -36,20 +52,20 @@ impl Pmi {
     }
 
     /// Sets a value that all ranks see after the barrier. Neither may hold spaces.
-    pub fn put(&mut self, key: &str, value: &str) -> Result<()> {
+    fn put(&mut self, key: &str, value: &str) -> Result<()> {
         self.ask(&format!("put kvsname={} key={key} value={value}", self.space), "put_result").map(drop)
     }
 
     /// Waits for all ranks of the job.
-    pub fn barrier(&mut self) -> Result<()> {
+    fn barrier(&mut self) -> Result<()> {
         self.ask("barrier_in", "barrier_out").map(drop)
     }
 
-    pub fn get(&mut self, key: &str) -> Result<String> {
+    fn get(&mut self, key: &str) -> Result<String> {
         self.ask(&format!("get kvsname={} key={key}", self.space), "get_result")?.value("value")
     }
 
-    pub fn finalize(mut self) -> Result<()> {
+    fn finalize(mut self) -> Result<()> {
         self.ask("finalize", "finalize_ack").map(drop)
     }
 
@@ -58,7 +74,7 @@ impl Pmi {
         let failed = |why: &dyn std::fmt::Display| {
             Error::peer_lost(format!(
                 "the process manager did not answer \"{name}\" (PMI): {why}. If not all ranks are there, look for why they \
-                 did not start; set MASTER_ADDR and MASTER_PORT to meet without it"
+                 did not start; {REMEDY}"
             ))
         };
         let line = format!("cmd={command}\n");

@@ -246,7 +246,7 @@ fn a_process_manager_passes_rank_0s_address_on() {
     let manager = thread::spawn(|| process_manager(servers.into_iter().map(Socket::from).collect()));
     let met = meet(3, |rank| {
         let fd = clients[rank].as_raw_fd();
-        ways::through_pmi(party(rank, 3, 20 * SECOND), fd, &loopback()).map(|mut stars| stars.remove(0))
+        ways::through_pmi(party(rank, 3, 20 * SECOND), fd, false, &loopback()).map(|mut stars| stars.remove(0))
     });
     drop(clients);
     on_all(met.into_iter().map(Result::unwrap).collect(), exercise);
@@ -255,9 +255,9 @@ fn a_process_manager_passes_rank_0s_address_on() {
 
 #[test]
 fn a_process_manager_that_is_gone_or_refuses_is_named() {
-    let refusal = |fd: i32| ways::through_pmi(party(0, 2, SECOND), fd, &loopback()).unwrap_err();
+    let refusal = |fd: i32| ways::through_pmi(party(0, 2, SECOND), fd, false, &loopback()).unwrap_err();
     let text = refusal(9999).to_string();
-    assert!(text.contains("PMI_FD = 9999") && text.contains("set MASTER_ADDR"), "{text}");
+    assert!(text.contains("PMI_FD = 9999") && text.contains("set LOCKSTEP_RENDEZVOUS"), "{text}");
 
     let (server, client) = link::pair().unwrap();
     let text = refusal(client.as_raw_fd()).to_string();

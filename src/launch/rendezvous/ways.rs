@@ -2,7 +2,7 @@
 //! that rank 0 leaves in a shared folder or with the process manager.
 
 use super::address::{self, Address};
-use super::pmi::Pmi;
+use super::pmi;
 use super::star::{self, Candidate, Party};
 use super::{Control, host};
 use crate::atomic_file;
@@ -156,34 +156,17 @@ impl Drop for Left {
     }
 }
 
-/// Rank 0 hands its note to the process manager that started all ranks.
-pub fn through_pmi(party: Party, fd: i32, interface: &Interface) -> Result<Vec<Control>> {
-    const KEY: &str = "lockstep-rendezvous";
-    let deadline = Instant::now() + party.timeout;
-    let mut pmi = Pmi::init(fd, deadline)?;
-    let place = "the address that the process manager passes on (PMI)";
-    if party.rank == 0 {
-        let (listener, note) = Note::of_listener(interface)?;
-        pmi.put(KEY, &note.to_string())?;
-        pmi.barrier()?;
-        pmi.finalize()?;
-        let at = format!("{} (PMI)", note.place());
-        say_waiting(party, &at, interface);
-        return star::gather(party, note.token, listener, &at);
-    }
-    pmi.barrier()?;
-    let text = pmi.get(KEY)?;
-    pmi.finalize()?;
-    let unknown = || Error::internal(format!("the process manager passed on \"{text}\", which rank 0 did not say"));
-    let note = Note::parse(&text).ok_or_else(unknown)?;
-    star::join(party, place, false, || Ok(note.candidates(interface.chosen_ip())))
+/// By the process manager that started all ranks, at the other end of `fd`.
+pub fn through_pmi(party: Party, fd: i32, one_node: bool, interface: &Interface) -> Result<Vec<Control>> {
+    let broadcast = |text: &str, deadline| pmi::broadcast(fd, party.rank, text, deadline);
+    through_broadcast(party, "PMI", one_node, interface, broadcast)
 }
 
 /// Rank 0's note, or on one node the name of its socket, goes to the others by `broadcast`, which gives every rank what rank 0
-/// gives it, by the deadline.
-#[cfg(feature = "mpi")]
+/// gives it, by the deadline. `by` names it in messages.
 pub fn through_broadcast(
     party: Party,
+    by: &str,
     one_node: bool,
     interface: &Interface,
     broadcast: impl FnOnce(&str, Instant) -> Result<String>,
@@ -196,14 +179,15 @@ pub fn through_broadcast(
     if party.rank == 0 {
         let (listener, note) = Note::of_listener(interface)?;
         broadcast(&note.to_string(), deadline)?;
-        let at = format!("{} (MPI)", note.place());
+        let at = format!("{} ({by})", note.place());
         say_waiting(party, &at, interface);
         return star::gather(party, note.token, listener, &at);
     }
     let text = broadcast("", deadline)?;
-    let unknown = || Error::internal(format!("MPI passed on \"{text}\", which rank 0 did not say"));
+    let unknown = || Error::internal(format!("{by} passed on \"{text}\", which rank 0 did not say"));
     let note = Note::parse(&text).ok_or_else(unknown)?;
-    star::join(party, "the address that MPI passes on", false, || Ok(note.candidates(interface.chosen_ip())))
+    let place = format!("the address that {by} passes on");
+    star::join(party, &place, false, || Ok(note.candidates(interface.chosen_ip())))
 }
 
 /// The addresses of this host that may be used: one, if the user chose.

@@ -69,8 +69,9 @@ const SLICE: Duration = Duration::from_millis(20);
 /// More than this between two polls means that this process itself did not run (Ctrl-Z, a sleeping laptop, a crowded
 /// machine): not the peers' fault, so it does not count.
 const LONGEST_SLICE: Duration = Duration::from_secs(1);
-/// A broken connection is often seen before the watch knows whose death it was; so long its word is waited for.
-const ACCOUNT: Duration = Duration::from_millis(300);
+/// A broken connection is often seen before the watch knows whose death it was; so long its word is waited for. When rank 0's
+/// host is cut off, nobody tells the others, and each finds out by itself: up to half a second after the first, who leaves.
+const ACCOUNT: Duration = Duration::from_secs(1);
 
 impl Health {
     /// `timeout`: how long a rank waits for others, `[parallel] timeout`.

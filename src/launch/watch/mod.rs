@@ -20,6 +20,7 @@ mod table;
 mod wire;
 
 pub use health::{Health, Phase};
+pub use reach::round_trip;
 
 use super::lifeline;
 use super::rendezvous::Control;

@@ -67,15 +67,24 @@ impl Reach {
 
 /// `None` if that is no TCP connection.
 fn account(socket: &Socket) -> Option<Account> {
+    let info = info(socket)?;
+    Some(Account { under_way: info.tcpi_unacked > 0, silent: Duration::from_millis(info.tcpi_last_ack_recv.into()) })
+}
+
+/// How long what is sent takes to be acknowledged, smoothed by the kernel. `None` if that is no TCP connection.
+pub fn round_trip(socket: &Socket) -> Option<Duration> {
+    Some(Duration::from_micros(info(socket)?.tcpi_rtt.into()))
+}
+
+fn info(socket: &Socket) -> Option<libc::tcp_info> {
     let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
     let mut length = mem::size_of_val(&info) as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes; all fields are integers, for which zeros are a value.
-    let info = unsafe {
+    unsafe {
         let into = info.as_mut_ptr().cast();
         let failed = libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, &mut length);
-        (failed == 0).then(|| info.assume_init())?
-    };
-    Some(Account { under_way: info.tcpi_unacked > 0, silent: Duration::from_millis(info.tcpi_last_ack_recv.into()) })
+        (failed == 0).then(|| info.assume_init())
+    }
 }
 
 #[cfg(test)]

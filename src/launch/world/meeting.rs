@@ -22,9 +22,10 @@ pub enum Meeting {
     Tcp { host: String, ports: Vec<u16>, job: String },
     /// Rank 0 leaves its address in a file of this folder.
     Folder { folder: PathBuf, job: String },
-    /// Rank 0 tells its address to the process manager at the other end of this descriptor.
-    Pmi { fd: i32 },
-    /// Rank 0 tells its address, or on one node the name of a socket, by a broadcast of MPI's.
+    /// Rank 0 tells its address, or on one node the name of a socket, to the process manager at the other end of this
+    /// descriptor.
+    Pmi { fd: i32, one_node: bool },
+    /// The same, by a broadcast of MPI's.
     #[cfg(feature = "mpi")]
     Mpi { one_node: bool },
 }
@@ -71,7 +72,11 @@ impl Meeting {
             // Ranks that were started one by one, with torchrun's variables, have no common parent.
             let master = || Some(format!("{}:{}", lookup("MASTER_ADDR")?, lookup("MASTER_PORT")?));
             let by_hand = (first.launcher == Launcher::Torchrun).then(master).flatten();
-            return Ok(Meeting::Node { job: job.or(by_hand) });
+            return Ok(match (job.or(by_hand), pmi(claims, lookup)?) {
+                // The parent may be a shell in between, one for each rank.
+                (None, Some(fd)) => Meeting::Pmi { fd, one_node },
+                (job, _) => Meeting::Node { job },
+            });
         }
         let slurm = claims.iter().find(|claim| claim.launcher == Launcher::Slurm);
         let (host, port) = (lookup("MASTER_ADDR"), master_port(lookup)?);
@@ -82,13 +87,17 @@ impl Meeting {
             let host = host.map_or_else(|| first_host(lookup), Ok)?;
             return Ok(Meeting::Tcp { host, ports: port.map_or_else(|| ports(&job), |port| vec![port]), job });
         }
-        let pmi = claims.iter().any(|claim| claim.launcher == Launcher::Hydra).then(|| lookup("PMI_FD")).flatten();
-        if let Some(fd) = pmi {
-            let fd = fd.trim().parse().or_kind(Kind::Usage, format!("PMI_FD = \"{fd}\" is not a descriptor"))?;
-            return Ok(Meeting::Pmi { fd });
+        match pmi(claims, lookup)? {
+            Some(fd) => Ok(Meeting::Pmi { fd, one_node }),
+            None => Err(nowhere(first)),
         }
-        Err(nowhere(first))
     }
+}
+
+/// The descriptor of the socket to a process manager that speaks PMI-1.
+fn pmi(claims: &[Claim], lookup: &impl Fn(&str) -> Option<String>) -> Result<Option<i32>> {
+    let fd = claims.iter().any(|claim| claim.launcher == Launcher::Hydra).then(|| lookup("PMI_FD")).flatten();
+    fd.map(|fd| fd.trim().parse().or_kind(Kind::Usage, format!("PMI_FD = \"{fd}\" is not a descriptor"))).transpose()
 }
 
 fn folder(place: &str) -> Result<PathBuf> {

@@ -76,7 +76,13 @@ fn every_launcher_is_understood() {
             Mvapich,
             here.clone(),
         ),
-        ("PMI_RANK=1 PMI_SIZE=2 PMI_FD=6 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2", (1, 2, 1, 2), Hydra, here),
+        ("PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2", (1, 2, 1, 2), Hydra, here),
+        (
+            "PMI_RANK=1 PMI_SIZE=2 PMI_FD=6 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2",
+            (1, 2, 1, 2),
+            Hydra,
+            Meeting::Pmi { fd: 6, one_node: true },
+        ),
         (
             "PALS_RANKID=5 PMI_RANK=5 PMI_SIZE=8 PALS_LOCAL_RANKID=1 PALS_LOCAL_SIZE=4 PALS_APID=a1 MASTER_ADDR=x1 MASTER_PORT=29500",
             (5, 8, 1, 4),
@@ -137,7 +143,7 @@ fn every_launcher_is_understood() {
         // A build with MPI meets through that.
         #[cfg(feature = "mpi")]
         let meeting = match meeting {
-            Meeting::Node { .. } if launcher.starts_mpi() => Meeting::Mpi { one_node: true },
+            Meeting::Node { .. } | Meeting::Pmi { .. } if launcher.starts_mpi() => Meeting::Mpi { one_node: true },
             meeting => meeting,
         };
         let expected = World { rank, size, local_rank, local_size, launcher, meeting };
@@ -183,7 +189,7 @@ fn a_place_to_meet_is_found_without_a_fixed_port() {
     assert!(error.contains("the absolute path of a folder"), "{error}");
 
     let hydra = "PMI_RANK=1 PMI_SIZE=4 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2";
-    assert_eq!(world(&format!("{hydra} PMI_FD=7")).unwrap().meeting, Meeting::Pmi { fd: 7 });
+    assert_eq!(world(&format!("{hydra} PMI_FD=7")).unwrap().meeting, Meeting::Pmi { fd: 7, one_node: false });
     assert_eq!(world(&format!("{hydra} PMI_FD=7 MASTER_ADDR=a MASTER_PORT=1")).unwrap().meeting, tcp("a", 1));
 }
 

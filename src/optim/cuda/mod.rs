@@ -50,7 +50,7 @@ pub struct Buffers<'a> {
     /// Sums over all ranks.
     pub grads: Slice<'a>,
     /// In the order of `Optimizer::state`, zeros at first.
-    pub state: &'a mut [SliceMut<'a>],
+    pub state: &'a [Arena],
     /// The rounded weights; empty where layers read f32.
     pub rounded: SliceMut<'a>,
 }
@@ -158,7 +158,7 @@ impl Update {
         assert_eq!(buffers.state.len(), self.states, "tensors of state");
         let bytes = elements.end * size_of::<f32>();
         let arenas = [buffers.params.bytes(), buffers.grads.bytes()];
-        assert!(arenas.into_iter().chain(buffers.state.iter().map(SliceMut::bytes)).all(|arena| arena >= bytes));
+        assert!(arenas.into_iter().chain(buffers.state.iter().map(Arena::bytes)).all(|arena| arena >= bytes));
         assert_eq!(buffers.params.place(), Place::Cuda, "a CUDA kernel was given memory of the CPU");
         let chunks = self.starts.len() - 1;
         let first = self.starts[1..].partition_point(|&end| end <= elements.start).min(chunks);
@@ -166,7 +166,7 @@ impl Update {
         if first >= last {
             return Ok(());
         }
-        let state = |number: usize| buffers.state.get(number).map_or(0, SliceMut::address);
+        let state = |number: usize| buffers.state.get(number).map_or(0, Arena::address);
         let rates = self.norms.as_ref().and_then(|norms| norms.rates.as_ref());
         let arenas = Arenas {
             chunks: self.chunks.address() + first * size_of::<Chunk>(),
@@ -222,11 +222,18 @@ struct Norms {
     weights: Arena,
     /// Learning rates by tensor, where the rule makes them.
     rates: Option<Arena>,
-    chunk_squares: Kernel<(Read<f32>, Read<Chunk>, Read<Numbers>, u32, Write<f64>)>,
-    tensor_squares: Kernel<(Write<f64>, Read<Chunk>, Read<u32>, Read<f32>, Write<f64>)>,
+    chunk_squares: ChunkSquares,
+    tensor_squares: TensorSquares,
     clip_by_norm: Kernel<(Read<f64>, Write<Numbers>, u32)>,
-    lars_rates: Kernel<(Read<f64>, Read<f64>, Read<Numbers>, Write<f32>, u32)>,
+    lars_rates: LarsRates,
 }
+
+/// values, chunks, numbers, clip, sums
+type ChunkSquares = Kernel<(Read<f32>, Read<Chunk>, Read<Numbers>, u32, Write<f64>)>;
+/// sums, chunks, firsts, running, squares
+type TensorSquares = Kernel<(Write<f64>, Read<Chunk>, Read<u32>, Read<f32>, Write<f64>)>;
+/// gradients, weights, numbers, rates, tensors
+type LarsRates = Kernel<(Read<f64>, Read<f64>, Read<Numbers>, Write<f32>, u32)>;
 
 /// An arena whose squares are summed, and how it is cut.
 struct Measured<'a> {

@@ -112,11 +112,10 @@ impl GpuUpdater {
             // SAFETY: used by the compute stream, in its order; the host looks only when that is empty.
             unsafe { arena.slice_mut(0..arena.bytes()) }
         };
-        let mut state: Vec<SliceMut<'_>> = self.state.iter().map(whole).collect();
         let buffers = optim::cuda::Buffers {
             params: whole(&self.weights.f32),
             grads: whole(&self.grads).into_shared(),
-            state: &mut state,
+            state: &self.state,
             rounded: if self.weights.bf16.bytes() > 0 { whole(&self.weights.bf16) } else { SliceMut::empty() },
         };
         // SAFETY: as above.

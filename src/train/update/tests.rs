@@ -139,7 +139,7 @@ impl World {
         let parts: Vec<Range<usize>> = updater.parts().into_iter().map(|part| part.elements).collect();
         let mut reducer = Reducer::new(comm, updater, parts.len(), self.overlap).unwrap();
         for step in steps {
-            reducer.with(|_, updater| updater.begin(at(step)));
+            reducer.with(|_, updater| updater.begin(at(step))).unwrap();
             for (number, part) in parts.iter().enumerate() {
                 // SAFETY: nobody touches a part between its start and its wait.
                 let values = unsafe { grads.slice_mut(bytes(part)) }.into_f32();
