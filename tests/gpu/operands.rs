@@ -271,7 +271,6 @@ impl Memory for Cuda<'_> {
                 to.iter_mut().zip(values).for_each(|(to, from)| *to = f16::from_f32(*from));
             }
         }
-        drop(to);
         emulator::upload(self.gpu, &arena)
     }
     fn f32(&self, values: &[f32]) -> Arena {
