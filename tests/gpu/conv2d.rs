@@ -1,6 +1,7 @@
 //! Convolutions through cuDNN beyond what `layers` compares: which of its engines compute them, exact products, and no memory
 //! asked of the heap.
 
+use crate::counting::allocations;
 use crate::emulator;
 use crate::values::{download, upload};
 use half::bf16;
@@ -10,35 +11,9 @@ use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{Arena, Place, Slice, SliceMut};
 use lockstep::model::params::ParamSpec;
 use lockstep::model::{Backward, Build, Forward, Layer, LayerSpec, Pass, Shape, layers};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{env, fs};
-
-/// Counts what the calling thread asks for.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: the system's allocator does the work.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // A thread that ends may have no counter any more.
-        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
 
 /// A convolution as `[[model.layers]]` has it, over images of a shape.
 struct Case {
@@ -290,9 +265,9 @@ fn a_pass_allocates_nothing_on_the_host() {
         let mut subject = Subject::new(&gpu, case, Element::Bf16, |build| build.masks_input = true);
         let buffers = subject.buffers(BATCH, mixed);
         subject.pass(BATCH, &buffers);
-        let before = ALLOCATIONS.get();
+        let before = allocations();
         subject.pass(BATCH, &buffers);
-        assert_eq!(ALLOCATIONS.get() - before, 0, "{}", case.keys);
+        assert_eq!(allocations() - before, 0, "{}", case.keys);
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod augment;
 mod conv2d;
+mod counting;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod layers;

@@ -1,6 +1,7 @@
 //! One layer's operands, and its forward and backward on them. Everything that a call must write is full of NaN before it, and
 //! each buffer is an allocation of its own, so what a layer leaves out, or does beyond its buffers, shows.
 
+use crate::counting::allocations;
 use crate::emulator::{self, whole, whole_mut};
 use crate::layers::Case;
 use half::{bf16, f16};
@@ -38,8 +39,12 @@ impl Call {
     }
 }
 
-/// Forward: the output. Backward: the gradients by inputs, then by parameters; none in evaluation.
-pub type Results = [Vec<Vec<f32>>; 2];
+pub struct Results {
+    /// Forward: the output. Backward: the gradients by inputs, then by parameters; none in evaluation.
+    pub values: [Vec<Vec<f32>>; 2],
+    /// How often the layer asked the heap for memory.
+    pub allocations: usize,
+}
 
 impl<'a> Operands<'a> {
     pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element) -> Self {
@@ -66,7 +71,7 @@ impl<'a> Operands<'a> {
         let mut results = self.run(layer, call, &Cpu);
         // What a layer of the CPU leaves to the ReLU itself.
         if self.case.masks_input && !self.inferred.can_mask_input && call.training {
-            let masked = self.inputs[0].iter().zip(&mut results[1][0]).filter(|(input, _)| **input <= 0.0);
+            let masked = self.inputs[0].iter().zip(&mut results.values[1][0]).filter(|(input, _)| **input <= 0.0);
             masked.for_each(|(_, grad)| *grad = 0.0);
         }
         results
@@ -110,16 +115,25 @@ impl<'a> Operands<'a> {
             saved: whole_mut(&mut buffers.saved),
             scratch: whole_mut(&mut buffers.scratch),
         };
+        let before = allocations();
         layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
+        let in_forward = allocations() - before;
         let output = vec![memory.read(&buffers.output, call.batch * self.inferred.output.len())];
-        match call.training {
-            true => [output, self.backward(&mut *layer, &pass, buffers, memory)],
-            false => [output, Vec::new()],
-        }
+        let (grads, in_backward) = match call.training {
+            true => self.backward(&mut *layer, &pass, buffers, memory),
+            false => (Vec::new(), 0),
+        };
+        Results { values: [output, grads], allocations: in_forward + in_backward }
     }
 
-    /// The gradients by inputs, then by parameters in canonical order.
-    fn backward(&self, layer: &mut dyn Layer, pass: &Pass, buffers: Buffers, memory: &dyn Memory) -> Vec<Vec<f32>> {
+    /// The gradients by inputs, then by parameters in canonical order; and how often the layer asked the heap for memory.
+    fn backward(
+        &self,
+        layer: &mut dyn Layer,
+        pass: &Pass,
+        buffers: Buffers,
+        memory: &dyn Memory,
+    ) -> (Vec<Vec<f32>>, usize) {
         let len = |values: &[f32]| values.len() / self.batch * pass.batch;
         let mut grad_output = memory.activation(&self.grad_output[..len(&self.grad_output)]);
         let mut scratch = memory.poisoned(layer.scratch_bytes());
@@ -140,11 +154,13 @@ impl<'a> Operands<'a> {
             saved: whole(&buffers.saved),
             scratch: whole_mut(&mut scratch),
         };
+        let before = allocations();
         layer.backward(pass, io).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
+        let allocated = allocations() - before;
         let of_inputs = grad_inputs.iter().zip(&self.inputs).map(|(grad, input)| memory.read(grad, len(input)));
         let specs = self.specs_on(memory.place());
         let of_params = specs.iter().zip(&grad_params).map(|(spec, grad)| canonical(spec, &memory.read_f32(grad)));
-        of_inputs.chain(of_params).collect()
+        (of_inputs.chain(of_params).collect(), allocated)
     }
 
     fn buffers(&self, layer: &dyn Layer, batch: usize, memory: &dyn Memory) -> Buffers {
