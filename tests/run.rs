@@ -322,6 +322,17 @@ fn eval_writes_logits_and_reads_weights_of_other_programs() {
 }
 
 #[test]
+fn a_run_on_the_cpu_tells_of_no_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("cpu");
+    trainer(&out, 2, &["run.steps=2", "run.device=cpu"]).assert().success();
+    for file in ["metrics.jsonl", "summary.json"] {
+        let text = fs::read_to_string(out.join(file)).unwrap();
+        assert!(!text.contains("gpu"), "{file}: {text}");
+    }
+}
+
+#[test]
 fn target_accuracy_and_minutes_end_a_run_in_order() {
     let folder = tempfile::tempdir().unwrap();
     for (name, setting) in [("target_accuracy", "run.target_accuracy=0.01"), ("max_minutes", "run.max_minutes=1e-9")] {

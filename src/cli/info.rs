@@ -2,7 +2,8 @@
 
 use crate::comm;
 use crate::device::cuda::libraries::{self, Library};
-use crate::device::cuda::probe::{self, Found};
+use crate::device::cuda::nvml::{self, Gauge};
+use crate::device::cuda::probe::{self, Device, Found};
 use crate::error::Result;
 use crate::model::kernels::gemm16::Kernel;
 use comfy_table::{Table, presets};
@@ -55,11 +56,9 @@ fn gpus(found: Result<Found>) -> Vec<(&'static str, String)> {
         Ok(found) => found,
         Err(error) => return vec![("GPU", format!("none: {error}"))],
     };
-    let devices = devices.iter().map(|gpu| {
-        let (mib, architecture) = (gpu.memory_bytes >> 20, gpu.architecture());
-        ("GPU", format!("{}: {}, {mib} MiB, {architecture}, {}", gpu.ordinal, gpu.name, gpu.uuid))
-    });
-    let module = module.map_or(String::new(), |version| format!("driver {version}, "));
+    let devices = devices.iter().map(|device| ("GPU", gpu(device)));
+    // A container may hide the module.
+    let module = module.or_else(nvml::driver_version).map_or(String::new(), |version| format!("driver {version}, "));
     let driver = ("CUDA", format!("{module}for CUDA up to {}, {}", driver.version, driver.path.display()));
     let libraries =
         [("NVRTC", libraries::nvrtc()), ("cuBLASLt", libraries::cublas_lt()), ("cuDNN", libraries::cudnn())];
@@ -68,7 +67,16 @@ fn gpus(found: Result<Found>) -> Vec<(&'static str, String)> {
         Err(error) => error.to_string(),
     };
     let libraries = libraries.map(|(name, found)| (name, library(found)));
-    devices.chain([driver]).chain(libraries).collect()
+    let nvml = ("NVML", nvml::version().unwrap_or_else(|error| error.to_string()));
+    devices.chain([driver]).chain(libraries).chain([nvml]).collect()
+}
+
+fn gpu(device: &Device) -> String {
+    let Device { ordinal, name, memory_bytes, uuid, .. } = device;
+    let (mib, architecture) = (memory_bytes >> 20, device.architecture());
+    let limit = Gauge::of(device).ok().and_then(|gauge| gauge.power_limit_watts());
+    let limit = limit.map_or(String::new(), |watts| format!(", power limit {watts} W"));
+    format!("{ordinal}: {name}, {mib} MiB, {architecture}, {uuid}{limit}")
 }
 
 /// Those that the kernels ask for.

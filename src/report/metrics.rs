@@ -24,6 +24,13 @@ pub(super) struct Train {
     pub data: f64,
     /// Since this process started to train.
     pub wall_seconds: f64,
+    /// Of rank 0's GPU, as last read; left out without one, and where its driver does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_memory_mib: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_utilization_percent: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_power_watts: Option<f64>,
 }
 
 /// One pass over a set.

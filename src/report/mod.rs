@@ -3,6 +3,7 @@
 
 pub mod budget;
 pub mod log;
+mod meter;
 mod metrics;
 mod progress;
 pub mod stragglers;
@@ -12,8 +13,10 @@ mod tests;
 
 pub use summary::{Ending, StoppedBy, Summary};
 
+use crate::device::cuda::nvml::Gauge;
 use crate::error::Result;
 use budget::{Budget, Category};
+use meter::Meter;
 use metrics::Metrics;
 use progress::{Bar, Rates, epoch_of};
 pub(crate) use progress::{Scores, print};
@@ -37,6 +40,8 @@ pub struct Setup {
     pub log_every: u64,
     /// Nothing goes to the terminal; the files are written all the same.
     pub quiet: bool,
+    /// Of rank 0's GPU, if it has one: log steps tell of it.
+    pub gauge: Option<Gauge>,
 }
 
 /// Sums over the samples since the last call, from all ranks.
@@ -85,6 +90,7 @@ pub struct Evaluation {
 pub struct Report {
     setup: Setup,
     metrics: Metrics,
+    meter: Option<Meter>,
     /// Where the outputs are a terminal; else log steps print lines.
     bar: Option<Bar>,
     /// Since the last log record; since the bar's text was last set; since the epoch began.
@@ -110,6 +116,7 @@ impl Report {
     /// terminal. A `log_every` of 0 logs nothing.
     pub fn start(setup: Setup) -> Result<Report> {
         let metrics = Metrics::open(&setup.directory.join("metrics.jsonl"), setup.first_step)?;
+        let meter = setup.gauge.clone().map(|gauge| Meter::start(move || gauge.sample())).transpose()?;
         let show = !setup.quiet && progress::is_terminal();
         let bar = show.then(|| Bar::show(setup.first_step, setup.total_steps));
         let window = Window::new(&Budget::default());
@@ -117,6 +124,7 @@ impl Report {
         Ok(Report {
             setup,
             metrics,
+            meter,
             bar,
             logged: window,
             shown: window,
@@ -161,6 +169,7 @@ impl Report {
                 self.step_of(step.step)
             ));
         }
+        let gpu = self.meter.as_ref().map(Meter::latest).unwrap_or_default();
         self.metrics.write(&metrics::Train {
             kind: "train",
             step: step.step,
@@ -173,6 +182,9 @@ impl Report {
             waiting: rates.waiting,
             data: rates.data,
             wall_seconds: budget.total_seconds(),
+            gpu_memory_mib: gpu.memory_mib,
+            gpu_utilization_percent: gpu.utilization_percent,
+            gpu_power_watts: gpu.power_watts,
         })
     }
 

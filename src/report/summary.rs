@@ -46,6 +46,8 @@ pub struct Ending {
     pub skipped_images: u64,
     /// How often the batch job was requeued before.
     pub job_restarts: u64,
+    /// Of all ranks' GPUs since training started, if each has one that tells; not after an error.
+    pub gpu_energy_joules: Option<f64>,
 }
 
 /// The fields of `summary.json`. Losses and accuracies are null where nothing was measured; times and rates are of this
@@ -81,6 +83,9 @@ pub struct Summary {
     pub skipped_images: u64,
     /// How often the batch job was requeued before: Slurm's SLURM_RESTART_COUNT.
     pub job_restarts: u64,
+    /// Of all ranks' GPUs; left out where one of them does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_energy_joules: Option<f64>,
 }
 
 impl Summary {
@@ -112,6 +117,7 @@ impl Summary {
             slowest_rank_ms: slowest.map(|slowest| 1e3 * slowest.seconds / steps as f64),
             skipped_images: ending.skipped_images,
             job_restarts: ending.job_restarts,
+            gpu_energy_joules: ending.gpu_energy_joules,
         }
     }
 

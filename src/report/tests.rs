@@ -15,6 +15,7 @@ fn setup(directory: &Path, first_step: u64) -> Setup {
         first_step,
         log_every: 2,
         quiet: false,
+        gauge: None,
     }
 }
 
@@ -35,6 +36,7 @@ fn ending(clock: &Clock) -> Ending {
         budget: Merged::from_sum(&Merged::contribution(clock.budget(), 0, 1)),
         skipped_images: 3,
         job_restarts: 1,
+        gpu_energy_joules: Some(2.5),
     }
 }
 
@@ -85,6 +87,7 @@ fn a_run_leaves_its_metrics_and_its_summary() {
         ("weights_digest", "ab".repeat(32).into()),
         ("exit_reason", "2 epochs are complete".into()),
         ("job_restarts", 1.into()),
+        ("gpu_energy_joules", 2.5.into()),
         ("exposed_communication", 0.0.into()),
     ] {
         assert_eq!(written[key], expected, "{key}");

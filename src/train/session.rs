@@ -15,6 +15,7 @@ use crate::config::plan::Plan;
 use crate::config::raw::Config;
 use crate::data::{self, queue::DataQueue};
 use crate::device::SliceMut;
+use crate::device::cuda::nvml::Gauge;
 use crate::error::{Error, Kind, Result};
 use crate::launch::job::Job;
 use crate::launch::signals::{self, STOP, Signals};
@@ -40,6 +41,8 @@ pub struct Session<'a> {
     clock: Clock,
     /// Rank 0's.
     report: Option<Report>,
+    /// Of this rank's GPU.
+    gauge: Option<Gauge>,
     /// When `max_minutes` are over.
     deadline: Option<Instant>,
     job: Job,
@@ -119,6 +122,7 @@ pub fn train(
         tracing::info!("going on from {} (step {})", path.display(), progress.step);
     }
     let time_limit = TimeLimit::of_job(&job, learner.checkpoint_bytes());
+    let gauge = Gauge::of_this_rank();
     let setup = report::Setup {
         directory,
         run: config.run.name.clone(),
@@ -129,6 +133,7 @@ pub fn train(
         first_step: progress.step,
         log_every: plan.log_every_steps,
         quiet: options.verbosity < 0,
+        gauge: gauge.clone(),
     };
     let audit = if plan.audit.every_steps.is_some() { learner.audit()? } else { None };
     let loader = parts.loader(config)?;
@@ -146,6 +151,7 @@ pub fn train(
         progress,
         clock,
         report: if rank.world.rank == 0 { Some(Report::start(setup)?) } else { None },
+        gauge,
         deadline: config.run.max_minutes.map(minutes),
         job,
         time_limit,
@@ -327,10 +333,13 @@ impl Session<'_> {
         }
         self.rank.health.set(self.progress.step, Phase::Finish);
         let world = &self.rank.world;
-        // What every rank can tell, in one sum: where its time went, and how many images it skipped.
+        // What every rank can tell, in one sum: where its time went, how many images it skipped, the energy of its GPU. The sum
+        // is not a number if a rank's energy is not.
         let mut told = Merged::contribution(self.clock.budget(), world.rank, world.size);
-        told.push(self.skipped() as f32);
+        let energy = self.gauge.as_ref().and_then(Gauge::energy_joules);
+        told.extend([self.skipped() as f32, energy.map_or(f32::NAN, |joules| joules as f32)]);
         self.learner.gradient.reducer().with(|comm, _| comm.all_reduce(SliceMut::from(&mut told[..])))?;
+        let energy = told.pop().filter(|joules| joules.is_finite());
         let skipped = told.pop().unwrap_or_default();
         if !end.goes_on() {
             self.faults.at_end(self.progress.step);
@@ -345,6 +354,7 @@ impl Session<'_> {
                 budget: Merged::from_sum(&told),
                 skipped_images: skipped as u64,
                 job_restarts: self.job.restarts,
+                gpu_energy_joules: energy.map(f64::from),
             })?;
         }
         if !end.goes_on() {
@@ -422,6 +432,8 @@ impl Session<'_> {
             budget: Merged::single(self.clock.budget()),
             skipped_images: self.skipped(),
             job_restarts: self.job.restarts,
+            // A GPU that has failed may keep whoever asks it.
+            gpu_energy_joules: None,
         };
         if let Err(error) = report.finish(ending) {
             tracing::warn!("{error}");

@@ -8,9 +8,13 @@ mod harness;
 mod header;
 mod kernels;
 mod libraries;
+mod nvml;
 mod work;
 
-// A library of its own, which `harness` compiles; named here so that `cargo fmt` sees it.
+// Libraries of their own, which `harness` compiles; named here so that `cargo fmt` sees them.
 #[cfg(any())]
 #[path = "stub/lib.rs"]
 mod stub;
+#[cfg(any())]
+#[path = "nvml/stub.rs"]
+mod stub_of_nvml;
