@@ -96,12 +96,14 @@ fn check(gpu: &Gpu, shape: Shape, steps: &[Augment]) {
         unsafe { augment.apply(pixels, placements, emulator::whole_mut(&mut out)) }.unwrap();
         let out = emulator::download(gpu, &out);
         let out = emulator::whole(&out);
-        match element {
-            Element::F32 => assert_eq!(out.f32(), expected, "{shape} {steps:?}"),
-            _ => assert!(
-                out.bf16().iter().zip(&expected).all(|(found, expected)| *found == bf16::from_f32(*expected)),
-                "{shape} {steps:?} in bf16"
-            ),
+        let found: Vec<f32> = match element {
+            Element::F32 => out.f32().to_vec(),
+            _ => out.bf16().iter().map(|value| value.to_f32()).collect(),
+        };
+        let rounded = |value: f32| if element == Element::F32 { value } else { bf16::from_f32(value).to_f32() };
+        assert_eq!(found.len(), expected.len());
+        for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(*found, rounded(*expected), "value {at} of {shape}, {steps:?} in {element:?}");
         }
     }
 }

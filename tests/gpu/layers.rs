@@ -1,8 +1,7 @@
-//! Every layer that has kernels of its own, forward and backward, in every precision, against the CPU's f32 layer on the same
-//! values.
+//! Every layer, forward and backward, in every precision, against the CPU's f32 layer on the same values.
 
 use crate::emulator;
-use crate::operands::{Call, Operands};
+use crate::operands::{Call, Operands, Results};
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
 use lockstep::model::{Shape, layers};
@@ -13,9 +12,12 @@ const BATCH: usize = 3;
 #[test]
 fn layers_agree_with_those_of_the_cpu() {
     let Some(gpu) = emulator::gpu() else { return };
-    println!("{:<60} {:>9} {:>9} {:>14}", "layer", "precision", "direction", "relative error");
-    let mut wrong = Vec::new();
-    for case in cases() {
+    println!("{:<90} {:>9} {:>9} {:>14}", "layer", "precision", "direction", "relative error");
+    let (cases, mut wrong) = (cases(), Vec::new());
+    for kind in layers::REGISTRY {
+        assert!(cases.iter().any(|case| case.kind == kind.name), "no case of {}", kind.name);
+    }
+    for case in cases {
         for element in [Element::F32, Element::Bf16] {
             wrong.extend(check(&gpu, &case, element));
         }
@@ -36,17 +38,21 @@ pub struct Case {
     pub grad_masked: bool,
 }
 
-/// Packs of channels that are full and not, odd sizes, one channel, windows that overlap, leave gaps and hang over the edge.
 fn cases() -> Vec<Case> {
-    let case = |kind, keys, inputs: &[Shape]| Case {
-        kind,
-        keys,
-        inputs: inputs.to_vec(),
-        masks_input: false,
-        grad_masked: false,
-    };
+    [small(), large(), products(), convolutions()].concat()
+}
+
+const fn image(h: usize, w: usize, c: usize) -> Shape {
+    Shape::new(h, w, c)
+}
+
+fn case(kind: &'static str, keys: &'static str, inputs: &[Shape]) -> Case {
+    Case { kind, keys, inputs: inputs.to_vec(), masks_input: false, grad_masked: false }
+}
+
+/// Packs of channels that are full and not, odd sizes, one channel, windows that overlap, leave gaps and hang over the edge.
+fn small() -> Vec<Case> {
     let masking = |kind, keys, input| Case { masks_input: true, ..case(kind, keys, &[input]) };
-    let image = Shape::new;
     let mut cases = Vec::new();
     for input in [image(9, 7, 1), image(5, 8, 3), image(7, 7, 8), image(6, 9, 96)] {
         cases.extend([
@@ -77,8 +83,12 @@ fn cases() -> Vec<Case> {
             case("add", "", &[input, input, input]),
         ]);
     }
-    // More than the emulator's blocks do at once, tiles with an end, and channels beyond a block's.
-    cases.extend([
+    cases
+}
+
+/// More than the emulator's blocks do at once, tiles with an end, and channels beyond a block's.
+fn large() -> Vec<Case> {
+    vec![
         case("max_pool", "size = 3\nstride = 2", &[image(33, 35, 24)]),
         case("global_avg_pool", "", &[image(20, 20, 300)]),
         case("global_max_pool", "", &[image(3, 3, 520)]),
@@ -91,7 +101,12 @@ fn cases() -> Vec<Case> {
         case("softmax", "", &[Shape::vector(1000)]),
         case("flatten", "", &[image(6, 6, 70)]),
         case("flatten", "", &[Shape::vector(33)]),
-    ]);
+    ]
+}
+
+fn products() -> Vec<Case> {
+    let mut cases =
+        vec![Case { grad_masked: true, ..case("linear", "units = 24\nactivation = \"relu\"", &[Shape::vector(32)]) }];
     for (inputs, keys) in [
         (1, "units = 1"),
         (37, "units = 70\nactivation = \"relu\""),
@@ -102,13 +117,10 @@ fn cases() -> Vec<Case> {
     ] {
         cases.push(case("linear", keys, &[Shape::vector(inputs)]));
     }
-    cases.push(Case { grad_masked: true, ..case("linear", "units = 24\nactivation = \"relu\"", &[Shape::vector(32)]) });
-    cases.extend(convolutions());
     cases
 }
 
 fn convolutions() -> Vec<Case> {
-    let image = Shape::new;
     let cases = [
         (image(5, 4, 7), "filters = 9\nkernel = 1"),
         (image(7, 6, 8), "filters = 16\nkernel = 3\npadding = 1\nactivation = \"relu\""),
@@ -156,10 +168,16 @@ fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
     let mut errors = [0f64; 2];
     for call in [Call::training(BATCH), Call::training(BATCH - 1), Call::evaluation(BATCH)] {
         let (found, expected) = (operands.on_gpu(gpu, &*spec, call), operands.on_cpu(&*spec, call));
-        assert!(found == operands.on_gpu(gpu, &*spec, call), "{case:?} in {precision}: a second run gives other bits");
-        for (direction, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let again = operands.on_gpu(gpu, &*spec, call);
+        assert!(bits(&found) == bits(&again), "{case:?} in {precision}: a second run gives other bits");
+        // In a second run, as the first looks functions up; and a convolution may until it has met its buffers (conv2d.rs).
+        assert!(case.kind == "conv2d" || again.allocations == 0, "{case:?} in {precision} allocates in a pass");
+        for (direction, (found, expected)) in found.values.iter().zip(&expected.values).enumerate() {
             for (found, expected) in found.iter().zip(expected) {
-                errors[direction] = errors[direction].max(relative_error(found, expected));
+                let error = relative_error(found, expected);
+                // Not `max`, which loses a NaN.
+                let greatest = &mut errors[direction];
+                *greatest = if greatest.is_nan() || error <= *greatest { *greatest } else { error };
             }
         }
     }
@@ -167,12 +185,15 @@ fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
     let masks = if case.masks_input { " behind a relu" } else { "" };
     let name = format!("{} {}{masks} on {}", case.kind, case.keys.replace('\n', " "), shapes.join(", "));
     let lines = ["forward", "backward"].into_iter().zip(errors).map(|(direction, error)| {
-        let line = format!("{name:<60} {precision:>9} {direction:>9} {error:>14.2e}");
+        let line = format!("{name:<90} {precision:>9} {direction:>9} {error:>14.2e}");
         println!("{line}");
-        // A NaN is never below.
         (error < limit, line)
     });
     lines.filter(|(right, _)| !right).map(|(_, line)| line).collect()
+}
+
+fn bits(results: &Results) -> Vec<u32> {
+    results.values.iter().flatten().flatten().map(|value| value.to_bits()).collect()
 }
 
 /// The norm of the difference over the norm of what was expected.

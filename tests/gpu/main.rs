@@ -12,5 +12,6 @@ mod products;
 #[path = "../common/runs.rs"]
 mod runs;
 mod step;
+mod strictness;
 mod training;
 mod values;

@@ -1,9 +1,10 @@
 //! One layer's operands, and its forward and backward on them. Everything that a call must write is full of NaN before it, and
 //! each buffer is an allocation of its own, so what a layer leaves out, or does beyond its buffers, shows.
 
+use crate::allocations::allocations;
 use crate::emulator::{self, whole, whole_mut};
 use crate::layers::Case;
-use half::bf16;
+use half::{bf16, f16};
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{Arena, Place, Slice, SliceMut};
@@ -38,8 +39,12 @@ impl Call {
     }
 }
 
-/// Forward: the output. Backward: the gradients by inputs, then by parameters; none in evaluation.
-pub type Results = [Vec<Vec<f32>>; 2];
+pub struct Results {
+    /// Forward: the output. Backward: the gradients by inputs, then by parameters; none in evaluation.
+    pub values: [Vec<Vec<f32>>; 2],
+    /// How often the layer asked the heap for memory.
+    pub allocations: usize,
+}
 
 impl<'a> Operands<'a> {
     pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element) -> Self {
@@ -66,7 +71,7 @@ impl<'a> Operands<'a> {
         let mut results = self.run(layer, call, &Cpu);
         // What a layer of the CPU leaves to the ReLU itself.
         if self.case.masks_input && !self.inferred.can_mask_input && call.training {
-            let masked = self.inputs[0].iter().zip(&mut results[1][0]).filter(|(input, _)| **input <= 0.0);
+            let masked = self.inputs[0].iter().zip(&mut results.values[1][0]).filter(|(input, _)| **input <= 0.0);
             masked.for_each(|(_, grad)| *grad = 0.0);
         }
         results
@@ -77,7 +82,7 @@ impl<'a> Operands<'a> {
         let layer = match self.element {
             Element::F32 => spec.build(&build),
             Element::Bf16 => spec.build_bf16(&build),
-            Element::F16 => unimplemented!("layers in f16"),
+            Element::F16 => panic!("no layer is built for f16"),
         };
         let layer = layer.unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
         self.run(layer, call, &Cuda { gpu, element: self.element })
@@ -101,55 +106,92 @@ impl<'a> Operands<'a> {
 
     fn run(&self, mut layer: Box<dyn Layer>, call: Call, memory: &dyn Memory) -> Results {
         let pass = Pass { batch: call.batch, training: call.training, first_sample: (1 << 32) - 2, share: 0.3 };
-        let of_batch = |values: &[f32]| memory.activation(&values[..values.len() / self.batch * call.batch]);
-        let inputs: Vec<Arena> = self.inputs.iter().map(|input| of_batch(input)).collect();
-        let specs: Vec<ParamSpec> = self.inferred.params.iter().map(|spec| spec.clone().on(memory.place())).collect();
-        let params: Vec<Vec<f32>> = specs.iter().zip(&self.params).map(|(spec, param)| arranged(spec, param)).collect();
-        let rounded: Vec<Arena> = params.iter().map(|param| memory.activation(param)).collect();
-        let params: Vec<Arena> = params.iter().map(|param| memory.f32(param)).collect();
-        let output_len = call.batch * self.inferred.output.len();
-        let mut output = memory.activation(&vec![f32::NAN; output_len]);
-        let saved = self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed;
-        let [mut saved, mut scratch] = [saved, layer.scratch_bytes()].map(|bytes| memory.poisoned(bytes));
+        let mut buffers = self.buffers(&*layer, call.batch, memory);
         let forward = Forward {
-            inputs: &slices(&inputs),
-            output: whole_mut(&mut output),
-            params: &slices(&params),
-            params_bf16: &slices(&rounded),
-            saved: whole_mut(&mut saved),
-            scratch: whole_mut(&mut scratch),
+            inputs: &slices(&buffers.inputs),
+            output: whole_mut(&mut buffers.output),
+            params: &slices(&buffers.params),
+            params_bf16: &slices(&buffers.rounded),
+            saved: whole_mut(&mut buffers.saved),
+            scratch: whole_mut(&mut buffers.scratch),
         };
-        layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
-        let forward = vec![memory.read(&output, output_len)];
-        if !call.training {
-            return [forward, Vec::new()];
-        }
+        let in_forward = allocations(|| {
+            layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
+        });
+        let output = vec![memory.read(&buffers.output, call.batch * self.inferred.output.len())];
+        let (grads, in_backward) = match call.training {
+            true => self.backward(&mut *layer, &pass, buffers, memory),
+            false => (Vec::new(), 0),
+        };
+        Results { values: [output, grads], allocations: in_forward + in_backward }
+    }
 
-        let mut grad_output = of_batch(&self.grad_output);
+    /// The gradients by inputs, then by parameters in canonical order; and how often the layer asked the heap for memory.
+    fn backward(
+        &self,
+        layer: &mut dyn Layer,
+        pass: &Pass,
+        buffers: Buffers,
+        memory: &dyn Memory,
+    ) -> (Vec<Vec<f32>>, usize) {
+        let len = |values: &[f32]| values.len() / self.batch * pass.batch;
+        let mut grad_output = memory.activation(&self.grad_output[..len(&self.grad_output)]);
         let mut scratch = memory.poisoned(layer.scratch_bytes());
-        let poisoned = |values: &Vec<f32>| memory.activation(&vec![f32::NAN; values.len() / self.batch * call.batch]);
+        let poisoned = |input: &Vec<f32>| memory.activation(&vec![f32::NAN; len(input)]);
         let mut grad_inputs: Vec<Arena> = self.inputs.iter().map(poisoned).collect();
         let mut grad_params: Vec<Arena> = self.params.iter().map(|param| memory.poisoned(4 * param.len())).collect();
         let Inferred { backward_reads_input, backward_reads_output, .. } = self.inferred;
         let read = |arena, is_read| if is_read { whole(arena) } else { Slice::empty() };
-        let backward = Backward {
-            inputs: &inputs.iter().map(|input| read(input, backward_reads_input)).collect::<Vec<_>>(),
-            output: read(&output, backward_reads_output && !self.case.grad_masked),
+        let io = Backward {
+            inputs: &buffers.inputs.iter().map(|input| read(input, backward_reads_input)).collect::<Vec<_>>(),
+            output: read(&buffers.output, backward_reads_output && !self.case.grad_masked),
             grad_output: whole_mut(&mut grad_output),
             grad_inputs: &mut grad_inputs.iter_mut().map(whole_mut).collect::<Vec<_>>(),
-            params: &slices(&params),
-            params_bf16: &slices(&rounded),
+            params: &slices(&buffers.params),
+            params_bf16: &slices(&buffers.rounded),
             grad_params: &mut grad_params.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
-            saved: whole(&saved),
+            saved: whole(&buffers.saved),
             scratch: whole_mut(&mut scratch),
         };
-        layer.backward(&pass, backward).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
-        let of_inputs = grad_inputs.iter().zip(&self.inputs);
-        let of_inputs = of_inputs.map(|(grad, input)| memory.read(grad, input.len() / self.batch * call.batch));
+        let allocated = allocations(|| {
+            layer.backward(pass, io).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
+        });
+        let of_inputs = grad_inputs.iter().zip(&self.inputs).map(|(grad, input)| memory.read(grad, len(input)));
+        let specs = self.specs_on(memory.place());
         let of_params = specs.iter().zip(&grad_params).map(|(spec, grad)| canonical(spec, &memory.read_f32(grad)));
-        [forward, of_inputs.chain(of_params).collect()]
+        (of_inputs.chain(of_params).collect(), allocated)
     }
+
+    fn buffers(&self, layer: &dyn Layer, batch: usize, memory: &dyn Memory) -> Buffers {
+        let specs = self.specs_on(memory.place());
+        let params: Vec<Vec<f32>> = specs.iter().zip(&self.params).map(|(spec, param)| arranged(spec, param)).collect();
+        let of_batch = |input: &Vec<f32>| memory.activation(&input[..input.len() / self.batch * batch]);
+        Buffers {
+            inputs: self.inputs.iter().map(of_batch).collect(),
+            params: params.iter().map(|param| memory.f32(param)).collect(),
+            rounded: params.iter().map(|param| memory.activation(param)).collect(),
+            output: memory.activation(&vec![f32::NAN; batch * self.inferred.output.len()]),
+            saved: memory.poisoned(self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed),
+            scratch: memory.poisoned(layer.scratch_bytes()),
+        }
+    }
+
+    /// The parameters as they lie on a device.
+    fn specs_on(&self, place: Place) -> Vec<ParamSpec> {
+        self.inferred.params.iter().map(|spec| spec.clone().on(place)).collect()
+    }
+}
+
+/// What forward gets, and what it leaves for backward.
+struct Buffers {
+    inputs: Vec<Arena>,
+    params: Vec<Arena>,
+    /// The parameters in the layer's type.
+    rounded: Vec<Arena>,
+    output: Arena,
+    saved: Arena,
+    scratch: Arena,
 }
 
 /// A parameter as the layer's type holds it: the weight of a product such that sums stay around 1, others around 1 themselves, as
@@ -179,7 +221,7 @@ fn round(element: Element, value: f32) -> f32 {
     match element {
         Element::F32 => value,
         Element::Bf16 => bf16::from_f32(value).to_f32(),
-        Element::F16 => half::f16::from_f32(value).to_f32(),
+        Element::F16 => f16::from_f32(value).to_f32(),
     }
 }
 
@@ -240,9 +282,11 @@ impl Memory for Cuda<'_> {
         match self.element {
             Element::F32 => to.f32().copy_from_slice(values),
             Element::Bf16 => to.bf16().iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from)),
-            Element::F16 => unimplemented!("layers in f16"),
+            Element::F16 => {
+                let to: &mut [f16] = bytemuck::cast_slice_mut(to.u8());
+                to.iter_mut().zip(values).for_each(|(to, from)| *to = f16::from_f32(*from));
+            }
         }
-        drop(to);
         emulator::upload(self.gpu, &arena)
     }
     fn f32(&self, values: &[f32]) -> Arena {
@@ -256,7 +300,10 @@ impl Memory for Cuda<'_> {
         match self.element {
             Element::F32 => whole(&host).f32()[..len].to_vec(),
             Element::Bf16 => whole(&host).bf16()[..len].iter().map(|value| value.to_f32()).collect(),
-            Element::F16 => unimplemented!("layers in f16"),
+            Element::F16 => {
+                let values: &[f16] = bytemuck::cast_slice(whole(&host).u8());
+                values[..len].iter().map(|value| value.to_f32()).collect()
+            }
         }
     }
     fn read_f32(&self, arena: &Arena) -> Vec<f32> {

@@ -24,7 +24,7 @@ __device__ inline void augment_rows(const u8* images, const Placement* placement
     const u64 image_bytes = u64(sizes.source_h) * sizes.source_w * sizes.c;
     for (u64 item = first_item(); item < u64(samples) * sizes.h * packs; item += item_stride()) {
         const u32 row = u32(item) / packs, first = u32(item) % packs * N, sample = row / sizes.h;
-        const Placement placement = placements[sample];
+        const Placement& placement = placements[sample];
         const i32 source_y = i32(row % sizes.h) + placement.top;
         const u8* source = images + placement.image * image_bytes + (long long)(source_y) * (sizes.source_w * sizes.c);
         const bool on_image = source_y >= 0 && source_y < i32(sizes.source_h);

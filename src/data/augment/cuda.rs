@@ -57,6 +57,9 @@ impl Augmenter {
     }
 }
 
+/// images, placements, tables, border, out, sizes, samples, lights
+type AugmentKernel = Kernel<(Read<u8>, Read<Placement>, Read<f32>, Read<f32>, Write<T>, Sizes, u32, u32)>;
+
 /// An `Augmenter` made ready for a GPU and images of one shape.
 pub struct OnGpu {
     gpu: Gpu,
@@ -65,7 +68,7 @@ pub struct OnGpu {
     lights: bool,
     /// (C, 256), then the border (C).
     tables: Arena,
-    kernel: Kernel<(Read<u8>, Read<Placement>, Read<f32>, Read<f32>, Write<T>, Sizes, u32, u32)>,
+    kernel: AugmentKernel,
 }
 
 impl OnGpu {

@@ -11,13 +11,22 @@ struct Lanes {
 };
 
 template <u32 N, typename V>
-__device__ inline Lanes<N> load(const V* from) {
-    const Pack<V, N> pack = *reinterpret_cast<const Pack<V, N>*>(from);
+__device__ inline Pack<V, N> fetch(const V* from) {
+    return *reinterpret_cast<const Pack<V, N>*>(from);
+}
+
+template <u32 N, typename V>
+__device__ inline Lanes<N> to_lanes(Pack<V, N> pack) {
     Lanes<N> lanes;
     for (u32 j = 0; j < N; j++) {
         lanes.at[j] = to_float(pack.values[j]);
     }
     return lanes;
+}
+
+template <u32 N, typename V>
+__device__ inline Lanes<N> load(const V* from) {
+    return to_lanes(fetch<N>(from));
 }
 
 template <u32 N, typename V>

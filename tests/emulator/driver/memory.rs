@@ -45,15 +45,19 @@ impl Driver {
         self.device_memory.values().map(|allocation| allocation.bytes).sum()
     }
 
-    /// The first allocation of which the bytes behind its end were written.
+    /// An allocation of which the bytes behind its end were written since the last look.
     pub fn overrun(&self) -> Option<String> {
-        let broken = self.device_memory.iter().find(|(address, allocation)| {
-            let behind = *address + allocation.bytes..allocation.mapping + allocation.mapped - PAGE;
-            behind.into_iter().any(|at| unsafe { *(at as *const u8) } != WATCHED)
-        });
-        broken.map(|(address, allocation)| {
-            format!("wrote behind the end of the {} bytes at {address:#x}", allocation.bytes)
-        })
+        let written = |(address, allocation): (&usize, &Allocation)| unsafe {
+            let end = allocation.mapping + allocation.mapped - PAGE;
+            let behind = std::slice::from_raw_parts_mut(
+                (address + allocation.bytes) as *mut u8,
+                end - address - allocation.bytes,
+            );
+            let whole = behind.iter().all(|byte| *byte == WATCHED);
+            behind.fill(WATCHED);
+            (!whole).then(|| format!("wrote behind the end of the {} bytes at {address:#x}", allocation.bytes))
+        };
+        self.device_memory.iter().find_map(written)
     }
 }
 

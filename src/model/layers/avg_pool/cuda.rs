@@ -7,13 +7,18 @@ use crate::model::{Backward, Build, Forward, Layer, Pass};
 
 static SOURCE: Source = Source { name: "avg_pool", text: include_str!("avg_pool.cu") };
 
+/// x, y, window, channels, pixels of y
+type ForwardKernel = Kernel<(Read<T>, Write<T>, DeviceWindow, u32, u32)>;
+/// dy, dx, window, channels, pixels of dx
+type BackwardKernel = Kernel<(Read<T>, Write<T>, DeviceWindow, u32, u32)>;
+
 pub struct AvgPool {
     gpu: Gpu,
     element: Element,
     window: Window,
     channels: usize,
-    forward: Kernel<(Read<T>, Write<T>, DeviceWindow, u32, u32)>,
-    backward: Kernel<(Read<T>, Write<T>, DeviceWindow, u32, u32)>,
+    forward: ForwardKernel,
+    backward: BackwardKernel,
 }
 
 impl AvgPool {

@@ -136,8 +136,8 @@ __device__ inline void normalize(const T* x, const float* mean, const float* spr
 // y = activation(weight (x - mean) spread + bias): x, y (rows,C), the others (C). spread is 1 / sqrt(variance + epsilon), or the
 // variance. Moves x once and y once.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_forward(
-    const T* x, const float* mean, const float* spread, const float* weight, const float* bias, T* y, u32 rows,
-    u32 c, u32 chunk, float epsilon, u32 is_variance, u32 activation) {
+    const T* __restrict__ x, const float* mean, const float* spread, const float* weight, const float* bias,
+    T* __restrict__ y, u32 rows, u32 c, u32 chunk, float epsilon, u32 is_variance, u32 activation) {
     if (c % WIDE == 0) {
         normalize<WIDE>(x, mean, spread, weight, bias, y, rows, c, chunk, epsilon, is_variance, activation);
     } else {
@@ -278,8 +278,9 @@ __device__ inline void input_gradient(const T* x, const T* y, const T* dy, const
 // dx = weight inverse_std (dy - dbias / rows - (x - mean) inverse_std dweight / rows), dy before the activation: x, y, dy, dx
 // (rows,C), saved (3,C), the others (C). Moves x, dy, dx and, where there is an activation, y once.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward(
-    const T* x, const T* y, const T* dy, const float* saved, const float* weight, const float* dweight,
-    const float* dbias, T* dx, u32 rows, u32 c, u32 chunk, u32 activation) {
+    const T* __restrict__ x, const T* __restrict__ y, const T* __restrict__ dy, const float* saved,
+    const float* weight, const float* dweight, const float* dbias, T* __restrict__ dx, u32 rows, u32 c, u32 chunk,
+    u32 activation) {
     if (c % WIDE == 0) {
         input_gradient<WIDE>(x, y, dy, saved, weight, dweight, dbias, dx, rows, c, chunk, activation);
     } else {

@@ -31,17 +31,27 @@ pub struct BatchNorm {
 }
 
 struct Kernels {
-    moments: Kernel<(Read<T>, Write<f32>, u32, u32, u32)>,
-    statistics: Kernel<(Read<f32>, Write<f32>, u32, u32, u32, f32)>,
-    forward: Kernel<Normalize>,
-    sums: Kernel<(Read<T>, Read<T>, Read<T>, Read<f32>, Write<f32>, u32, u32, u32, u32)>,
-    gradients: Kernel<(Read<f32>, Read<f32>, Write<f32>, Write<f32>, Write<f32>, Write<f32>, f32, u32, u32)>,
-    backward: Kernel<InputGradient>,
+    moments: MomentsKernel,
+    statistics: StatisticsKernel,
+    forward: ForwardKernel,
+    sums: SumsKernel,
+    gradients: GradientsKernel,
+    backward: BackwardKernel,
 }
 
+/// x, partial, rows, channels, chunk
+type MomentsKernel = Kernel<(Read<T>, Write<f32>, u32, u32, u32)>;
+/// partial, saved, rows, channels, chunk, epsilon
+type StatisticsKernel = Kernel<(Read<f32>, Write<f32>, u32, u32, u32, f32)>;
+/// x, y, dy, mean, partial, rows, channels, chunk, activation
+type SumsKernel = Kernel<(Read<T>, Read<T>, Read<T>, Read<f32>, Write<f32>, u32, u32, u32, u32)>;
+/// partial, saved, dweight, dbias, dmean, dvar, share, channels, chunks
+type GradientsKernel = Kernel<(Read<f32>, Read<f32>, Write<f32>, Write<f32>, Write<f32>, Write<f32>, f32, u32, u32)>;
+/// x, mean, spread, weight, bias, y, rows, channels, chunk, epsilon, is_variance, activation
+type ForwardKernel = Kernel<(Read<T>, F32, F32, F32, F32, Write<T>, u32, u32, u32, f32, u32, u32)>;
+/// x, y, dy, saved, weight, dweight, dbias, dx, rows, channels, chunk, activation
+type BackwardKernel = Kernel<(Read<T>, Read<T>, Read<T>, F32, F32, F32, F32, Write<T>, u32, u32, u32, u32)>;
 type F32 = Read<f32>;
-type Normalize = (Read<T>, F32, F32, F32, F32, Write<T>, u32, u32, u32, f32, u32, u32);
-type InputGradient = (Read<T>, Read<T>, Read<T>, F32, F32, F32, F32, Write<T>, u32, u32, u32, u32);
 
 impl BatchNorm {
     pub fn new(epsilon: f32, activation: Activation, build: &Build<'_>, element: Element) -> Result<BatchNorm> {

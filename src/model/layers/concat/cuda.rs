@@ -6,6 +6,9 @@ use crate::model::{Backward, Build, Forward, Layer, Pass, Shape};
 
 static SOURCE: Source = Source { name: "concat", text: include_str!("concat.cu") };
 
+/// from, to, rows, channels copied, channels and first of `from`, channels and first of `to`
+type CopyKernel = Kernel<(Read<T>, Write<T>, u32, u32, u32, u32, u32, u32)>;
+
 pub struct Concat {
     gpu: Gpu,
     element: Element,
@@ -13,7 +16,7 @@ pub struct Concat {
     inputs: Vec<usize>,
     /// Of a sample.
     pixels: usize,
-    copy: Kernel<(Read<T>, Write<T>, u32, u32, u32, u32, u32, u32)>,
+    copy: CopyKernel,
 }
 
 /// Channels in the rows of a tensor: how many the rows have, and the first of those meant.

@@ -10,6 +10,9 @@ static SOURCE: Source = Source { name: "dropout", text: include_str!("dropout.cu
 /// Values that a thread makes, as in `dropout.cu`.
 const OF_A_BLOCK: usize = 8;
 
+/// from, to, samples, values of a sample, first sample, layer, key, threshold, scale
+type MaskKernel = Kernel<(Read<T>, Write<T>, u32, u32, u64, u32, u32, u32, u32, f32)>;
+
 pub struct Dropout {
     gpu: Gpu,
     values: usize,
@@ -17,7 +20,7 @@ pub struct Dropout {
     layer: u32,
     threshold: u32,
     scale: f32,
-    mask: Kernel<(Read<T>, Write<T>, u32, u32, u64, u32, u32, u32, u32, f32)>,
+    mask: MaskKernel,
 }
 
 impl Dropout {

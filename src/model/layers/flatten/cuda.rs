@@ -10,10 +10,13 @@ static SOURCE: Source = Source { name: "flatten", text: include_str!("flatten.cu
 const SIDE: usize = 32;
 const ROWS: u32 = 8;
 
+/// from, to, samples, rows, columns
+type TransposeKernel = Kernel<(Read<T>, Write<T>, u32, u32, u32)>;
+
 pub struct Flatten {
     gpu: Gpu,
     input: Shape,
-    transpose: Kernel<(Read<T>, Write<T>, u32, u32, u32)>,
+    transpose: TransposeKernel,
 }
 
 impl Flatten {

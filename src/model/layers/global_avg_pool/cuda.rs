@@ -6,12 +6,17 @@ use crate::model::{Backward, Build, Forward, Layer, Pass, Shape};
 
 static SOURCE: Source = Source { name: "global_avg_pool", text: include_str!("global_avg_pool.cu") };
 
+/// x, y, samples, pixels of a sample, channels
+type ForwardKernel = Kernel<(Read<T>, Write<T>, u32, u32, u32)>;
+/// dy, dx, samples, pixels of a sample, channels
+type BackwardKernel = Kernel<(Read<T>, Write<T>, u32, u32, u32)>;
+
 pub struct GlobalAvgPool {
     gpu: Gpu,
     element: Element,
     input: Shape,
-    forward: Kernel<(Read<T>, Write<T>, u32, u32, u32)>,
-    backward: Kernel<(Read<T>, Write<T>, u32, u32, u32)>,
+    forward: ForwardKernel,
+    backward: BackwardKernel,
 }
 
 impl GlobalAvgPool {

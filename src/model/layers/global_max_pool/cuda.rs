@@ -6,12 +6,17 @@ use crate::model::{Backward, Build, Forward, Layer, Pass, Shape};
 
 static SOURCE: Source = Source { name: "global_max_pool", text: include_str!("global_max_pool.cu") };
 
+/// x, y, winner, samples, pixels of a sample, channels
+type ForwardKernel = Kernel<(Read<T>, Write<T>, Write<u32>, u32, u32, u32)>;
+/// dy, winner, dx, samples, pixels of a sample, channels
+type BackwardKernel = Kernel<(Read<T>, Read<u32>, Write<T>, u32, u32, u32)>;
+
 pub struct GlobalMaxPool {
     gpu: Gpu,
     element: Element,
     input: Shape,
-    forward: Kernel<(Read<T>, Write<T>, Write<u32>, u32, u32, u32)>,
-    backward: Kernel<(Read<T>, Read<u32>, Write<T>, u32, u32, u32)>,
+    forward: ForwardKernel,
+    backward: BackwardKernel,
 }
 
 impl GlobalMaxPool {

@@ -9,6 +9,11 @@ static SOURCE: Source = Source { name: "lrn", text: include_str!("lrn.cu") };
 /// As in `lrn.cu`.
 const THREADS: usize = 256;
 
+/// x, y, pixels, channels, radius, bias, alpha, beta
+type ForwardKernel = Kernel<(Read<T>, Write<T>, u32, u32, u32, f32, f32, f32)>;
+/// x, dy, dx, pixels, channels, radius, bias, alpha, beta, masks
+type BackwardKernel = Kernel<(Read<T>, Read<T>, Write<T>, u32, u32, u32, f32, f32, f32, u32)>;
+
 pub struct Cuda {
     gpu: Gpu,
     element: Element,
@@ -16,8 +21,8 @@ pub struct Cuda {
     input: Shape,
     /// Whether the input comes from a ReLU whose backward is done here.
     masks_input: bool,
-    forward: Kernel<(Read<T>, Write<T>, u32, u32, u32, f32, f32, f32)>,
-    backward: Kernel<(Read<T>, Read<T>, Write<T>, u32, u32, u32, f32, f32, f32, u32)>,
+    forward: ForwardKernel,
+    backward: BackwardKernel,
 }
 
 impl Cuda {

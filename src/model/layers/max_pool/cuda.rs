@@ -7,6 +7,11 @@ use crate::model::{Backward, Build, Forward, Layer, Pass};
 
 static SOURCE: Source = Source { name: "max_pool", text: include_str!("max_pool.cu") };
 
+/// x, y, winner, window, channels, pixels of y, masks
+type ForwardKernel = Kernel<(Read<T>, Write<T>, Write<u8>, DeviceWindow, u32, u32, u32)>;
+/// dy, winner, dx, window, channels, pixels of dx
+type BackwardKernel = Kernel<(Read<T>, Read<u8>, Write<T>, DeviceWindow, u32, u32)>;
+
 pub struct MaxPool {
     gpu: Gpu,
     element: Element,
@@ -14,8 +19,8 @@ pub struct MaxPool {
     channels: usize,
     /// Whether the input comes from a ReLU whose backward is done here.
     masks_input: bool,
-    forward: Kernel<(Read<T>, Write<T>, Write<u8>, DeviceWindow, u32, u32, u32)>,
-    backward: Kernel<(Read<T>, Read<u8>, Write<T>, DeviceWindow, u32, u32)>,
+    forward: ForwardKernel,
+    backward: BackwardKernel,
 }
 
 impl MaxPool {

@@ -8,11 +8,16 @@ static SOURCE: Source = Source { name: "softmax", text: include_str!("softmax.cu
 /// Threads that make a row.
 const LANES: usize = 32;
 
+/// x, y, rows, channels
+type ForwardKernel = Kernel<(Read<T>, Write<T>, u32, u32)>;
+/// y, dy, dx, rows, channels
+type BackwardKernel = Kernel<(Read<T>, Read<T>, Write<T>, u32, u32)>;
+
 pub struct Softmax {
     gpu: Gpu,
     input: Shape,
-    forward: Kernel<(Read<T>, Write<T>, u32, u32)>,
-    backward: Kernel<(Read<T>, Read<T>, Write<T>, u32, u32)>,
+    forward: ForwardKernel,
+    backward: BackwardKernel,
 }
 
 impl Softmax {
