@@ -46,8 +46,8 @@ fn check_loss(gpu: &Gpu, loss: &Loss, classes: usize, batch: usize, element: Ele
     // SAFETY: nobody writes it.
     let labels = unsafe { memory.slice(0..memory.bytes()) };
     let (grad, found) = (Values::poisoned(gpu, batch * classes, element), Values::poisoned(gpu, 2, Element::F32));
-    // SAFETY: all live until `download` has waited.
     let launch = || {
+        // SAFETY: all live until `download` has waited.
         unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut()) }.unwrap()
     };
     assert_eq!(allocations(launch), 0, "on the host");
