@@ -9,5 +9,8 @@ mod emulator;
 mod layers;
 mod operands;
 mod products;
+#[path = "../common/runs.rs"]
+mod runs;
 mod step;
+mod training;
 mod values;
