@@ -170,8 +170,12 @@ fn a_checkpoint_goes_on_on_either_device() {
 #[test]
 fn a_loss_that_is_not_finite_is_traced_on_the_gpu() {
     let Some(runs) = Runs::new() else { return };
-    let output =
-        runs.command("nan", 1, &["run.device=cuda", "optimizer.lr=3e38", "optimizer.weight_decay=3e38"]).assert().code(5).get_output().clone();
+    let output = runs
+        .command("nan", 1, &["run.device=cuda", "optimizer.lr=3e38", "optimizer.weight_decay=3e38"])
+        .assert()
+        .code(5)
+        .get_output()
+        .clone();
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(
         error.contains("an earlier update broke it") || error.contains("it arose in the output of layer"),
