@@ -45,7 +45,7 @@ fn a_planned_product_takes_fewer_samples() {
     check(&gpu, &weight_gradient(16, 24), 7);
 }
 
-/// With the greatest number of samples and fewer, after the first time.
+/// Neither with the greatest number of samples nor with fewer.
 #[test]
 fn an_execution_allocates_nothing_on_the_host() {
     let Some(gpu) = emulator::gpu() else { return };
@@ -65,7 +65,8 @@ fn an_execution_allocates_nothing_on_the_host() {
             };
             matmul.run(samples, operands).unwrap();
         };
-        run(all);
+        // The first of each kind in a process looks functions up.
+        [all, all - 2].into_iter().for_each(&mut run);
         assert_eq!(allocations(|| [all, all - 2, all].into_iter().for_each(&mut run)), 0, "{product:?}");
     }
 }

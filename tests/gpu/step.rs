@@ -46,10 +46,12 @@ fn check_loss(gpu: &Gpu, loss: &Loss, classes: usize, batch: usize, element: Ele
     // SAFETY: nobody writes it.
     let labels = unsafe { memory.slice(0..memory.bytes()) };
     let (grad, found) = (Values::poisoned(gpu, batch * classes, element), Values::poisoned(gpu, 2, Element::F32));
-    // SAFETY: all live until `download` has waited.
     let launch = || {
+        // SAFETY: all live until `download` has waited.
         unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut()) }.unwrap()
     };
+    // The first launch of a process looks functions up.
+    launch();
     assert_eq!(allocations(launch), 0, "on the host");
     let what = format!("{loss:?} of {batch} samples in {element:?}");
     let error = distance(&grad.download(), &expected);
@@ -116,7 +118,9 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
                 unsafe { update.update(elements, buffers) }.unwrap();
             }
         };
-        assert_eq!(allocations(launch), 0, "on the host");
+        let allocated = allocations(launch);
+        // The first launch of a process looks functions up.
+        assert!(step == 0 || allocated == 0, "{allocated} allocations on the host");
         update_on_cpu(config, &table, at, grads, &mut expected);
     }
     let what = format!("{config:?}");
