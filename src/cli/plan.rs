@@ -3,6 +3,7 @@
 use super::bytes;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
 use crate::config::raw::Config;
+use crate::device::{self, Place};
 use crate::error::{Error, Result};
 use crate::model::params::{ParamTable, Role};
 use crate::model::precision::Precision;
@@ -28,7 +29,8 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
 
     let mut text = format!("# Configuration, defaults filled in\n\n{}", config.resolved());
     let _ = write!(text, "\n# Layers\n\n{}\n\n{}", layers(&net, &memory), totals(&net, &params, &plan, &memory));
-    let estimates = factors::estimate(&config.parallel, &net, &plan, hosts, needs_norms(&config.optimizer));
+    let whole = needs_norms(&config.optimizer) || device::choose(config.run.device) == Place::Cuda;
+    let estimates = factors::estimate(&config.parallel, &net, &plan, hosts, whole);
     if hosts > 1 && !estimates.is_empty() {
         let _ = write!(
             text,

@@ -1,12 +1,14 @@
 //! Rules between keys, which a schema of single keys cannot say.
 
 use super::check::{Path, Problem};
-use super::raw::{Config, LayerEntry, Rule, ScheduleShape};
+use super::raw::{Config, FactorExchange, LayerEntry, Rule, ScheduleShape};
+use crate::device::Choice;
 
 /// All rules that the configuration breaks.
 pub(super) fn broken(config: &Config) -> Vec<Problem> {
     let mut problems = Vec::new();
     run_and_batch(config, &mut problems);
+    parallel(config, &mut problems);
     optimizer_and_schedule(config, &mut problems);
     layers(&config.model.layers, &mut problems);
     problems
@@ -33,6 +35,18 @@ fn run_and_batch(Config { run, batch, .. }: &Config, problems: &mut Vec<Problem>
                 .help("for example: global = 128"),
         ),
         _ => {}
+    }
+}
+
+fn parallel(Config { run, parallel, .. }: &Config, problems: &mut Vec<Problem>) {
+    if run.device == Choice::Cuda && parallel.factor_exchange == FactorExchange::On {
+        problems.push(
+            Problem::value(
+                &Path::dotted("parallel.factor_exchange"),
+                "parallel.factor_exchange = \"on\" is for ranks that compute on the CPU",
+            )
+            .help("ranks on GPUs exchange gradients: take it out, or set run.device = \"cpu\""),
+        );
     }
 }
 

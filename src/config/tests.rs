@@ -94,6 +94,11 @@ fn every_kind_of_mistake_is_named() {
         ("\"tanh\"", "\"tanh\"\nname = \"input\"", &["`input` is the name of the data"]),
         ("\"tanh\"", "\"tanh\"\nname = \"a/b\"", &["holds '/'"]),
         ("\"tanh\"", "\"tanh\"\nfrom = \"frist\"", &["does not exist", "did you mean `first`"]),
+        (
+            "epochs = 2",
+            "epochs = 2\ndevice = \"cuda\"\n[parallel]\nfactor_exchange = \"on\"",
+            &["factor_exchange = \"on\" is for ranks that compute on the CPU", "run.device"],
+        ),
         ("\"first\"", "\"first\"\nfrom = [\"tanh_2\"]", &["which is not before it"]),
         ("\"minimal\"", "\"../x\"", &["run.name holds '/'"]),
         ("\"sgd\"", "\"sgd\"\nnesterov = true", &["nesterov needs a momentum"]),

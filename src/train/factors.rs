@@ -41,9 +41,9 @@ pub struct Estimate {
     pub chosen: bool,
 }
 
-/// For every layer that has factors, by what a host sends in a step. `norms`: the update needs norms of whole gradients, which
-/// nobody has here.
-pub fn estimate(config: &Parallel, net: &NetSpec, plan: &Plan, hosts: usize, norms: bool) -> Vec<Estimate> {
+/// For every layer that has factors, by what a host sends in a step. `whole`: the update needs whole gradients, which nobody
+/// has here: for their norms, or on a GPU.
+pub fn estimate(config: &Parallel, net: &NetSpec, plan: &Plan, hosts: usize, whole: bool) -> Vec<Estimate> {
     let others = (hosts - 1) as f64 / hosts as f64;
     let link = config.network_gbit_s * 1e9 / 8.0;
     // Then as many parameters go round, in f32.
@@ -61,7 +61,7 @@ pub fn estimate(config: &Parallel, net: &NetSpec, plan: &Plan, hosts: usize, nor
             let products = others * 2.0 * (values * plan.global_batch) as f64 / (OPERATIONS * threads);
             let (gradient_s, factors_s) = (gradient_bytes as f64 / link, factor_bytes as f64 / link + products);
             let chosen = hosts > 1
-                && !norms
+                && !whole
                 && match config.factor_exchange {
                     FactorExchange::Auto => factors_s < gradient_s,
                     FactorExchange::On => true,

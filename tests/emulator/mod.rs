@@ -15,30 +15,36 @@ use std::sync::OnceLock;
 const LIBRARIES: [(&str, &str); 4] = [
     ("driver/lib.rs", "libcuda.so.1"),
     ("nvrtc.rs", "libnvrtc.so.13"),
-    ("cublaslt.rs", "libcublasLt.so.13"),
+    ("cublaslt/lib.rs", "libcublasLt.so.13"),
     ("cudnn/lib.rs", "libcudnn.so.9"),
 ];
 
-/// None, and a line that says why, where there is no compiler for kernels.
+/// The GPU of this process. None, and a line that says why, where there is no compiler for kernels.
 pub fn gpu() -> Option<Gpu> {
     static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
     let start = || {
-        if std::env::var_os("LOCKSTEP_TEST_GPU").is_none() {
-            let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-            if Command::new(&compiler).arg("--version").output().is_err() {
-                eprintln!("skipped: there is no C++ compiler ({compiler}, or $CXX), which the emulator of a GPU needs");
-                return None;
-            }
-            let folder = build();
+        for (name, value) in variables()? {
             // SAFETY: every test of a process that touches CUDA comes here first and waits; no other thread reads these.
-            unsafe {
-                std::env::set_var("LOCKSTEP_CUDA_PATH", &folder);
-                std::env::set_var("XDG_CACHE_HOME", folder.join("cache"));
-            }
+            unsafe { std::env::set_var(name, value) };
         }
         Some(Gpu::take(0).unwrap_or_else(|error| panic!("{error}")))
     };
     GPU.get_or_init(start).clone()
+}
+
+/// With these in its environment a process finds the GPU. None as above.
+pub fn variables() -> Option<Vec<(&'static str, PathBuf)>> {
+    if std::env::var_os("LOCKSTEP_TEST_GPU").is_some() {
+        return Some(Vec::new());
+    }
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    if Command::new(&compiler).arg("--version").output().is_err() {
+        eprintln!("skipped: there is no C++ compiler ({compiler}, or $CXX), which the emulator of a GPU needs");
+        return None;
+    }
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let folder = FOLDER.get_or_init(build);
+    Some(vec![("LOCKSTEP_CUDA_PATH", folder.clone()), ("XDG_CACHE_HOME", folder.join("cache"))])
 }
 
 /// The folder of the libraries, which is made anew when a source changes.

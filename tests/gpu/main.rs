@@ -1,14 +1,17 @@
 //! What runs on a GPU against the same on the CPU. Without a GPU it runs in the emulator, which shows that kernels compute what
 //! they should, not that they are fast. With one: `LOCKSTEP_TEST_GPU=1 cargo test --test gpu -- --nocapture`.
 
+mod allocations;
 mod augment;
 mod conv2d;
-mod counting;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod layers;
 mod operands;
 mod products;
+#[path = "../common/runs.rs"]
+mod runs;
 mod step;
 mod strictness;
+mod training;
 mod values;

@@ -1,7 +1,7 @@
 //! One layer's operands, and its forward and backward on them. Everything that a call must write is full of NaN before it, and
 //! each buffer is an allocation of its own, so what a layer leaves out, or does beyond its buffers, shows.
 
-use crate::counting::allocations;
+use crate::allocations::allocations;
 use crate::emulator::{self, whole, whole_mut};
 use crate::layers::Case;
 use half::{bf16, f16};
@@ -115,9 +115,9 @@ impl<'a> Operands<'a> {
             saved: whole_mut(&mut buffers.saved),
             scratch: whole_mut(&mut buffers.scratch),
         };
-        let before = allocations();
-        layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
-        let in_forward = allocations() - before;
+        let in_forward = allocations(|| {
+            layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
+        });
         let output = vec![memory.read(&buffers.output, call.batch * self.inferred.output.len())];
         let (grads, in_backward) = match call.training {
             true => self.backward(&mut *layer, &pass, buffers, memory),
@@ -154,9 +154,9 @@ impl<'a> Operands<'a> {
             saved: whole(&buffers.saved),
             scratch: whole_mut(&mut scratch),
         };
-        let before = allocations();
-        layer.backward(pass, io).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
-        let allocated = allocations() - before;
+        let allocated = allocations(|| {
+            layer.backward(pass, io).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
+        });
         let of_inputs = grad_inputs.iter().zip(&self.inputs).map(|(grad, input)| memory.read(grad, len(input)));
         let specs = self.specs_on(memory.place());
         let of_params = specs.iter().zip(&grad_params).map(|(spec, grad)| canonical(spec, &memory.read_f32(grad)));

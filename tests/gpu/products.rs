@@ -1,6 +1,7 @@
 //! Matrix products of a GPU against plain loops: transposed and not, in every type, with what is done to them on their way to
 //! memory, between guards.
 
+use crate::allocations::allocations;
 use crate::emulator;
 use crate::values::{Values, distance};
 use lockstep::device::cuda::Gpu;
@@ -42,6 +43,31 @@ fn a_planned_product_takes_fewer_samples() {
     let Some(gpu) = emulator::gpu() else { return };
     check(&gpu, &PRODUCT, 5);
     check(&gpu, &weight_gradient(16, 24), 7);
+}
+
+/// With the greatest number of samples and fewer, after the first time.
+#[test]
+fn an_execution_allocates_nothing_on_the_host() {
+    let Some(gpu) = emulator::gpu() else { return };
+    for product in [PRODUCT, weight_gradient(16, 24)] {
+        let mut matmul = Matmul::new(&gpu, &product).unwrap().expect("an algorithm");
+        let all = if product.transpose_left { product.k } else { product.m };
+        let of = |len| Values::poisoned(&gpu, len, Element::F32);
+        let (left, right, result) = (of(product.m * product.k), of(product.k * product.n), of(product.m * product.n));
+        let (bias, workspace) = (of(product.m.max(product.n)), of(matmul.workspace_bytes()));
+        let mut run = |samples| {
+            let operands = Operands {
+                left: left.slice(),
+                right: right.slice(),
+                result: result.slice_mut(),
+                bias: bias.slice().address(),
+                workspace: workspace.slice_mut(),
+            };
+            matmul.run(samples, operands).unwrap();
+        };
+        run(all);
+        assert_eq!(allocations(|| [all, all - 2, all].into_iter().for_each(&mut run)), 0, "{product:?}");
+    }
 }
 
 /// A library may have no algorithm that also sums; what it has is right.

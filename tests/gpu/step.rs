@@ -1,5 +1,6 @@
 //! The loss and the update on a GPU against the CPU's.
 
+use crate::allocations::allocations;
 use crate::emulator;
 use crate::values::{Values, distance, download, upload};
 use lockstep::config::raw::{self, OptimizerShared, Rule};
@@ -46,7 +47,10 @@ fn check_loss(gpu: &Gpu, loss: &Loss, classes: usize, batch: usize, element: Ele
     let labels = unsafe { memory.slice(0..memory.bytes()) };
     let (grad, found) = (Values::poisoned(gpu, batch * classes, element), Values::poisoned(gpu, 2, Element::F32));
     // SAFETY: all live until `download` has waited.
-    unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut()) }.unwrap();
+    let launch = || {
+        unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut()) }.unwrap()
+    };
+    assert_eq!(allocations(launch), 0, "on the host");
     let what = format!("{loss:?} of {batch} samples in {element:?}");
     let error = distance(&grad.download(), &expected);
     assert!(error <= if element == Element::F32 { 3e-6 } else { 4e-3 }, "gradient of {what}: {error}");
@@ -97,19 +101,22 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
         let at = At { lr: 0.1 / (step + 1) as f32, step };
         let grads = (0..table.len()).map(|i| value(i + 31 * step as usize, 0.1)).collect::<Vec<_>>();
         let on_gpu = Values::of(gpu, &grads, Element::F32);
-        update.begin(at).unwrap();
-        // SAFETY: all live until `download` has waited.
-        unsafe { update.measure(on_gpu.slice(), params.slice()) }.unwrap();
-        for elements in [0..16 * 300, 16 * 300..table.len()] {
-            let buffers = optim::cuda::Buffers {
-                params: params.slice_mut(),
-                grads: on_gpu.slice(),
-                state: &state,
-                rounded: rounded.slice_mut(),
-            };
-            // SAFETY: as above.
-            unsafe { update.update(elements, buffers) }.unwrap();
-        }
+        let launch = || {
+            update.begin(at).unwrap();
+            // SAFETY: all live until `download` has waited.
+            unsafe { update.measure(on_gpu.slice(), params.slice()) }.unwrap();
+            for elements in [0..16 * 300, 16 * 300..table.len()] {
+                let buffers = optim::cuda::Buffers {
+                    params: params.slice_mut(),
+                    grads: on_gpu.slice(),
+                    state: &state,
+                    rounded: rounded.slice_mut(),
+                };
+                // SAFETY: as above.
+                unsafe { update.update(elements, buffers) }.unwrap();
+            }
+        };
+        assert_eq!(allocations(launch), 0, "on the host");
         update_on_cpu(config, &table, at, grads, &mut expected);
     }
     let what = format!("{config:?}");

@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use cudarc::cublaslt::sys;
 use handles::{Layout, Library, Operation, Preference, check};
 use std::fmt;
+use sys::cublasStatus_t as Status;
 use tuning::Algorithm;
 
 /// Where a workspace has to begin.
@@ -96,6 +97,8 @@ pub struct Matmul {
 impl Matmul {
     /// Nothing where the library has no algorithm for it. Waits for the GPU's stream; not for use within a step.
     pub fn new(gpu: &Gpu, product: &Product) -> Result<Option<Matmul>> {
+        // The library takes the GPU that is this thread's current one.
+        gpu.compute().handle()?;
         let library = Library::get()?;
         let operation = Operation::new(product)?;
         let [left, right, result] = product.stored();
@@ -126,6 +129,7 @@ impl Matmul {
 
     /// Enqueues the product of `samples` on the compute stream.
     pub fn run(&mut self, samples: usize, operands: Operands<'_>) -> Result<()> {
+        self.gpu.compute().handle()?;
         self.fit(samples)?;
         let stored = self.product.with_samples(samples).stored();
         let factors = self.product.factors;
@@ -183,7 +187,7 @@ impl Matmul {
                 &mut result,
             )
         };
-        let success = sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
+        let success = Status::CUBLAS_STATUS_SUCCESS;
         status == success && result.state == success && result.workspaceSize <= workspace
     }
 
@@ -207,12 +211,18 @@ impl Matmul {
                 &mut count,
             )
         };
-        if status == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+        // Which of the two an epilogue gets that a version does not have for these types is not documented.
+        if matches!(status, Status::CUBLAS_STATUS_INVALID_VALUE | Status::CUBLAS_STATUS_NOT_SUPPORTED) {
+            tracing::debug!(
+                "cuBLASLt offers nothing for {} with {:?}: {status:?}",
+                self.product,
+                self.product.epilogue
+            );
             return Ok(Vec::new());
         }
         check("cublasLtMatmulAlgoGetHeuristic", status).map_err(|error| error.context(&self.product))?;
         let usable = |result: &sys::cublasLtMatmulHeuristicResult_t| {
-            result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= workspace
+            result.state == Status::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= workspace
         };
         let found = results.into_iter().take(count as usize).filter(usable);
         Ok(found.map(|result| Algorithm { handle: result.algo, workspace: result.workspaceSize }).collect())
@@ -264,7 +274,7 @@ fn no_heuristic() -> sys::cublasLtMatmulHeuristicResult_t {
     sys::cublasLtMatmulHeuristicResult_t {
         algo: NO_ALGORITHM.handle,
         workspaceSize: 0,
-        state: sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+        state: Status::CUBLAS_STATUS_NOT_SUPPORTED,
         wavesCount: 0.0,
         reserved: [0; 4],
     }

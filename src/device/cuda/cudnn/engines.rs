@@ -75,6 +75,7 @@ pub fn plan(graph: &Arc<Graph>, configuration: Configuration, rules: Rules) -> O
 }
 
 fn propose(graph: &Graph, mode: Mode) -> Result<Vec<Descriptor>> {
+    let _alone = graph.handle.lock();
     let heuristics = Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
         .with(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, &[graph.descriptor.link()])?
         .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?

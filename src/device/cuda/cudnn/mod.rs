@@ -23,17 +23,21 @@ use crate::error::Result;
 use cudarc::cudnn::sys::{self, cudnnHandle_t};
 use descriptor::check;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// cuDNN's state for one GPU: what it runs, it puts into one stream. Cheap to clone.
 #[derive(Clone)]
 pub struct Handle(Arc<Owned>);
 
-struct Owned(cudnnHandle_t);
+struct Owned {
+    handle: cudnnHandle_t,
+    /// Held by the thread that uses it; cuDNN allows one.
+    in_use: Mutex<()>,
+}
 
-// SAFETY: one thread at a time may use a handle: the one that trains.
+// SAFETY: any thread may use a handle that no other uses.
 unsafe impl Send for Owned {}
-// SAFETY: as above; a shared handle is only read.
+// SAFETY: as above, which the lock ensures.
 unsafe impl Sync for Owned {}
 
 impl Handle {
@@ -44,20 +48,25 @@ impl Handle {
         let mut handle = ptr::null_mut();
         // SAFETY: the library is loaded and the context current; cuDNN writes the handle.
         check("cudnnCreate", unsafe { sys::cudnnCreate(&mut handle) })?;
-        let owned = Handle(Arc::new(Owned(handle)));
+        let owned = Handle(Arc::new(Owned { handle, in_use: Mutex::default() }));
         // SAFETY: a stream of the current context. Both libraries' declarations of it are the same pointer.
         check("cudnnSetStream", unsafe { sys::cudnnSetStream(handle, stream.cast()) })?;
         Ok(owned)
     }
 
+    /// For descriptors that name it, and for calls with it, while the lock is held.
     fn raw(&self) -> cudnnHandle_t {
-        self.0.0
+        self.0.handle
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.0.in_use.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
         // SAFETY: created once; plans hold it, so none is left. What fails here has failed before, and was said there.
-        unsafe { sys::cudnnDestroy(self.0) };
+        unsafe { sys::cudnnDestroy(self.handle) };
     }
 }

@@ -97,3 +97,29 @@ fn symmetric(axis: &Axis) -> Option<usize> {
     let room = (axis.input + 2 * axis.before).checked_sub(axis.size)?;
     (room / axis.stride + 1 == axis.output).then_some(axis.before)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::Conv2d;
+    use super::*;
+    use crate::model::Shape;
+
+    fn arranged(input: Shape, keys: &str) -> Option<Arrangement> {
+        Arrangement::of(&toml::from_str::<Conv2d>(keys).unwrap().geometry(&[input]).unwrap())
+    }
+
+    #[test]
+    fn a_first_layer_is_gathered_and_lopsided_padding_copied() {
+        let image = Shape::new;
+        let alexnet = Arrangement { block: 4, image: [57, 57], filter: [3, 3] };
+        assert_eq!(arranged(image(227, 227, 3), "filters = 96\nkernel = 11\nstride = 4"), Some(alexnet));
+        assert_eq!(arranged(image(224, 224, 3), "filters = 64\nkernel = 11\nstride = 4\npadding = 2"), Some(alexnet));
+        let lopsided = Arrangement { block: 1, image: [7, 7], filter: [2, 2] };
+        assert_eq!(arranged(image(6, 6, 9), "filters = 4\nkernel = 2\npadding = \"same\""), Some(lopsided));
+        // Many channels, one stride, or another on each axis; zeros behind that no filter reaches.
+        assert_eq!(arranged(image(27, 27, 8), "filters = 64\nkernel = 5\nstride = 2\npadding = 2"), None);
+        assert_eq!(arranged(image(28, 28, 1), "filters = 32\nkernel = 3\npadding = \"same\""), None);
+        assert_eq!(arranged(image(9, 9, 3), "filters = 4\nkernel = 3\nstride = [1, 2]\npadding = 1"), None);
+        assert_eq!(arranged(image(8, 8, 9), "filters = 4\nkernel = 3\nstride = 2\npadding = 1"), None);
+    }
+}

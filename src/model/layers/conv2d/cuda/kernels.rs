@@ -69,7 +69,7 @@ impl Kernels {
 
     /// Bytes of `sums` for so many rows of dy at most.
     pub fn sums_bytes(rows: usize, filters: usize) -> usize {
-        parts(rows).0 * filters * size_of::<f32>()
+        most_parts(rows) * filters * size_of::<f32>()
     }
 
     /// Undoes the activation in dy, whose output y was, and sums dy over its rows; y is not read without an activation.
@@ -182,4 +182,25 @@ impl Images {
 fn parts(rows: usize) -> (usize, usize) {
     let part_rows = rows.div_ceil(PARTS).max(PART_ROWS);
     (rows.div_ceil(part_rows).max(1), part_rows)
+}
+
+/// Parts at most of sums of as many rows, or of fewer, which may have more parts.
+fn most_parts(rows: usize) -> usize {
+    rows.div_ceil(PART_ROWS).clamp(1, PARTS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_all_rows_and_fewer_rows_find_room_for_theirs() {
+        for rows in (0..200).chain(PARTS * PART_ROWS - 100..PARTS * PART_ROWS + 100).chain([1_000_000, 99_999_999]) {
+            let (count, part_rows) = parts(rows);
+            assert!(count * part_rows >= rows && (count - 1) * part_rows <= rows, "{rows} rows");
+            for fewer in rows.saturating_sub(150)..=rows {
+                assert!(parts(fewer).0 <= most_parts(rows), "{fewer} rows, with room for {rows}");
+            }
+        }
+    }
 }

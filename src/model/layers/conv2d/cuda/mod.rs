@@ -49,7 +49,7 @@ struct Lengths {
     filters: usize,
     grad_images: usize,
     grad_filters: usize,
-    /// The weight's gradient, as the product leaves it, where that is not f32.
+    /// The weight's gradient, where the product does not leave it in f32.
     narrow: usize,
     /// Of dy.
     sums: usize,
@@ -300,7 +300,8 @@ impl Lengths {
             }
             None => [0, 0, planner.geometry.taps() * output.c],
         };
-        let narrow = plans.weight.as_ref().is_some_and(|plan| plan.graph().product == Product::Weight { wide: false });
+        // Whether a product leaves f32 may depend on the number of samples.
+        let narrow = planner.training && planner.element != Element::F32;
         let sums = planner.training && planner.bias;
         Lengths {
             workspace: plans.workspace_bytes(),

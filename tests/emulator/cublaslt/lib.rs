@@ -7,8 +7,11 @@
 //! and one that needs matrices at multiples of 256 bytes. The sums of BGRADB are there only where rows begin at multiples of 16
 //! bytes, so that callers have to do without.
 
+mod values;
+
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use values::{BF16, F16, F32, load, size, store};
 
 type Status = c_int;
 const SUCCESS: Status = 0;
@@ -19,11 +22,6 @@ const COMPUTE_32F: u32 = 68;
 const COMPUTE_32F_FAST_TF32: u32 = 77;
 const COMPUTE_TYPE_REDUCTION: u32 = 2;
 const INPLACE_REDUCTION: u32 = 1;
-
-/// Types of values, as `cudaDataType` numbers them.
-const F32: u32 = 0;
-const F16: u32 = 2;
-const BF16: u32 = 14;
 
 /// Epilogues are sets of bits: these are those known here.
 const DEFAULT: u32 = 1;
@@ -145,7 +143,13 @@ pub unsafe extern "C" fn cublasLtMatmulDescSetAttribute(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatrixLayoutCreate(to: *mut *mut Layout, of: u32, rows: u64, cols: u64, ld: i64) -> Status {
+pub unsafe extern "C" fn cublasLtMatrixLayoutCreate(
+    to: *mut *mut Layout,
+    of: u32,
+    rows: u64,
+    cols: u64,
+    ld: i64,
+) -> Status {
     unsafe { *to = Box::into_raw(Box::new(Layout { of, rows, cols, ld })) };
     SUCCESS
 }
@@ -313,9 +317,8 @@ pub unsafe extern "C" fn cublasLtMatmulAlgoGetHeuristic(
     let aligned = preference.alignments.iter().all(|&alignment| alignment >= 256);
     let (in_place, split) = (preference.reductions & INPLACE_REDUCTION, preference.reductions & COMPUTE_TYPE_REDUCTION);
     let kinds = [(VECTORS, aligned), (SPLIT_IN_PLACE, in_place != 0), (SPLIT, split != 0), (PLAIN, true)];
-    let offered = kinds.into_iter().filter(|&(kind, allowed)| {
-        allowed && problem.workspace(kind) as u64 <= preference.workspace
-    });
+    let offered =
+        kinds.into_iter().filter(|&(kind, allowed)| allowed && problem.workspace(kind) as u64 <= preference.workspace);
     for (at, (kind, _)) in offered.take(most as usize).enumerate() {
         unsafe {
             results.add(at).write(heuristic(&problem, kind));
@@ -466,62 +469,4 @@ unsafe fn matrix(from: *const c_void, layout: Layout, by_rows: bool, tf32: bool)
         true => (0..rows).flat_map(|i| (0..cols).map(move |j| (i, j))).map(|(i, j)| value(i, j)).collect(),
         false => (0..cols).flat_map(|j| (0..rows).map(move |i| (i, j))).map(|(i, j)| value(i, j)).collect(),
     }
-}
-
-fn size(of: u32) -> usize {
-    if of == F32 { 4 } else { 2 }
-}
-
-unsafe fn load(from: *const c_void, of: u32, at: usize) -> f32 {
-    let half = || unsafe { *from.cast::<u16>().add(at) };
-    match of {
-        F32 => unsafe { *from.cast::<f32>().add(at) },
-        BF16 => f32::from_bits(u32::from(half()) << 16),
-        _ => widen_f16(half()),
-    }
-}
-
-unsafe fn store(to: *mut c_void, of: u32, at: usize, value: f32) {
-    let half = match of {
-        F32 => return unsafe { *to.cast::<f32>().add(at) = value },
-        BF16 => narrow_bf16(value),
-        _ => narrow_f16(value),
-    };
-    unsafe { *to.cast::<u16>().add(at) = half };
-}
-
-/// To nearest even.
-fn narrow_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    match value.is_nan() {
-        true => (bits >> 16) as u16 | 0x40,
-        false => ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) as u16,
-    }
-}
-
-fn widen_f16(half: u16) -> f32 {
-    let (sign, exponent, fraction) = (half >> 15, half >> 10 & 0x1F, half & 0x3FF);
-    let magnitude = match exponent {
-        0 => f32::from(fraction) * 2f32.powi(-24),
-        0x1F if fraction == 0 => f32::INFINITY,
-        0x1F => f32::NAN,
-        _ => (1.0 + f32::from(fraction) / 1024.0) * 2f32.powi(i32::from(exponent) - 15),
-    };
-    if sign == 1 { -magnitude } else { magnitude }
-}
-
-/// To nearest even: counts units in the last place, which are exact in f32.
-fn narrow_f16(value: f32) -> u16 {
-    let (sign, magnitude) = (u16::from(value.is_sign_negative()) << 15, value.abs());
-    if magnitude.is_nan() {
-        return sign | 0x7E00;
-    }
-    if magnitude >= 65520.0 {
-        return sign | 0x7C00;
-    }
-    let exponent = (magnitude.to_bits() >> 23) as i32 - 127;
-    let unit = exponent.max(-14) - 10;
-    let units = (magnitude / 2f32.powi(unit)).round_ties_even() as u16;
-    // Units beyond 1024 carry into the exponent by themselves.
-    sign | (((exponent.max(-14) + 14) as u16) << 10) + units
 }

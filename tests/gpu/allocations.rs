@@ -1,7 +1,14 @@
-//! An allocator that counts. The emulator's libraries have allocators of their own.
+//! Counts what a call asks of the heap of this program. The emulator has a heap of its own.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+
+/// Allocations of the calling thread meanwhile.
+pub fn allocations(call: impl FnOnce()) -> usize {
+    let before = ALLOCATIONS.get();
+    call();
+    ALLOCATIONS.get() - before
+}
 
 /// Counts what the calling thread asks for.
 struct Counting;
@@ -26,8 +33,3 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
-
-/// Of this thread, up to now.
-pub fn allocations() -> usize {
-    ALLOCATIONS.get()
-}

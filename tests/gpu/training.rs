@@ -1,0 +1,190 @@
+//! Whole runs of the program with `device = "cuda"` against the same on the CPU.
+
+use crate::emulator;
+use crate::runs::{summary, trainer};
+use assert_cmd::Command;
+use safetensors::SafeTensors;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// Every kind of layer that AlexNet has, batch normalisation, and a last batch of the epoch that is short.
+const CONFIG: &str = r#"
+[run]
+name = "gpu"
+steps = 8
+[data]
+format = "shapes"
+train = 40
+test = 24
+[batch]
+global = 16
+micro = 4
+[model]
+input = [32, 32, 3]
+[[model.layers]]
+type = "conv2d"
+filters = 8
+kernel = 5
+stride = 4
+activation = "relu"
+[[model.layers]]
+type = "lrn"
+[[model.layers]]
+type = "max_pool"
+size = 2
+[[model.layers]]
+type = "conv2d"
+filters = 8
+kernel = 3
+padding = "same"
+bias = false
+[[model.layers]]
+type = "batch_norm"
+activation = "relu"
+[[model.layers]]
+type = "flatten"
+[[model.layers]]
+type = "linear"
+units = 16
+activation = "relu"
+[[model.layers]]
+type = "dropout"
+rate = 0.25
+[[model.layers]]
+type = "linear"
+units = 10
+[optimizer]
+type = "sgd"
+lr = 0.02
+momentum = 0.9
+[checkpoint]
+every_steps = 3
+"#;
+
+/// Where runs leave what they have, and the variables with which they find a GPU.
+struct Runs {
+    folder: TempDir,
+    variables: Vec<(&'static str, PathBuf)>,
+}
+
+impl Runs {
+    fn new() -> Option<Runs> {
+        Some(Runs { variables: emulator::variables()?, folder: tempfile::tempdir().unwrap() })
+    }
+
+    fn out(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, out: &str, ranks: usize, settings: &[&str]) -> Command {
+        let mut command = trainer(CONFIG, &self.out(out), ranks, settings);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// Trains to the end; gives the summary.
+    fn train(&self, out: &str, ranks: usize, settings: &[&str]) -> Value {
+        self.command(out, ranks, settings).assert().success();
+        summary(&self.out(out))
+    }
+
+    /// The newest checkpoint of a run.
+    fn checkpoint(&self, out: &str) -> Vec<u8> {
+        let files = fs::read_dir(self.out(out).join("checkpoints")).unwrap().map(|file| file.unwrap().path());
+        let tensors = files.filter(|path| path.extension().is_some_and(|end| end == "safetensors"));
+        fs::read(tensors.max().unwrap()).unwrap()
+    }
+
+    /// The greatest relative difference (of norms) of a tensor between two runs, parameters and the optimizer's state.
+    fn difference(&self, one: &str, other: &str) -> (String, f64) {
+        let [one, other] = [one, other].map(|out| self.checkpoint(out));
+        let [one, other] = [&one, &other].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+        let values = |tensors: &SafeTensors<'_>, name: &str| -> Vec<f64> {
+            let (words, _) = tensors.tensor(name).unwrap().data().as_chunks::<4>();
+            words.iter().map(|word| f64::from(f32::from_le_bytes(*word))).collect()
+        };
+        let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let of = |name: &str| {
+            let (one, other) = (values(&one, name), values(&other, name));
+            let gap: Vec<f64> = one.iter().zip(&other).map(|(a, b)| a - b).collect();
+            (name.to_owned(), norm(&gap) / norm(&one).max(f64::MIN_POSITIVE))
+        };
+        assert_eq!(one.len(), other.len());
+        one.names().into_iter().map(of).max_by(|(_, a), (_, b)| a.total_cmp(b)).unwrap()
+    }
+}
+
+#[test]
+fn a_run_on_the_gpu_is_that_on_the_cpu_but_for_rounding() {
+    let Some(runs) = Runs::new() else { return };
+    let cpu = runs.train("cpu", 1, &["run.device=cpu"]);
+    let gpu = runs.train("gpu", 1, &["run.device=cuda"]);
+    let (tensor, difference) = runs.difference("cpu", "gpu");
+    assert!(difference < 1e-4, "{tensor} differs by {difference:e}");
+    let accuracy = |summary: &Value| summary["test_accuracy"].clone();
+    assert_eq!(accuracy(&cpu), accuracy(&gpu));
+
+    let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
+        let settings = [&format!("run.device={device}"), "run.precision=bf16"];
+        runs.train(&format!("{device}16"), 1, &settings)["test_loss"].as_f64().unwrap()
+    });
+    assert!((cpu - gpu).abs() < 0.02 * cpu, "the loss in bf16 is {gpu}, and {cpu} on the CPU");
+}
+
+/// With micro-batches the sums are one tree, whoever computes its parts; and two runs do the same.
+#[test]
+fn one_two_and_four_gpu_ranks_end_with_the_same_weights() {
+    let Some(runs) = Runs::new() else { return };
+    let of = |ranks: usize, more: &[&str]| {
+        let settings = [&["run.device=cuda"], more].concat();
+        let out = format!("{ranks}-{}", more.concat().replace(['.', '"'], ""));
+        runs.train(&out, ranks, &settings)["weights_digest"].clone()
+    };
+    for rule in [&[][..], &["optimizer.clip_norm=0.5"], &["run.precision=bf16"]] {
+        let one = of(1, rule);
+        assert_eq!(of(2, rule), one, "{rule:?}");
+        if rule.is_empty() {
+            assert_eq!(of(4, &["parallel.transport=tcp"]), one);
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_goes_on_on_either_device() {
+    let Some(runs) = Runs::new() else { return };
+    runs.train("whole", 1, &["run.device=cuda"]);
+    runs.train("moved", 2, &["run.device=cuda", "run.steps=3"]);
+    runs.train("moved", 1, &["run.device=cpu", "run.steps=6"]);
+    runs.train("moved", 2, &["run.device=cuda"]);
+    let (tensor, difference) = runs.difference("whole", "moved");
+    assert!(difference < 1e-4, "{tensor} differs by {difference:e}");
+
+    let [whole, resumed] = ["whole", "resumed"];
+    runs.train(resumed, 2, &["run.device=cuda", "run.steps=3"]);
+    runs.train(resumed, 1, &["run.device=cuda"]);
+    assert_eq!(summary(&runs.out(whole))["weights_digest"], summary(&runs.out(resumed))["weights_digest"]);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_is_traced_on_the_gpu() {
+    let Some(runs) = Runs::new() else { return };
+    let output =
+        runs.command("nan", 1, &["run.device=cuda", "optimizer.lr=3e38", "optimizer.weight_decay=3e38"]).assert().code(5).get_output().clone();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        error.contains("an earlier update broke it") || error.contains("it arose in the output of layer"),
+        "{error}"
+    );
+}
+
+#[test]
+fn without_a_gpu_the_reason_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let nowhere = Path::new("/nonexistent");
+    let mut command = trainer(CONFIG, &folder.path().join("none"), 2, &["run.device=cuda"]);
+    let output = command.env("LOCKSTEP_CUDA_PATH", nowhere).assert().failure().get_output().clone();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.contains("libcuda.so.1") || error.contains("LOCKSTEP_CUDA_PATH"), "{error}");
+}
