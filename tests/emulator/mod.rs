@@ -58,16 +58,12 @@ fn build() -> PathBuf {
         // Another test may be at the same.
         let unfinished = folder.join(format!("{name}.{}", std::process::id()));
         let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| OsString::from("rustc"));
+        // The name by which cudarc asks first, so that a real library of this machine does not come before it.
+        let (soname, _) = name.split_at(name.find(".so").expect("a library's name") + ".so".len());
         let mut command = Command::new(rustc);
-        command.args([
-            "--edition",
-            "2024",
-            "-O",
-            "--crate-type",
-            "cdylib",
-            "-C",
-            &format!("link-arg=-Wl,-soname,{name}"),
-        ]);
+        command
+            .args(["--edition", "2024", "-O", "--crate-type", "cdylib"])
+            .arg(format!("-Clink-arg=-Wl,-soname,{soname}"));
         let output = command.arg("-o").arg(&unfinished).arg(sources.join(source)).output().expect("rustc");
         assert!(output.status.success(), "{source}: {}", String::from_utf8_lossy(&output.stderr));
         fs::rename(&unfinished, folder.join(name)).expect("the library in its place");
