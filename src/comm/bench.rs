@@ -23,11 +23,11 @@ use update::Update;
 /// Options of `bench-comm`.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
-    /// all_reduce, or reduce_update: a step of SGD with momentum from gradients to new parameters
+    /// all_reduce; reduce_update: SGD with momentum
     #[arg(long, value_enum, default_value_t = Operation::AllReduce, hide_possible_values = true)]
     pub operation: Operation,
-    /// Sums in f32 or bf16, of reduce_update over mpi with --algorithm native
-    #[arg(long, value_enum, default_value_t = ReduceDtype::F32, hide_possible_values = true)]
+    /// f32; bf16: of reduce_update, by native
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = ReduceDtype::F32, hide_possible_values = true)]
     pub reduce_dtype: ReduceDtype,
     /// Smallest message, bytes
     #[arg(long, default_value_t = 8)]
