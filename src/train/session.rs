@@ -347,7 +347,7 @@ impl Session<'_> {
             return Ok(());
         }
         let stopped = Error::new(Kind::Stopped, reason);
-        Err(if world.rank == 0 { stopped } else { stopped.said_by_rank_0() })
+        Err(if world.rank > 0 && world.joins_output { stopped.said_by_rank_0() } else { stopped })
     }
 
     /// By this rank.
