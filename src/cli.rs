@@ -214,9 +214,10 @@ impl Cli {
             Some(size) => {
                 let job = Job::launching()?;
                 let run = restart::Run {
-                    launch: job.launch.as_deref().unwrap_or_default(),
-                    saved: &|| options.newest_checkpoint(&config, &job),
+                    launch: job.launch.as_ref().map_or("", |launch| &launch.id),
+                    saved: &|restarts| options.newest_checkpoint(&config, &job.relaunched(restarts)),
                     fits: &|ranks| global_batch(&config.batch, ranks).map(drop),
+                    again: options.resume.again(None),
                 };
                 spawn::run(size, Some(Restarts::new(&self.restarts, size, run)?))
             }

@@ -66,6 +66,16 @@ fn a_transport_that_one_rank_does_not_want_is_named_before_they_connect() {
     assert_refused(&refused, &["configuration: parallel.transport | 1 (", "| \"tcp\" | \"auto\""]);
 }
 
+/// torchrun shows what all its ranks say; it has a variable that ranks by hand do not need.
+#[test]
+fn under_torchrun_rank_0_alone_says_it() {
+    let refused = Shells::new(2).run(|rank, command| {
+        command.env("TORCHELASTIC_RUN_ID", "none").args(["--set", &format!("run.seed={rank}")]);
+    });
+    assert!(refused[0].1 == 2 && refused[0].0.contains("error: the ranks do not agree"), "{refused:?}");
+    assert!(refused[1].1 == 2 && !refused[1].0.contains("do not agree"), "{refused:?}");
+}
+
 #[test]
 fn other_data_on_one_rank_are_named() {
     let shells = Shells::new(3);
@@ -102,4 +112,16 @@ fn ranks_of_trainer_n_and_those_by_hand_agree_and_end_with_the_same_weights() {
         serde_json::from_str::<serde_json::Value>(&text).unwrap()["weights_digest"].clone()
     };
     assert_eq!(digest("runs/shells/summary.json", 0), digest("again/summary.json", 1));
+}
+
+#[test]
+fn ranks_by_hand_say_each_why_they_stop_before_the_end() {
+    let stopped = Shells::new(2).run(|_, command| {
+        command.args(["--inject", "term:rank=0@step=2", "--set", "run.steps=1000"]);
+    });
+    for (rank, (output, code)) in stopped.iter().enumerate() {
+        assert_eq!(*code, 75, "rank {rank}: {output}");
+        let said = |line: &&str| line.starts_with("stopped by SIGTERM ") && line.ends_with(" goes on from there");
+        assert_eq!(output.lines().filter(said).count(), 1, "rank {rank}: {output}");
+    }
 }

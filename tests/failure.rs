@@ -58,7 +58,7 @@ fn a_killed_rank_ends_the_run_within_a_moment_and_is_named() {
         );
         assert!(output.contains(&format!("rank {victim} (pid {pid} on host ")), "{case}\n{output}");
         assert!(output.contains("was lost") && output.contains("of step "), "{case}\n{output}");
-        let hint = output.contains("Last checkpoint: ") && output.contains("run the same command again");
+        let hint = output.contains("Last checkpoint: ") && output.contains("; the same command goes on from it");
         // Only rank 0 knows of a checkpoint at once.
         assert!(victim == 0 || hint, "{case}\n{output}");
         assert!(!output.contains("did not stop by itself"), "{case}\n{output}");

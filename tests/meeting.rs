@@ -110,6 +110,26 @@ fn an_interface_by_its_network_carries_meeting_and_data() {
 }
 
 #[test]
+fn interfaces_of_two_kinds_are_named_by_both_ranks() {
+    if TcpListener::bind("[::1]:0").is_err() {
+        eprintln!("skipped: this machine has no IPv6");
+        return;
+    }
+    for choices in [["::1/128", "127.0.0.1/32"], ["127.0.0.1/32", "::1/128"]] {
+        let ranks = Shells::new(2).run(|rank, command| {
+            let interface = format!("parallel.interface={}", choices[rank]);
+            command.args(["--set", &interface, "--set", "parallel.transport=tcp"]);
+        });
+        for (rank, (output, code)) in ranks.iter().enumerate() {
+            assert_eq!(*code, 2, "rank {rank}: {output}");
+            let error = output.lines().find(|line| line.starts_with("error: rank 0 on ")).unwrap_or_default();
+            let said = choices.map(|choice| error.contains(&format!(" has {}, ", choice.split_once('/').unwrap().0)));
+            assert!(said == [true; 2] && error.contains(", but rank 1 on "), "rank {rank}: {output}");
+        }
+    }
+}
+
+#[test]
 fn a_port_in_use_is_told_by_all_ranks_at_once() {
     let shells = Shells::new(3);
     let _stranger = TcpListener::bind(("127.0.0.1", shells.port())).unwrap();

@@ -226,6 +226,8 @@ impl Cluster {
     /// Submits what `args` name, or else the script.
     fn submit(&self, args: &[&str], script: &str) -> Job<'_> {
         let mut command = self.command("sbatch");
+        // As from within another job, whose variables are handed on.
+        command.envs([("SLURM_RESTART_COUNT", "5"), ("SLURM_JOB_START_TIME", "1"), ("SLURM_JOB_END_TIME", "1")]);
         let mut sbatch =
             command.arg("--parsable").args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         sbatch.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();

@@ -55,6 +55,8 @@ struct Announcement {
     host: String,
     /// `None`: on rank 0's host.
     ip: Option<IpAddr>,
+    /// By `[parallel] interface`: the rank connects from this address too.
+    chosen: bool,
     port: u16,
     /// Rank 0's, drawn at random: what a connection must show to be let in.
     token: u64,
@@ -68,13 +70,15 @@ impl Sockets {
         let (listener, port) = listen(own.unwrap_or(any(control.root_ip().is_ipv6())), size)
             .or_kind(Kind::Internal, "listening for peers")?;
         let token = RandomState::new().hash_one(port);
-        let mine = Announcement { host: host().to_string(), ip: control.own_ip(), port, token };
+        let ip = control.own_ip();
+        let mine = Announcement { host: host().to_string(), ip, chosen: own.is_some(), port, token };
         let all = control.all_gather(&serde_json::to_vec(&mine).expect("plain data"))?;
         let all: Vec<Announcement> = all
             .iter()
             .map(|bytes| serde_json::from_slice(bytes))
             .collect::<Result<_, _>>()
             .or_kind(Kind::Internal, "the addresses of the ranks")?;
+        check_families(&all, rank, peers, control.root_ip())?;
 
         let token = all[0].token;
         let deadline = Instant::now() + CONNECT;
@@ -203,6 +207,25 @@ fn lost(peer: usize, error: Errno) -> Error {
         Errno::CONNRESET | Errno::PIPE => format!("rank {peer} closed its connection; its own message says why"),
         error => format!("the connection to rank {peer} failed: {error}"),
     })
+}
+
+/// Of two ranks the higher connects, and from an address of one family none of the other can be reached. Both see it.
+/// Errors are of kind Usage.
+fn check_families(all: &[Announcement], rank: usize, peers: &[usize], root_ip: IpAddr) -> Result<()> {
+    let ip = |rank: usize| all[rank].ip.unwrap_or(root_ip);
+    for &peer in peers {
+        let (lower, higher) = (rank.min(peer), rank.max(peer));
+        if all[higher].chosen && ip(higher).is_ipv4() != ip(lower).is_ipv4() {
+            let end = |rank: usize| format!("rank {rank} on {} has {}", all[rank].host, ip(rank));
+            return Err(Error::usage(format!(
+                "{}, but {}, and from IPv4 to IPv6 there is no way: with [parallel] interface name a network of one kind on \
+                 all ranks",
+                end(lower),
+                end(higher)
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn listen(ip: IpAddr, backlog: usize) -> std::io::Result<(Socket, u16)> {

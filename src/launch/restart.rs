@@ -15,7 +15,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 pub struct Options {
     /// Restart lost ranks; see also --elastic, --min-ranks
     #[arg(long, value_name = "K", requires = "ranks")]
-    pub max_restarts: Option<usize>,
+    pub max_restarts: Option<u64>,
     /// Go on without the ranks that were lost.
     #[arg(long, requires = "max_restarts", hide = true)]
     pub elastic: bool,
@@ -28,16 +28,18 @@ pub struct Options {
 pub struct Run<'a> {
     /// Names this launch to its ranks.
     pub launch: &'a str,
-    /// Step of its newest checkpoint.
-    pub saved: &'a dyn Fn() -> Option<u64>,
+    /// Step of the newest checkpoint from which a start goes on, before which there were so many.
+    pub saved: &'a dyn Fn(u64) -> Option<u64>,
     /// Whether so many ranks can share a step; else why not.
     pub fits: &'a dyn Fn(usize) -> Result<()>,
+    /// What to give in order to go on.
+    pub again: &'a str,
 }
 
 pub struct Restarts<'a> {
     options: &'a Options,
     run: Run<'a>,
-    done: usize,
+    done: u64,
     /// The newest checkpoint when the ranks were last started.
     saved: Option<u64>,
     pause: Duration,
@@ -62,13 +64,18 @@ impl<'a> Restarts<'a> {
             Some(min) if min == 0 || min > ranks => {
                 Err(Error::usage(format!("--min-ranks {min} with -n {ranks}; give a number from 1 to {ranks}")))
             }
-            _ => Ok(Restarts { options, saved: (run.saved)(), run, done: 0, pause: FIRST_PAUSE }),
+            _ => Ok(Restarts { options, saved: (run.saved)(0), run, done: 0, pause: FIRST_PAUSE }),
         }
     }
 
     /// What the ranks of the next start are to find in their environment.
     pub fn variables(&self) -> Vec<Variable> {
         vec![(LAUNCH_ID, self.run.launch.to_string()), (LAUNCH_RESTARTS, self.done.to_string())]
+    }
+
+    /// What to give in order to go on.
+    pub fn again(&self) -> &str {
+        self.run.again
     }
 
     /// The ranks have ended, with this exit code as their verdict: what to do next. None: nothing, that was the end; an
@@ -83,7 +90,7 @@ impl<'a> Restarts<'a> {
         }
         let (ranks, fewer) = if self.options.elastic { self.left(endings)? } else { (endings.len(), String::new()) };
         self.done += 1;
-        let saved = (self.run.saved)();
+        let saved = (self.run.saved)(self.done);
         let pause = self.pause_before(saved);
         let soon = if pause.is_zero() { String::new() } else { format!(" in {} s", pause.as_secs()) };
         let from = match saved {
@@ -146,19 +153,19 @@ mod tests {
     }
 
     /// A run of a global batch of 48 that saves as `saved` says.
-    fn check(options: &Options, ranks: usize, saved: &dyn Fn() -> Option<u64>, see: impl FnOnce(Restarts<'_>)) {
+    fn check(options: &Options, ranks: usize, saved: &dyn Fn(u64) -> Option<u64>, see: impl FnOnce(Restarts<'_>)) {
         let fits = |ranks: usize| match 48 % ranks {
             0 => Ok(()),
             _ => Err(Error::usage(format!("48 is not divisible by {ranks} ranks"))),
         };
-        see(Restarts::new(options, ranks, Run { launch: "1", saved, fits: &fits }).unwrap());
+        see(Restarts::new(options, ranks, Run { launch: "1", saved, fits: &fits, again: "the same command" }).unwrap());
     }
 
     #[test]
     fn only_what_may_do_better_is_started_again_and_only_so_often() {
         let options = Options { max_restarts: Some(2), ..Options::default() };
         let ended = endings(&[LOST, How::Signal(9)]);
-        check(&options, 2, &|| None, |mut restarts| {
+        check(&options, 2, &|_| None, |mut restarts| {
             for code in [0, 1, 2, 3, 5, 75, 130] {
                 assert_eq!(restarts.next(&ended, code), Ok(None), "{code}");
             }
@@ -171,14 +178,14 @@ mod tests {
             }
             assert_eq!(restarts.next(&ended, 4), Err("no restart is left of --max-restarts 2".into()));
         });
-        check(&Options::default(), 2, &|| None, |mut restarts| assert_eq!(restarts.next(&ended, 4), Ok(None)));
+        check(&Options::default(), 2, &|_| None, |mut restarts| assert_eq!(restarts.next(&ended, 4), Ok(None)));
     }
 
     #[test]
     fn the_pause_grows_while_nothing_is_saved() {
         let options = Options { max_restarts: Some(20), ..Options::default() };
         let step = std::cell::Cell::new(0);
-        check(&options, 2, &|| Some(step.get() / 3), |mut restarts| {
+        check(&options, 2, &|_| Some(step.get() / 3), |mut restarts| {
             let mut pauses = Vec::new();
             for _ in 0..12 {
                 step.set(step.get() + 1);
@@ -186,7 +193,7 @@ mod tests {
             }
             assert_eq!(pauses, [1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0]);
         });
-        check(&options, 2, &|| None, |mut restarts| {
+        check(&options, 2, &|_| None, |mut restarts| {
             let pause = (0..12).map(|_| restarts.next(&endings(&[LOST; 2]), 4).unwrap().unwrap().pause).max();
             assert_eq!(pause, Some(LONGEST_PAUSE));
         });
@@ -200,7 +207,7 @@ mod tests {
             ended[0].killed_by_us = true;
             ended
         };
-        check(&options, 6, &|| Some(20), |mut restarts| {
+        check(&options, 6, &|_| Some(20), |mut restarts| {
             for (ended, ranks) in [
                 (endings(&[LOST, died, LOST, LOST, LOST]), 4),
                 (endings(&[LOST, died, LOST, LOST, LOST, LOST]), 4),
@@ -215,11 +222,11 @@ mod tests {
             assert_eq!(error, "no restart: 0 of 2 ranks are left, and --min-ranks is 1");
         });
         let options = Options { min_ranks: Some(5), ..options };
-        check(&options, 6, &|| None, |mut restarts| {
+        check(&options, 6, &|_| None, |mut restarts| {
             let error = restarts.next(&endings(&[LOST, died, LOST, LOST, LOST, LOST]), 4).unwrap_err();
             assert!(error.ends_with("--min-ranks is 5; 48 is not divisible by 5 ranks"), "{error}");
         });
-        let none = Run { launch: "1", saved: &|| None, fits: &|_| Ok(()) };
+        let none = Run { launch: "1", saved: &|_| None, fits: &|_| Ok(()), again: "the same command" };
         assert!(
             Restarts::new(&options, 4, none).is_err_and(|error| error.to_string().contains("--min-ranks 5 with -n 4"))
         );

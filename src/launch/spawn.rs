@@ -51,9 +51,16 @@ pub fn launch(program: &Path, args: &[OsString], mut size: usize, mut restarts: 
         return Err(Error::usage("-n 0: at least one rank is needed"));
     }
     let events = catch_signals()?;
+    let goes_on = restarts
+        .as_ref()
+        .map_or(String::new(), |restarts| format!("; {} goes on with what was saved", restarts.again()));
     loop {
         let variables = restarts.as_ref().map_or(Vec::new(), Restarts::variables);
-        let Outcome { endings, code, asked } = run_once(program, args, size, &variables, &events)?;
+        let Outcome { endings, code, asked, interrupted } = run_once(program, args, size, &variables, &events)?;
+        if interrupted {
+            eprintln!("killed by a second Ctrl-C{goes_on}");
+            return Ok(INTERRUPTED);
+        }
         let next = restarts.as_mut().filter(|_| !asked).map_or(Ok(None), |restarts| restarts.next(&endings, code));
         match next {
             Ok(None) => return Ok(code),
@@ -64,7 +71,7 @@ pub fn launch(program: &Path, args: &[OsString], mut size: usize, mut restarts: 
             Ok(Some(Restart { ranks, pause, text })) => {
                 eprintln!("{text}");
                 if let Some(signal) = signal_within(&events, pause)? {
-                    eprintln!("stopped by {} before it; the same command goes on", signals::name(signal));
+                    eprintln!("stopped by {} before it{goes_on}", signals::name(signal));
                     return Ok(Kind::Stopped as u8);
                 }
                 size = ranks;
@@ -79,6 +86,8 @@ struct Outcome {
     code: u8,
     /// A signal to the launcher has asked them to.
     asked: bool,
+    /// A second Ctrl-C has killed them.
+    interrupted: bool,
 }
 
 /// Runs the ranks to their end, and says how it was.
@@ -99,14 +108,10 @@ fn run_once(
     ranks.sort_by_key(|rank| rank.ended.map(|(_, when)| when));
     let endings: Vec<Ending> = ranks.iter().filter_map(Rank::ending).collect();
     let (code, text) = verdict(&endings);
-    if interrupted {
-        eprintln!("killed by a second Ctrl-C; the last checkpoint is where the same command goes on");
-        return Ok(Outcome { endings, code: INTERRUPTED, asked });
-    }
-    if let Some(text) = text {
+    if let Some(text) = text.filter(|_| !interrupted) {
         eprintln!("{text}");
     }
-    Ok(Outcome { endings, code, asked })
+    Ok(Outcome { endings, code, asked, interrupted })
 }
 
 /// The first signal to stop that comes within this time.

@@ -9,6 +9,7 @@ mod variables;
 pub use meeting::Meeting;
 pub use variables::foreign_variables;
 
+use super::job::TORCHRUN_ID;
 use super::lifeline;
 #[cfg(feature = "mpi")]
 use super::mpi;
@@ -35,6 +36,9 @@ pub struct World {
     /// Ranks on this node; an estimate under launchers that do not say and place ranks unevenly.
     pub local_size: usize,
     pub launcher: Launcher,
+    /// Whether what any rank says is seen beside what rank 0 says. With torchrun's variables ranks are started by hand too,
+    /// each in a terminal of its own.
+    pub joins_output: bool,
     pub meeting: Meeting,
 }
 
@@ -91,7 +95,8 @@ impl World {
             )));
         }
         let meeting = Meeting::choose(&claims, local_size == size, &lookup)?;
-        Ok(World { rank, size, local_rank, local_size, launcher: first.launcher, meeting })
+        let joins_output = first.launcher != Launcher::Torchrun || lookup(TORCHRUN_ID).is_some();
+        Ok(World { rank, size, local_rank, local_size, launcher: first.launcher, joins_output, meeting })
     }
 
     /// Holds the world as MPI sees it, with `library` as it names itself, against the launcher's variables. An MPI that was
@@ -146,17 +151,12 @@ impl World {
 
     /// One process on its own.
     pub fn alone() -> World {
-        World { rank: 0, size: 1, local_rank: 0, local_size: 1, launcher: Launcher::None, meeting: Meeting::Alone }
+        let (launcher, meeting) = (Launcher::None, Meeting::Alone);
+        World { rank: 0, size: 1, local_rank: 0, local_size: 1, launcher, joins_output: true, meeting }
     }
 }
 
 impl Launcher {
-    /// Whether what any rank says is seen beside what rank 0 says. With torchrun's variables ranks are started by hand too,
-    /// each in a terminal of its own.
-    pub fn joins_output(self) -> bool {
-        self != Launcher::Torchrun
-    }
-
     /// Whether MPI finds the other ranks under it.
     #[cfg(feature = "mpi")]
     fn starts_mpi(self) -> bool {

@@ -106,9 +106,9 @@ pub struct Report {
 /// Seconds between changes of the bar's text, long enough to read it.
 const SHOW_SECONDS: f64 = 0.5;
 
-/// Whether `directory` holds the results of a run that ended in order after `step`.
-pub fn has_results(directory: &Path, step: u64) -> bool {
-    Summary::is_of(&directory.join("summary.json"), step)
+/// Whether `directory` holds the results of a run that ended in order with these weights.
+pub fn has_results(directory: &Path, weights_digest: &str) -> bool {
+    Summary::is_of(&directory.join("summary.json"), weights_digest)
 }
 
 impl Report {

@@ -25,7 +25,7 @@ pub enum StoppedBy {
 }
 
 impl StoppedBy {
-    /// Whether the run was interrupted with everything saved, and the same command goes on.
+    /// Whether the run was interrupted with everything saved, and can go on.
     pub fn goes_on(self) -> bool {
         matches!(self, StoppedBy::TimeLimit | StoppedBy::Signal)
     }
@@ -121,12 +121,14 @@ impl Summary {
         }
     }
 
-    /// Whether `path` holds the results of a run that ended in order after `step`.
-    pub(super) fn is_of(path: &Path, step: u64) -> bool {
+    /// Whether `path` holds the results of a run that ended in order with these weights. Its step says less: an earlier run,
+    /// or the one from whose checkpoint this one has begun, may have ended after the same.
+    pub(super) fn is_of(path: &Path, weights_digest: &str) -> bool {
         let text = std::fs::read_to_string(path).unwrap_or_default();
         let summary: Value = serde_json::from_str(&text).unwrap_or_default();
         let stopped_by = summary["stopped_by"].as_str();
-        summary["steps"] == step && stopped_by.is_some_and(|by| !["time_limit", "signal", "error"].contains(&by))
+        summary["weights_digest"] == weights_digest
+            && stopped_by.is_some_and(|by| !["time_limit", "signal", "error"].contains(&by))
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {

@@ -102,7 +102,7 @@ pub fn check(facts: &[Fact], world: &World, mut exchange: impl FnMut(&[u8]) -> R
     let accounts = exchange(&mine)?;
     let accounts: Result<Vec<Account<Fact>>, _> = accounts.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
     let accounts = accounts.or_kind(Kind::Internal, "what the other ranks have")?;
-    if world.rank != 0 && !world.launcher.joins_output() {
+    if world.rank != 0 && !world.joins_output {
         return Err(Error::usage(format!(
             "the ranks do not agree, and nothing was trained; rank 0 on {} shows what differs",
             accounts[0].host
@@ -207,7 +207,6 @@ fn gather_words(comm: &mut dyn Communicator, mine: &[f32], most: usize) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::world::Launcher;
 
     fn account(host: &str, facts: &[(&str, &[(&str, &str)])]) -> Account<Fact> {
         let fact = |(name, parts): &(&str, &[(&str, &str)])| {
@@ -253,9 +252,9 @@ mod tests {
         };
         // A round of the exchange at a time, for all ranks: the digests, then what was asked for.
         let rounds = std::cell::RefCell::new(vec![Vec::new(), Vec::new()]);
-        let run = |rank: usize, launcher: Launcher, complete: bool| {
+        let run = |rank: usize, joins_output: bool, complete: bool| {
             let mut round = 0;
-            check(&facts(rank), &World { rank, launcher, ..World::alone() }, |bytes| {
+            check(&facts(rank), &World { rank, joins_output, ..World::alone() }, |bytes| {
                 round += 1;
                 let mut rounds = rounds.borrow_mut();
                 let seen: &mut Vec<Vec<u8>> = &mut rounds[round - 1];
@@ -266,15 +265,15 @@ mod tests {
             })
         };
         for _ in 0..2 {
-            (0..3).for_each(|rank| drop(run(rank, Launcher::OpenMpi, false)));
+            (0..3).for_each(|rank| drop(run(rank, true, false)));
         }
-        let errors: Vec<Error> = (0..3).map(|rank| run(rank, Launcher::OpenMpi, true).unwrap_err()).collect();
+        let errors: Vec<Error> = (0..3).map(|rank| run(rank, true, true).unwrap_err()).collect();
         assert!(errors.iter().all(|error| error.to_string() == errors[0].to_string() && error.kind() == Kind::Usage));
         assert_eq!([0, 1, 2].map(|rank| errors[rank].is_said_by_rank_0()), [false, true, true]);
         let text = errors[0].to_string();
         assert!(text.contains("b: lr") && text.contains("2 (") && !text.contains("a: x"), "{text}");
 
-        let by_hand: Vec<Error> = (0..3).map(|rank| run(rank, Launcher::Torchrun, true).unwrap_err()).collect();
+        let by_hand: Vec<Error> = (0..3).map(|rank| run(rank, false, true).unwrap_err()).collect();
         assert!(by_hand.iter().all(|error| error.kind() == Kind::Usage && !error.is_said_by_rank_0()));
         assert_eq!(by_hand[0].to_string(), text);
         assert!(by_hand[1..].iter().all(|error| error.to_string().ends_with(" shows what differs")), "{by_hand:?}");

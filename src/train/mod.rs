@@ -61,11 +61,9 @@ impl Options {
         config.checkpoint.directory.clone().unwrap_or_else(|| self.directory(config).join("checkpoints"))
     }
 
-    /// Step of the newest checkpoint, whole or not, of the run that `job` goes on with; none for one that is to begin anew.
+    /// Step of the newest checkpoint, whole or not, from which the next start of `job` goes on.
     pub fn newest_checkpoint(&self, config: &Config, job: &Job) -> Option<u64> {
-        let folder = self.checkpoints(config);
-        let goes_on = !resume::is_anew(&self.resume, job, &folder).ok()?;
-        checkpoint::steps(&folder).ok()?.first().copied().filter(|_| goes_on)
+        resume::newest_step(&self.resume, job, &self.checkpoints(config)).ok().flatten()
     }
 }
 

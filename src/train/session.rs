@@ -87,10 +87,7 @@ pub fn train(
     }
     let mut learner = setup::learner(config, &plan, &parts, comm)?;
     let found = match rank.world.rank {
-        0 => {
-            let beginner = anew.then_some(&job);
-            resume::find(&options.resume, beginner, &checkpoints, config, |state| learner.fits(state))?
-        }
+        0 => resume::find(&options.resume, (&job, anew), &checkpoints, config, |state| learner.fits(state))?,
         _ => None,
     };
     let progress = resume::distribute(found.as_ref().map(|(_, state)| state), &mut learner)?;
@@ -106,15 +103,15 @@ pub fn train(
         );
     }
     if let Some((path, state)) = &found {
-        rank.health.saved(path.display());
-        warn_of_other_data(path, state, &fingerprint);
+        rank.health.saved(way_on(&options.resume, path));
+        warn_of_other_data(path, state, &fingerprint, &options.resume.to_begin_anew(&checkpoints));
     }
     let end = end_of(config, &progress);
     if let Some(end) = end
-        && has_results(&directory, progress.step, rank, &mut learner)?
+        && has_results(&directory, rank, &mut learner)?
     {
         if rank.world.rank == 0 && options.verbosity >= 0 {
-            say_complete(config, end, &progress, &directory);
+            say_complete(config, end, &progress, &directory, &options.resume.to_begin_anew(&checkpoints));
         }
         return Ok(());
     }
@@ -308,7 +305,7 @@ impl Session<'_> {
                 tensors,
             };
             let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
-            self.rank.health.saved(path.display());
+            self.rank.health.saved(way_on(&self.options.resume, &path));
             report.saved(&path);
             self.faults.after_save(step, &path)?;
         }
@@ -353,7 +350,7 @@ impl Session<'_> {
                 weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)?),
                 budget: Merged::from_sum(&told),
                 skipped_images: skipped as u64,
-                job_restarts: self.job.restarts,
+                job_restarts: self.job.requeues(),
                 gpu_energy_joules: energy.map(f64::from),
             })?;
         }
@@ -361,7 +358,7 @@ impl Session<'_> {
             return Ok(());
         }
         let stopped = Error::new(Kind::Stopped, reason);
-        Err(if world.rank == 0 { stopped } else { stopped.said_by_rank_0() })
+        Err(if world.rank > 0 && world.joins_output { stopped.said_by_rank_0() } else { stopped })
     }
 
     /// By this rank.
@@ -373,7 +370,7 @@ impl Session<'_> {
         let best = self.progress.best_accuracy.unwrap_or(0.0);
         let interrupted = |by: &str| {
             let step = self.progress.step;
-            let again = if self.options.resume == Resume::Auto { "the same command" } else { "--resume auto" };
+            let again = self.options.resume.again(self.saved.as_deref());
             format!("stopped by {by} after step {step}; everything is saved, {again} goes on from there")
         };
         match end {
@@ -408,14 +405,15 @@ impl Session<'_> {
         Error::device(format!(
             "after step {} the ranks no longer have the same parameters: {difference}. The memory or the network of a host \
              has changed bits; or, with parallel.factor_exchange, unlike CPUs compute unlike bits; or Lockstep has a bug. \
-             Nothing was saved of it: the same command goes on from before.{}",
+             Nothing was saved of it.{}",
             self.progress.step,
             self.last_checkpoint()
         ))
     }
 
     fn last_checkpoint(&self) -> String {
-        self.saved.as_ref().map_or_else(String::new, |path| format!(" The last checkpoint is {}.", path.display()))
+        let way_on = |path: &PathBuf| format!(" Last checkpoint: {}.", way_on(&self.options.resume, path));
+        self.saved.as_ref().map_or_else(String::new, way_on)
     }
 
     /// What can still be told after an error; the error itself goes to the caller.
@@ -431,7 +429,7 @@ impl Session<'_> {
             weights_digest,
             budget: Merged::single(self.clock.budget()),
             skipped_images: self.skipped(),
-            job_restarts: self.job.restarts,
+            job_restarts: self.job.requeues(),
             // A GPU that has failed may keep whoever asks it.
             gpu_energy_joules: None,
         };
@@ -441,12 +439,17 @@ impl Session<'_> {
     }
 }
 
+/// Where the run could go on from, and how.
+fn way_on(resume: &Resume, saved: &Path) -> String {
+    format!("{}; {} goes on from it", saved.display(), resume.again(Some(saved)))
+}
+
 /// The position in the epoch means other samples in another set. Checkpoints of before it was kept say nothing.
-fn warn_of_other_data(path: &Path, state: &State, fingerprint: &str) {
+fn warn_of_other_data(path: &Path, state: &State, fingerprint: &str, anew: &str) {
     if state.data.as_ref().is_some_and(|saved| saved != fingerprint) {
         tracing::warn!(
             "{} was saved with another training set: samples, classes or files have changed since; the run goes on with \
-             the set as it is now. If that is not meant, restore the data, or begin anew: --resume none",
+             the set as it is now. If that is not meant, restore the data, or begin anew: {anew}",
             path.display()
         );
     }
@@ -476,23 +479,25 @@ fn end_of(config: &Config, progress: &Progress) -> Option<StoppedBy> {
     }
 }
 
-/// Whether the results of the run's end, after `step`, are written: what rank 0 finds holds for all. Collective.
-fn has_results(directory: &Path, step: u64, rank: &Rank, learner: &mut Learner) -> Result<bool> {
-    let mut found = [if rank.world.rank == 0 && report::has_results(directory, step) { 1.0 } else { 0.0 }];
+/// Whether the results of these weights, the run's last, are written: what rank 0 finds holds for all. Collective.
+fn has_results(directory: &Path, rank: &Rank, learner: &mut Learner) -> Result<bool> {
+    let written = rank.world.rank == 0
+        && report::has_results(directory, &checkpoint::weights_digest(&export_params(&learner.net)?));
+    let mut found = [f32::from(u8::from(written))];
     learner.gradient.reducer().with(|comm, _| comm.broadcast(SliceMut::from(&mut found[..]), 0))?;
     Ok(found == [1.0])
 }
 
 /// The run had ended before it began.
-fn say_complete(config: &Config, end: StoppedBy, progress: &Progress, directory: &Path) {
+fn say_complete(config: &Config, end: StoppedBy, progress: &Progress, directory: &Path, anew: &str) {
     let (done, more) = match end {
         StoppedBy::TargetAccuracy => ("has reached run.target_accuracy".to_owned(), "run.target_accuracy=..."),
         StoppedBy::Steps => (format!("has done its {} steps", progress.step), "run.steps=..."),
         _ => (format!("has done its {} epochs ({} steps)", progress.position.epoch, progress.step), "run.epochs=..."),
     };
     report::print(format_args!(
-        "the run `{}` is complete: it {done}; results are in {}\nto go on: --set {more}; to begin anew: --resume none, \
-         or another --out",
+        "the run `{}` is complete: it {done}; results are in {}\nto go on: --set {more}; to begin anew: {anew}, or \
+         another --out",
         config.run.name,
         directory.join("summary.json").display()
     ));

@@ -36,8 +36,8 @@ pub struct TimeLimit {
 impl TimeLimit {
     /// The job's, if it has one. Rank 0 says what is to be known of the job.
     pub fn of_job(job: &Job, checkpoint_bytes: usize) -> Option<TimeLimit> {
-        if job.restarts > 0 {
-            tracing::info!("the job was requeued: restart {}", job.restarts);
+        if job.requeues() > 0 {
+            tracing::info!("the job was requeued: restart {}", job.requeues());
         }
         let end = job.end?;
         let Ok(left) = end.duration_since(SystemTime::now()) else {

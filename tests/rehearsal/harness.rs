@@ -89,23 +89,17 @@ impl Rehearsal {
 pub fn ended(mut launched: Launched) -> Ended {
     let launcher = format!("LOCKSTEP_LAUNCHER={}", launched.pid());
     let code = launched.wait();
-    until("all ranks to be gone", || runs_with(&[&launcher]).is_none().then_some(()));
+    until("all ranks to be gone", || runs_with(&launcher).is_none().then_some(()));
     Ended { code, output: launched.output() }
 }
 
-/// The process of a rank, once it has started.
-pub fn rank(launched: &Launched, rank: usize) -> Option<i32> {
-    runs_with(&[&format!("LOCKSTEP_LAUNCHER={}", launched.pid()), &format!("LOCKSTEP_RANK={rank}")])
-}
-
-/// A process that has these variables.
-fn runs_with(variables: &[&str]) -> Option<i32> {
+/// A process that has this variable.
+fn runs_with(variable: &str) -> Option<i32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.find(|&pid| {
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let has = |variable: &&str| environment.split(|byte| *byte == 0).any(|found| found == variable.as_bytes());
-        alive(pid) && variables.iter().all(has)
+        alive(pid) && environment.split(|byte| *byte == 0).any(|found| found == variable.as_bytes())
     })
 }
 

@@ -1,8 +1,8 @@
 //! `--max-restarts`: ranks that fail are started again, from the newest checkpoint, and the run ends with the weights of one
 //! in which nothing fails.
 
-use crate::common::{send, until};
-use crate::harness::{Ended, Rehearsal, ended, rank, undisturbed};
+use crate::common::send;
+use crate::harness::{Ended, Rehearsal, ended, undisturbed};
 use rustix::process::Signal;
 
 #[test]
@@ -53,27 +53,47 @@ fn a_restart_of_a_run_from_a_checkpoint_goes_on_with_what_that_run_has_saved() {
         assert_eq!(code, 0, "{output}");
         assert!(output.split("restart 1 of 1").nth(1).is_some_and(|rest| rest.contains(from)), "{from}\n{output}");
         assert_eq!(rehearsal.digest(), undisturbed(), "{output}");
-        assert_eq!(rehearsal.steps("checkpoints.1"), [20, 30], "{output}");
+        assert_eq!(rehearsal.steps("checkpoints.1"), [10, 20, 30], "{output}");
     }
 }
 
-/// Killed as soon as it is there, so in all likelihood before rank 0 has moved the earlier run's checkpoints aside; then as
-/// the first step begins.
 #[test]
 fn a_restart_of_a_run_that_begins_anew_does_not_go_on_with_the_earlier_one() {
-    for (fault, at_once) in [("delay:rank=1:1ms", true), ("kill:rank=1@step=1", false)] {
-        let rehearsal = Rehearsal::new();
-        assert_eq!(rehearsal.run(2, "--set run.steps=30").code, 0);
-        let launched = rehearsal.start(2, &format!("--resume none --max-restarts 1 --inject {fault}"));
-        if at_once {
-            send(until("rank 1", || rank(&launched, 1)), Signal::KILL);
-        }
-        let Ended { code, output } = ended(launched);
-        assert_eq!(code, 0, "{output}");
-        assert!(output.contains("restart 1 of 1 in 1 s, on 2 ranks: nothing was saved"), "{output}");
-        assert!(!output.contains("going on from ") && output.contains("all 40 steps are done"), "{output}");
-        assert_eq!(rehearsal.steps("checkpoints.1"), [20, 30], "{output}");
-        assert_eq!(rehearsal.digest(), undisturbed(), "{output}");
+    let rehearsal = Rehearsal::new();
+    assert_eq!(rehearsal.run(2, "--set run.steps=30").code, 0);
+    let Ended { code, output } = rehearsal.run(2, "--resume none --max-restarts 1 --inject kill:rank=1@step=1");
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("restart 1 of 1 in 1 s, on 2 ranks: nothing was saved"), "{output}");
+    assert!(!output.contains("going on from ") && output.contains("all 40 steps are done"), "{output}");
+    assert_eq!(rehearsal.steps("checkpoints.1"), [20, 30], "{output}");
+    assert_eq!(rehearsal.digest(), undisturbed(), "{output}");
+}
+
+/// From PATH, a failure that saved nothing leads to the same one, so there is a pause. That PATH is now the newest checkpoint
+/// of the run's directory is no progress.
+#[test]
+fn a_restart_from_a_checkpoint_of_the_runs_own_waits_where_nothing_was_saved() {
+    let rehearsal = Rehearsal::new();
+    assert_eq!(rehearsal.run(2, "--set run.steps=30 --set checkpoint.keep=3").code, 0);
+    let path = rehearsal.out().join("checkpoints/step-00000010.safetensors");
+    let args = format!("--resume {} --max-restarts 1 --inject kill:rank=1@step=11", path.display());
+    let Ended { code, output } = rehearsal.run(2, &args);
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("step-00000010.safetensors; the same command goes on from it"), "{output}");
+    assert!(output.contains("restart 1 of 1 in 1 s, on 2 ranks: the newest checkpoint is of step 10"), "{output}");
+}
+
+/// The weights of the results, and not their step, say whether they are this run's.
+#[test]
+fn a_run_that_began_anew_does_not_take_the_results_of_another_for_its_own() {
+    let (rehearsal, other) = (Rehearsal::new(), Rehearsal::new());
+    assert_eq!(rehearsal.run(1, "").code, 0);
+    assert_eq!(other.run(1, "--set run.seed=5").code, 0);
+    let args = format!("--resume {}", other.out().join("checkpoints/step-00000040.safetensors").display());
+    for complete in [false, true] {
+        let Ended { code, output } = rehearsal.run(1, &args);
+        assert_eq!((code, output.contains("is complete")), (0, complete), "{output}");
+        assert_eq!(rehearsal.digest(), other.digest(), "{output}");
     }
 }
 

@@ -104,7 +104,7 @@ impl Health {
         self.waited_us.store(total.as_micros() as u64, Relaxed);
     }
 
-    /// Where the run could go on from, for the message when a peer is lost. The watch tells it to the other ranks.
+    /// Where the run could go on from, and how, for the message when a peer is lost. The watch tells it to the other ranks.
     pub fn saved(&self, checkpoint: impl fmt::Display) {
         *lock(&self.checkpoint) = Some(checkpoint.to_string());
         self.untold.store(true, Relaxed);
@@ -194,9 +194,9 @@ impl Health {
 
     /// Where to go on, as a sentence to be appended.
     pub(super) fn hint(&self) -> String {
-        lock(&self.checkpoint).as_ref().map_or_else(String::new, |checkpoint| {
-            format!(". Last checkpoint: {checkpoint}; run the same command again to go on from it")
-        })
+        lock(&self.checkpoint)
+            .as_ref()
+            .map_or_else(String::new, |checkpoint| format!(". Last checkpoint: {checkpoint}"))
     }
 
     /// A checkpoint that was saved since the last call.

@@ -146,7 +146,8 @@ fn every_launcher_is_understood() {
             Meeting::Node { .. } | Meeting::Pmi { .. } if launcher.starts_mpi() => Meeting::Mpi { one_node: true },
             meeting => meeting,
         };
-        let expected = World { rank, size, local_rank, local_size, launcher, meeting };
+        let joins_output = launcher != Torchrun;
+        let expected = World { rank, size, local_rank, local_size, launcher, joins_output, meeting };
         assert_eq!(world(variables).unwrap(), expected, "{variables}");
     }
 }
