@@ -101,8 +101,15 @@ fn overlapped_and_lone_ranks_are_measured_too() {
 fn a_stopwatch_changes_no_gradient() {
     let (_folder, path) = config();
     let spec = NetSpec::new(&config::load(&path, &[]).unwrap().model).unwrap();
-    let options =
-        Options { batch: 3, place: Place::Host, threads: 2, seed: 5, precision: Precision::F32, training: true };
+    let options = Options {
+        batch: 3,
+        place: Place::Host,
+        threads: 2,
+        seed: 5,
+        precision: Precision::F32,
+        training: true,
+        ..Options::default()
+    };
     let mut net = Net::new(spec, &options).unwrap();
     let images: Vec<f32> = (0..3 * 32 * 32 * 3).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
     let pass = Pass { batch: 3, training: true, first_sample: 0, share: 1.0 };

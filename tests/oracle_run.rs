@@ -79,8 +79,15 @@ struct Run {
 impl Run {
     fn new(about: &Json, batch: usize) -> Run {
         let config = optimizer(&about["optimizer"]);
-        let options =
-            Options { batch, place: Place::Host, threads: 2, seed: 0, precision: Precision::F32, training: true };
+        let options = Options {
+            batch,
+            place: Place::Host,
+            threads: 2,
+            seed: 0,
+            precision: Precision::F32,
+            training: true,
+            ..Options::default()
+        };
         let net = Net::new(net_spec(about), &options).unwrap();
         Run {
             pass: Pass { batch, training: true, first_sample: 0, share: 1.0 },

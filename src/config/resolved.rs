@@ -46,12 +46,14 @@ impl Config {
 
 /// The dotted keys in which two resolved configurations differ so that one cannot go on from the other's checkpoint
 /// unnoticed. Left out is what may change between two parts of one run: its end, its parallelism, its precision (a
-/// checkpoint is f32 in either), its device, its housekeeping, and where the data lies.
+/// checkpoint is f32 in any), its device, its housekeeping, and where the data lies.
 pub fn difference(a: &Table, b: &Table) -> Vec<String> {
-    const FREE: [&str; 17] = [
+    const FREE: [&str; 19] = [
         "run.name",
         "run.precision",
         "run.device",
+        "run.tf32",
+        "run.deterministic",
         "run.epochs",
         "run.steps",
         "run.target_accuracy",

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// How a net is built.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// Samples at most in one pass.
     pub batch: usize,
@@ -29,6 +29,9 @@ pub struct Options {
     pub threads: usize,
     pub seed: u64,
     pub precision: Precision,
+    /// As in `Build`.
+    pub tf32: bool,
+    pub nondeterministic: bool,
     /// Whether backward will be called; without it activations are given up as soon as they were read.
     pub training: bool,
 }
@@ -75,8 +78,8 @@ impl Net {
                 inputs: &inputs,
                 batch: options.batch,
                 place: options.place,
-                tf32: false,
-                nondeterministic: false,
+                tf32: options.tf32,
+                nondeterministic: options.nondeterministic,
                 training: options.training,
                 grad_inputs: node.inputs.iter().any(|&input| spec.needs_gradient(input)),
                 threads: options.threads,

@@ -207,6 +207,8 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Opti
         threads: rayon::current_num_threads(),
         seed: config.run.seed,
         precision: config.run.precision,
+        tf32: config.run.tf32,
+        nondeterministic: !config.run.deterministic,
         training,
     })
 }

@@ -152,6 +152,18 @@ fn one_two_and_four_gpu_ranks_end_with_the_same_weights() {
 }
 
 #[test]
+fn tf32_and_sums_in_any_order_are_used_if_they_are_asked_for() {
+    let Some(runs) = Runs::new() else { return };
+    runs.train("exact", 1, &["run.device=cuda"]);
+    for setting in ["run.tf32=true", "run.deterministic=false"] {
+        runs.train(setting, 1, &["run.device=cuda", setting]);
+        let (tensor, difference) = runs.difference("exact", setting);
+        let expected = if setting == "run.tf32=true" { 1e-6..0.1 } else { 0.0..1e-4 };
+        assert!(expected.contains(&difference), "{setting}: {tensor} differs by {difference:e}");
+    }
+}
+
+#[test]
 fn a_checkpoint_goes_on_on_either_device() {
     let Some(runs) = Runs::new() else { return };
     runs.train("whole", 1, &["run.device=cuda"]);

@@ -81,7 +81,15 @@ fn a_relu_done_by_its_reader_changes_no_bit() {
 
 /// Of all parameters.
 fn gradients(spec: NetSpec, precision: Precision) -> Vec<f32> {
-    let options = Options { batch: BATCH, place: Place::Host, threads: 1, seed: 3, precision, training: true };
+    let options = Options {
+        batch: BATCH,
+        place: Place::Host,
+        threads: 1,
+        seed: 3,
+        precision,
+        training: true,
+        ..Options::default()
+    };
     let mut net = Net::new(spec, &options).expect("a small net");
     let pass = crate::harness::training(BATCH);
     let images = values(BATCH * net.spec().input.len(), 1);

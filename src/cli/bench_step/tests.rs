@@ -45,7 +45,8 @@ fn with_measured(transport: &'static str, precision: Precision, check: impl FnOn
     let samples = Samples { train: 80, validation: 0, test: 10 };
     let plan = Plan::new(&config, Ranks { size: 2, threads: 1 }, samples).unwrap();
     let spec = NetSpec::new(&config.model).unwrap();
-    let options = Options { batch: 2, place: Place::Host, threads: 1, seed: 0, precision, training: true };
+    let options =
+        Options { batch: 2, place: Place::Host, threads: 1, seed: 0, precision, training: true, ..Options::default() };
     let net = Net::new(spec, &options).unwrap();
     let layer = |forward: u64, backward: u64, weights_alone: u64| LayerTime {
         forward: ms(forward),

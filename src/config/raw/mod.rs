@@ -45,6 +45,13 @@ pub struct Run {
     /// What each rank computes on. auto: a GPU where one can be used, else the CPU.
     #[serde(default)]
     pub device: Choice,
+    /// On GPUs: f32 values are cut to TF32, 11 significant bits, before they are multiplied. Many times as fast, less exact.
+    #[serde(default)]
+    pub tf32: bool,
+    /// On GPUs: sums have one order, so that two runs give the same bits. Without it algorithms are taken too that add as it
+    /// comes, where they are faster.
+    #[serde(default = "yes")]
+    pub deterministic: bool,
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
     #[schemars(range(min = 1))]
@@ -54,6 +61,11 @@ pub struct Run {
     pub target_accuracy: Option<f64>,
     #[schemars(range(max = 1_000_000), extend("exclusiveMinimum" = 0))]
     pub max_minutes: Option<f64>,
+}
+
+/// Of `deterministic`.
+fn yes() -> bool {
+    true
 }
 
 /// `[batch]`: exactly one of global and local.

@@ -122,7 +122,15 @@ impl World {
         let spec = NetSpec::new(&config.model).unwrap();
         let (len, precision) = (ParamTable::new(&spec).len(), Precision::Bf16);
         let weights = Arc::new(Weights::new(len, precision, |bytes| comm.allocate_replicated(bytes)).unwrap());
-        let options = Options { batch: 1, place: Place::Host, threads: 1, seed: 3, precision, training: true };
+        let options = Options {
+            batch: 1,
+            place: Place::Host,
+            threads: 1,
+            seed: 3,
+            precision,
+            training: true,
+            ..Options::default()
+        };
         let mut net = Net::with_weights(spec, &options, weights.clone()).unwrap();
         comm.barrier().unwrap();
         assert_rounded(&net, &weights);
@@ -190,8 +198,15 @@ fn tree_of(size: usize, step: u64, index: usize, terms: Terms) -> f32 {
 fn plainly(optimizer: &str, size: usize, steps: u64, terms: Terms) -> (Vec<f32>, Vec<(String, Vec<f32>)>) {
     let config = config(optimizer);
     let rule = optim::new(&config.optimizer);
-    let options =
-        Options { batch: 1, place: Place::Host, threads: 1, seed: 3, precision: Precision::F32, training: true };
+    let options = Options {
+        batch: 1,
+        place: Place::Host,
+        threads: 1,
+        seed: 3,
+        precision: Precision::F32,
+        training: true,
+        ..Options::default()
+    };
     let net = Net::new(NetSpec::new(&config.model).unwrap(), &options).unwrap();
     let (table, mut params) = (net.table().clone(), net.params().unwrap().to_vec());
     let mut state = vec![vec![0.0; params.len()]; rule.state().len()];
