@@ -104,6 +104,9 @@ impl Net {
         Ok(net)
     }
 
+    pub fn place(&self) -> Place {
+        self.memory.place()
+    }
     pub fn spec(&self) -> &NetSpec {
         &self.spec
     }
@@ -209,13 +212,16 @@ impl Net {
             return Ok("the input data hold a value that is not finite".into());
         }
         self.take_images(pass, images)?;
+        let params = self.params()?;
+        let broken: Vec<usize> = (0..self.table.params.len())
+            .filter(|&param| bad(&params[self.table.params[param].range.clone()]))
+            .collect();
+        drop(params);
         for node in 0..self.layers.len() {
-            let params = self.params()?;
-            let weights = self.table.of_node(node).iter().find(|param| bad(&params[param.range.clone()]));
-            if let Some(param) = weights {
+            let broken = broken.iter().map(|&param| &self.table.params[param]).find(|param| param.node == node);
+            if let Some(param) = broken {
                 return Ok(format!("parameter `{}` is not finite: an earlier update broke it", param.name));
             }
-            drop(params);
             self.forward_node(node, pass, images)?;
             if !self.elementwise.is_finite(self.activation(node + 1, pass, Slice::empty()))? {
                 let node = &self.spec.nodes[node];

@@ -10,7 +10,7 @@
 //! again and again. Layers whose hosts exchange factors are updated on each host, and what differs once stays different.
 
 use crate::comm::Communicator;
-use crate::device::SliceMut;
+use crate::device::{Place, SliceMut};
 use crate::error::Result;
 use crate::model::params::ParamTable;
 
@@ -22,9 +22,10 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// None where nobody's parameters come from elsewhere, since all share one copy. Collective.
-    pub fn new(table: &ParamTable, comm: &mut dyn Communicator) -> Result<Option<Audit>> {
-        let mut received = [0.0];
+    /// None where the ranks share one copy of the parameters: in host memory, where nobody's come from elsewhere. Collective.
+    pub fn new(table: &ParamTable, place: Place, comm: &mut dyn Communicator) -> Result<Option<Audit>> {
+        let has_its_own = place == Place::Cuda && comm.size() > 1;
+        let mut received = [f32::from(u8::from(has_its_own))];
         // A cache line for every rank.
         comm.received(16 * comm.size(), &mut |range| received[0] += range.len() as f32);
         comm.all_reduce(SliceMut::from(&mut received[..]))?;
@@ -110,7 +111,7 @@ mod tests {
         let rank = |control: Control| {
             let health = Health::new(Duration::from_secs(60));
             let mut comm = connect_hosts(Hosts::new(&hosts), control, health).unwrap();
-            let Some(mut audit) = Audit::new(&table(), &mut *comm).unwrap() else {
+            let Some(mut audit) = Audit::new(&table(), Place::Host, &mut *comm).unwrap() else {
                 assert_eq!(hosts, ["a"; 3]);
                 return None;
             };

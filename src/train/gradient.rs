@@ -100,10 +100,20 @@ pub struct Gradient {
 struct Levels {
     /// By depth.
     grads: Vec<Arc<Arena>>,
-    tails: Vec<Arc<Arena>>,
-    /// Elements in each of `tails`; as a part of the step they follow on the gradient.
-    tail: Range<usize>,
+    tails: Vec<Tail>,
     elementwise: Elementwise,
+}
+
+/// The elements of an arena.
+struct Tail(Arc<Arena>, Range<usize>);
+
+impl Tail {
+    /// # Safety
+    /// Nobody else touches them during the returned lifetime.
+    unsafe fn values<'a>(&self) -> SliceMut<'a> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.slice_mut(bytes(&self.1)) }
+    }
 }
 
 /// The way from a finished gradient to the other ranks and into the parameters.
@@ -159,10 +169,9 @@ impl Gradient {
 
     /// After the last `wait`: the sums of the step.
     pub fn sums(&self) -> Sums {
-        let Levels { tails, tail, .. } = &self.levels;
         // SAFETY: nobody writes between steps.
-        let tail = unsafe { tails[0].slice(bytes(tail)) }.f32();
-        Sums::from_tail(tail.try_into().expect("the tail has its length"))
+        let tail = unsafe { self.levels.tails[0].values() }.into_f32();
+        Sums::from_tail((&*tail).try_into().expect("the tail has its length"))
     }
 
     /// Leaves the sum of the next `micros` micro-batches in the arena of this depth. `last` says that the step ends with
@@ -176,7 +185,7 @@ impl Gradient {
         self.tree(micros - left, depth + 1, last, work)?;
         if !last {
             let mut gradients = self.outbox.parts.iter().filter(|part| !part.factors);
-            gradients.try_for_each(|part| self.levels.join(depth, &part.elements))?;
+            gradients.try_for_each(|part| self.levels.join(depth, part))?;
         }
         Ok(())
     }
@@ -239,7 +248,7 @@ impl Outbox {
     fn ready(&mut self, levels: &Levels, depth: usize, elements: usize) -> Result<()> {
         while let Some(part) = self.parts.get(self.started).filter(|part| part.elements.end <= elements) {
             let joins = if part.factors { 0 } else { depth };
-            (0..joins).rev().try_for_each(|depth| levels.join(depth, &part.elements))?;
+            (0..joins).rev().try_for_each(|depth| levels.join(depth, part))?;
             self.marks.iter().try_for_each(|marks| marks.mark(self.started))?;
             // SAFETY: this rank leaves these gradients alone until `wait` has returned; and their parameters, since their
             // layers' backward is over, and forward does not begin before.
@@ -253,34 +262,27 @@ impl Outbox {
 impl Levels {
     /// For a tree of this depth; at its root is what the ranks reduce.
     fn new(updater: &dyn Update, depth: usize) -> Result<Levels> {
-        let (root, (root_tail, tail)) = (updater.grads(), updater.tail());
-        let (mut grads, mut tails) = (vec![root.clone()], vec![root_tail.clone()]);
+        let (root, (arena, elements)) = (updater.grads(), updater.tail());
+        let (mut grads, mut tails) = (vec![root.clone()], vec![Tail(arena.clone(), elements)]);
         for _ in 0..depth {
-            let level = Arc::new(device::allocate(root.place(), root.bytes())?);
-            tails.push(if Arc::ptr_eq(root, root_tail) {
-                level.clone()
-            } else {
-                Arc::new(Arena::host(root_tail.bytes())?)
-            });
-            grads.push(level);
+            grads.push(Arc::new(device::allocate(root.place(), root.bytes())?));
+            tails.push(Tail(Arc::new(Arena::host(TAIL * size_of::<f32>())?), 0..TAIL));
         }
-        Ok(Levels { elementwise: Elementwise::new(root.place(), Precision::F32)?, grads, tails, tail })
+        Ok(Levels { elementwise: Elementwise::new(root.place(), Precision::F32)?, grads, tails })
     }
 
     /// Adds the right child, one level down, to the left one.
-    fn join(&self, depth: usize, elements: &Range<usize>) -> Result<()> {
-        // SAFETY: two arenas, and neither is in the reducer's hands in this range.
-        let of = |arenas: &[Arc<Arena>]| unsafe {
-            (arenas[depth].slice_mut(bytes(elements)), arenas[depth + 1].slice(bytes(elements)))
-        };
-        if *elements == self.tail {
-            let (sum, term) = of(&self.tails);
-            device::add(sum, term);
-            return Ok(());
+    fn join(&self, depth: usize, part: &Part) -> Result<()> {
+        // SAFETY: two arenas, and neither is in the reducer's hands in this range; on a GPU in the order of its stream.
+        unsafe {
+            if part.elements == self.tails[0].1 {
+                let [sum, term] = [depth, depth + 1].map(|depth| self.tails[depth].values());
+                device::add(sum, term.into_shared());
+                return Ok(());
+            }
+            let range = bytes(&part.elements);
+            self.elementwise.add(self.grads[depth].slice_mut(range.clone()), self.grads[depth + 1].slice(range))
         }
-        let (sum, term) = of(&self.grads);
-        // SAFETY: as above, and on a GPU in the order of its stream.
-        unsafe { self.elementwise.add(sum, term) }
     }
 
     /// A leaf without samples has no gradient.
@@ -292,6 +294,6 @@ impl Levels {
 
     fn write_tail(&self, depth: usize, sums: Sums) {
         // SAFETY: the tail is the last part to be started, after the last leaf.
-        unsafe { self.tails[depth].slice_mut(bytes(&self.tail)) }.f32().copy_from_slice(&sums.to_tail());
+        unsafe { self.tails[depth].values() }.f32().copy_from_slice(&sums.to_tail());
     }
 }

@@ -107,7 +107,8 @@ impl Learner {
 
     /// To compare the parameters of the ranks, where they do not all share one copy. Collective.
     pub fn audit(&self) -> Result<Option<Audit>> {
-        self.gradient.reducer().with(|comm, _| Audit::new(self.net.table(), comm))
+        let place = self.net.place();
+        self.gradient.reducer().with(|comm, _| Audit::new(self.net.table(), place, comm))
     }
 
     /// Puts every rank where the checkpoint stands, which rank 0 has found. Collective.
