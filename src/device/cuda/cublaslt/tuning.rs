@@ -36,8 +36,9 @@ impl Matmul {
             return Ok(Some(standing));
         }
         let Some(fastest) = self.fastest()? else { return Ok(None) };
-        let standing = Algorithm::parse(&choices::keep_first(&key, &fastest.text()));
-        Ok(standing.filter(|standing| self.can(standing, standing.workspace)).or(Some(fastest)))
+        let usable = |text: &str| Algorithm::parse(text).filter(|standing| self.can(standing, standing.workspace));
+        let standing = choices::keep_first(&key, &fastest.text(), |text| usable(text).is_some());
+        Ok(usable(&standing).or(Some(fastest)))
     }
 
     /// All that the choice depends on.
