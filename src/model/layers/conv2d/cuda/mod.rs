@@ -117,9 +117,9 @@ impl Conv2d {
         Ok(self.plans.len() - 1)
     }
 
-    /// f32 layers read the weight itself, others the rounded one.
-    fn weight<'a>(&self, params: &[Slice<'a>], rounded: &[Slice<'a>]) -> Slice<'a> {
-        if self.planner.element == Element::F32 { params[0] } else { rounded[0] }
+    /// Weight or bias for cuDNN: f32 layers read the parameter itself, others the rounded one.
+    fn parameter<'a>(&self, number: usize, params: &[Slice<'a>], rounded: &[Slice<'a>]) -> Slice<'a> {
+        if self.planner.element == Element::F32 { params[number] } else { rounded[number] }
     }
 
     fn images(&self, arrangement: &Arrangement, count: usize) -> Images {
@@ -253,21 +253,21 @@ impl Layer for Conv2d {
         let number = self.plans_for(pass.batch)?;
         let scratch = self.lengths.split(io.scratch);
         let x = self.arranged_images(pass.batch, io.inputs[0], scratch.images)?;
-        let weight = self.arranged_filters(self.weight(io.params, io.params_bf16), scratch.filters)?;
-        let bias = self.planner.bias.then(|| io.params[1]);
+        let weight = self.arranged_filters(self.parameter(0, io.params, io.params_bf16), scratch.filters)?;
+        let bias = self.planner.bias.then(|| [io.params[1], self.parameter(1, io.params, io.params_bf16)]);
         let plan: &mut Plan = &mut self.plans[number].forward;
         let product = plan.graph().product;
         let (y, workspace) = (io.output.address(), scratch.workspace.address());
         // SAFETY: buffers of these lengths, in the net's arenas and this call's scratch.
         unsafe {
             match (product, bias) {
-                (Product::Forward { bias: true, .. }, Some(bias)) => {
+                (Product::Forward { bias: true, .. }, Some([_, bias])) => {
                     plan.run(&[x.address(), weight.address(), bias.address(), y], workspace)
                 }
                 _ => plan.run(&[x.address(), weight.address(), y], workspace),
             }
         }?;
-        self.finish_forward(product, io.output.reborrow(), bias)
+        self.finish_forward(product, io.output.reborrow(), bias.map(|[wide, _]| wide))
     }
 
     fn backward(&mut self, pass: &Pass, mut io: Backward<'_>) -> Result<()> {
@@ -282,7 +282,7 @@ impl Layer for Conv2d {
         if grad_input.bytes() == 0 {
             return Ok(());
         }
-        let weight = self.weight(io.params, io.params_bf16);
+        let weight = self.parameter(0, io.params, io.params_bf16);
         let filters = self.arranged_filters(weight, std::mem::replace(&mut scratch.filters, SliceMut::empty()))?;
         self.backward_data(number, [x, dy, filters], grad_input.reborrow(), &mut scratch)
     }
