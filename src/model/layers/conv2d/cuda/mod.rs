@@ -22,8 +22,12 @@ use arrangement::Arrangement;
 use kernels::{Images, Kernels};
 use plans::{Planner, Plans};
 
-/// Bytes of workspace that a plan may use.
-const WORKSPACE: usize = 128 << 20;
+/// Bytes of workspace at most that a plan may use. In f32 the fast engines without tensor cores want much: cuDNN 9.26 proposes
+/// one of 871 MiB for AlexNet's first layer at batch 512, and below that only slow ones.
+const WORKSPACE_16_BITS: usize = 128 << 20;
+const WORKSPACE_F32: usize = 1 << 30;
+/// The part of the GPU's memory that it may be at most. Not of what is free: a choice must not depend on the neighbours.
+const WORKSPACE_PART: usize = 16;
 /// Bytes to whose multiples the parts of the scratch are aligned: a GPU's transaction.
 const ALIGN: usize = 128;
 
@@ -90,7 +94,7 @@ impl Conv2d {
                 nondeterministic: build.nondeterministic,
                 tf32: build.tf32,
                 direct: algorithm == Algorithm::Direct,
-                workspace: WORKSPACE,
+                workspace: workspace(element).min(gpu.memory()?.total / WORKSPACE_PART),
             },
             gpu: gpu.clone(),
         };
@@ -242,6 +246,10 @@ impl Conv2d {
             }
         }
     }
+}
+
+fn workspace(element: Element) -> usize {
+    if element == Element::F32 { WORKSPACE_F32 } else { WORKSPACE_16_BITS }
 }
 
 impl Layer for Conv2d {
