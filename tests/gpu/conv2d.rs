@@ -313,7 +313,7 @@ fn graph(gpu: &Gpu, convolution: Convolution, product: Product, element: Element
 fn engines_that_break_a_rule_are_not_taken() {
     let Some(gpu) = emulated() else { return };
     let name = |product, element, rules| {
-        first(&graph(&gpu, CONVOLUTION, product, element), rules).unwrap().map(|plan| plan.name().to_owned())
+        first(&graph(&gpu, CONVOLUTION, product, element), rules).ok().map(|plan| plan.name().to_owned())
     };
     let of = |rules| name(PLAIN, Element::F32, rules);
     assert_eq!(of(RULES).as_deref(), Some("eng4_k13=16"));
@@ -335,7 +335,7 @@ fn a_choice_stands() {
     let convolution = Convolution { batch: 17, ..CONVOLUTION };
     let choose = || {
         let graph = graph(&gpu, convolution, PLAIN, Element::F32);
-        fastest(&gpu, &graph, RULES).unwrap().unwrap().name().to_owned()
+        fastest(&gpu, &graph, RULES).unwrap().name().to_owned()
     };
     choose();
     let folder = PathBuf::from(env::var_os("XDG_CACHE_HOME").unwrap()).join("lockstep/choices");
@@ -348,9 +348,8 @@ fn a_choice_stands() {
         assert_eq!(choose(), other);
     }
     fs::write(&file, format!("{key}\neng7\n")).unwrap();
-    assert!(["eng4_k13=16", "eng2_k13=16", "eng2_k13=32"].contains(&&*choose()));
-    fs::remove_file(&file).unwrap();
     let chosen = choose();
+    assert!(["eng4_k13=16", "eng2_k13=16", "eng2_k13=32"].contains(&&*chosen));
     assert_eq!(text(&file), format!("{key}\n{chosen}\n"));
 }
 
@@ -364,14 +363,19 @@ fn what_cudnn_refuses_is_said_in_its_words() {
     assert!(error.contains(expected), "{error}");
     // No engine pads one side more than the other.
     let lopsided = Convolution { output: [9, 8, 16], after: [2, 1], ..CONVOLUTION };
-    assert!(fastest(&gpu, &graph(&gpu, lopsided, PLAIN, Element::F32), RULES).unwrap().is_none());
+    let error = fastest(&gpu, &graph(&gpu, lopsided, PLAIN, Element::F32), RULES).err().unwrap().to_string();
+    let reason = "cuDNN's cudnnBackendGetAttribute failed with CUDNN_STATUS_NOT_SUPPORTED";
+    assert!(
+        error.contains("has no engine for the forward of a 3x3 convolution of") && error.contains(reason),
+        "{error}"
+    );
 }
 
 /// More sets of buffers than a plan keeps, then the first again.
 #[test]
 fn a_plan_takes_any_buffers() {
     let Some(gpu) = emulator::gpu() else { return };
-    let mut plan = first(&graph(&gpu, CONVOLUTION, PLAIN, Element::F32), RULES).unwrap().unwrap();
+    let mut plan = first(&graph(&gpu, CONVOLUTION, PLAIN, Element::F32), RULES).unwrap();
     let [x, w, y] = plan.graph().buffers()[..] else { panic!("three buffers") };
     let ones = |bytes: usize| upload(&gpu, &vec![1f32; bytes / 4]);
     let (x, w, workspace) = (ones(x), ones(w), ones(plan.workspace_bytes()));

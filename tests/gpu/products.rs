@@ -50,7 +50,7 @@ fn a_planned_product_takes_fewer_samples() {
 fn an_execution_allocates_nothing_on_the_host() {
     let Some(gpu) = emulator::gpu() else { return };
     for product in [PRODUCT, weight_gradient(16, 24)] {
-        let mut matmul = Matmul::new(&gpu, &product).unwrap().expect("an algorithm");
+        let mut matmul = Matmul::new(&gpu, &product).unwrap();
         let all = if product.transpose_left { product.k } else { product.m };
         let of = |len| Values::poisoned(&gpu, len, Element::F32);
         let (left, right, result) = (of(product.m * product.k), of(product.k * product.n), of(product.m * product.n));
@@ -77,7 +77,7 @@ fn sums_of_the_left_matrix_come_with_the_product_or_not_at_all() {
     let Some(gpu) = emulator::gpu() else { return };
     check(&gpu, &weight_gradient(16, 24), 9);
     let odd = weight_gradient(15, 24);
-    if Matmul::new(&gpu, &odd).unwrap().is_some() {
+    if Matmul::new(&gpu, &odd).is_ok() {
         check(&gpu, &odd, 9);
     }
 }
@@ -118,7 +118,7 @@ fn check(gpu: &Gpu, product: &Product, samples: usize) {
 
 /// The largest error of a product of the first `samples`, and of one of all after it, relative to the largest value.
 fn error(gpu: &Gpu, product: &Product, samples: usize) -> f32 {
-    let mut matmul = Matmul::new(gpu, product).unwrap().expect("an algorithm");
+    let mut matmul = Matmul::new(gpu, product).unwrap();
     let all = if product.transpose_left { product.k } else { product.m };
     let of = |samples: usize| match product.transpose_left {
         true => Product { k: samples, ..product.clone() },

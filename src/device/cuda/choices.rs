@@ -6,15 +6,18 @@ use std::fs;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
+/// Of what choices are written as, and of what decides between them: those of another number are not looked at.
+const FORMAT: u32 = 2;
+
 /// What was chosen for the key.
 pub fn read(key: &str) -> Option<String> {
-    cache_folder("choices").and_then(|folder| read_in(&folder, key))
+    cache_folder("choices").and_then(|folder| read_in(&folder, &formatted(key)))
 }
 
-/// Keeps a choice unless there is one; gives the one that stands. Where nothing can be kept, it is the new one.
-pub fn keep_first(key: &str, choice: &str) -> String {
+/// Keeps a choice unless there is one that is usable; gives the one that stands. Where nothing can be kept, it is the new one.
+pub fn keep_first(key: &str, choice: &str, usable: impl Fn(&str) -> bool) -> String {
     let Some(folder) = cache_folder("choices") else { return choice.to_owned() };
-    match keep_first_in(&folder, key, choice) {
+    match keep_first_in(&folder, &formatted(key), choice, usable) {
         Ok(standing) => standing,
         Err(error) => {
             tracing::debug!("what was chosen by timing is not kept in {}: {error}", folder.display());
@@ -30,7 +33,7 @@ fn read_in(folder: &Path, key: &str) -> Option<String> {
     (found == key).then(|| choice.strip_suffix('\n').map(str::to_owned))?
 }
 
-fn keep_first_in(folder: &Path, key: &str, choice: &str) -> io::Result<String> {
+fn keep_first_in(folder: &Path, key: &str, choice: &str, usable: impl Fn(&str) -> bool) -> io::Result<String> {
     fs::create_dir_all(folder)?;
     let path = folder.join(file_name(key));
     for _ in 0..2 {
@@ -41,13 +44,18 @@ fn keep_first_in(folder: &Path, key: &str, choice: &str) -> io::Result<String> {
             Err(error) if error.error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error.error),
         }
-        if let Some(standing) = read_in(folder, key) {
+        if let Some(standing) = read_in(folder, key).filter(|standing| usable(standing)) {
             return Ok(standing);
         }
-        // It is damaged.
-        fs::remove_file(&path)?;
+        // It is damaged, or of no use any more. Another rank may have found that too.
+        fs::remove_file(&path)
+            .or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })?;
     }
     Ok(choice.to_owned())
+}
+
+fn formatted(key: &str) -> String {
+    format!("format {FORMAT}, {key}")
 }
 
 fn file_name(key: &str) -> String {
@@ -59,9 +67,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_choice_stands_until_its_file_is_damaged() {
+    fn the_first_choice_stands_until_its_file_is_damaged_or_it_is_of_no_use() {
         let folder = tempfile::tempdir().unwrap();
-        let keep = |key: &str, choice: &str| keep_first_in(folder.path(), key, choice).unwrap();
+        let keep = |key: &str, choice: &str| keep_first_in(folder.path(), key, choice, |_| true).unwrap();
         assert_eq!(read_in(folder.path(), "a"), None);
         assert_eq!([keep("a", "eng1"), keep("a", "eng2"), keep("b", "eng3")], ["eng1", "eng1", "eng3"]);
         assert_eq!(read_in(folder.path(), "a").as_deref(), Some("eng1"));
@@ -71,5 +79,7 @@ mod tests {
             assert_eq!(keep("a", "eng4"), "eng4");
             assert_eq!(keep("a", "eng5"), "eng4");
         }
+        let replaced = keep_first_in(folder.path(), "a", "eng6", |standing| standing != "eng4").unwrap();
+        assert_eq!((&*replaced, &*keep("a", "eng7")), ("eng6", "eng6"));
     }
 }

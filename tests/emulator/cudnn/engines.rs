@@ -130,6 +130,12 @@ fn engines(table: &Table, heuristics: &Descriptor) -> Result<Vec<Engine>, Failur
         _ => &product.w,
     };
     let wide = product.x.data_type == rules::F32 && product.y.data_type == rules::F32;
+    // Real cuDNN has no precompiled engine that fuses a bias in f32 to halves.
+    let tensors = operations.iter().map(|operation| rules::tensors(table, operation)).collect::<Result<Vec<_>, _>>()?;
+    let wide_operand = |tensor: &rules::Tensor| !tensor.is_virtual && tensor.data_type == rules::F32;
+    if fused && !wide && tensors.iter().flatten().any(wide_operand) {
+        return Err((NOT_SUPPORTED, "no engine that fuses f32 to 16 bits".into()));
+    }
     let mixed = !fused && !wide && output.data_type == rules::F32;
     if product.before != product.after || (mixed && kind != rules::BACKWARD_FILTER) {
         return Err((NOT_SUPPORTED, "no engine for the graph".into()));

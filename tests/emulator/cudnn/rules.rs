@@ -137,6 +137,11 @@ pub fn settable(kind: c_int, name: c_int) -> Result<Rule, Failure> {
     }
 }
 
+/// What cuDNN gives only to callers with room for one element, no more.
+pub fn is_scalar(kind: c_int, name: c_int) -> bool {
+    matches!((kind, name), (KNOB_CHOICE, 600 | 601) | (ENGINE, 1301) | (PLAN, 402))
+}
+
 pub const fn bytes_of(kind: c_int) -> usize {
     match kind {
         HANDLE | INT64 | DOUBLE | VOID_PTR | BACKEND_DESCRIPTOR => 8,

@@ -95,8 +95,8 @@ pub struct Matmul {
 }
 
 impl Matmul {
-    /// Nothing where the library has no algorithm for it. Waits for the GPU's stream; not for use within a step.
-    pub fn new(gpu: &Gpu, product: &Product) -> Result<Option<Matmul>> {
+    /// The error may be that the library has no algorithm for it. Waits for the GPU's stream; not for use within a step.
+    pub fn new(gpu: &Gpu, product: &Product) -> Result<Matmul> {
         // The library takes the GPU that is this thread's current one.
         gpu.compute().handle()?;
         let library = Library::get()?;
@@ -114,9 +114,9 @@ impl Matmul {
             algorithm: NO_ALGORITHM,
             product: product.clone(),
         };
-        let Some(chosen) = plan.chosen()? else { return Ok(None) };
-        (plan.best, plan.algorithm) = (chosen, chosen);
-        Ok(Some(plan))
+        plan.best = plan.chosen()?;
+        plan.algorithm = plan.best;
+        Ok(plan)
     }
 
     /// Of scratch memory that `run` needs, at any address.

@@ -8,7 +8,7 @@ use super::{ALIGNMENT_VALUES, Matmul, Product, WORKSPACE_ALIGNMENT};
 use crate::device::Arena;
 use crate::device::cuda::kernels::Element;
 use crate::device::cuda::{Gpu, choices, libraries};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use cudarc::cublaslt::sys;
 
 /// Bytes of workspace that an algorithm may use: what NVIDIA recommends for Hopper.
@@ -25,19 +25,18 @@ pub struct Algorithm {
 }
 
 impl Matmul {
-    /// The algorithm to use; none if there is none.
-    pub(super) fn chosen(&self) -> Result<Option<Algorithm>> {
+    /// The algorithm to use. The error may be that there is none.
+    pub(super) fn chosen(&self) -> Result<Algorithm> {
         // The heuristic does not follow the pointer, but expects of later ones what it sees of its alignment.
         self.operation.set_bias(ALIGNMENT_VALUES * self.product.result.bytes())?;
         let key = self.key()?;
-        if let Some(standing) = choices::read(&key).and_then(|text| Algorithm::parse(&text))
-            && self.can(&standing, standing.workspace)
-        {
-            return Ok(Some(standing));
+        let usable = |text: &str| Algorithm::parse(text).filter(|standing| self.can(standing, standing.workspace));
+        if let Some(standing) = choices::read(&key).and_then(|text| usable(&text)) {
+            return Ok(standing);
         }
-        let Some(fastest) = self.fastest()? else { return Ok(None) };
-        let standing = Algorithm::parse(&choices::keep_first(&key, &fastest.text()));
-        Ok(standing.filter(|standing| self.can(standing, standing.workspace)).or(Some(fastest)))
+        let fastest = self.fastest()?;
+        let standing = choices::keep_first(&key, &fastest.text(), |text| usable(text).is_some());
+        Ok(usable(&standing).unwrap_or(fastest))
     }
 
     /// All that the choice depends on.
@@ -52,18 +51,29 @@ impl Matmul {
         ))
     }
 
-    fn fastest(&self) -> Result<Option<Algorithm>> {
+    fn fastest(&self) -> Result<Algorithm> {
         let candidates = self.candidates(MOST_WORKSPACE)?;
         let workspace = candidates.iter().map(|candidate| candidate.workspace).max().unwrap_or(0);
         let trial = Trial::new(&self.gpu, &self.product, workspace)?;
         // An algorithm that cannot be run has been offered by mistake.
-        let timed =
-            candidates.into_iter().filter_map(|candidate| Some((self.time(&candidate, &trial).ok()?, candidate)));
-        let fastest = timed.min_by(|(a, _), (b, _)| a.total_cmp(b));
-        Ok(fastest.map(|(ms, algorithm)| {
-            tracing::debug!("{}: {ms:.3} ms with {} bytes of workspace", self.product, algorithm.workspace);
-            algorithm
-        }))
+        let (mut timed, mut failure) = (Vec::new(), None);
+        for candidate in candidates {
+            match self.time(&candidate, &trial) {
+                Ok(ms) => timed.push((ms, candidate)),
+                Err(error) => failure = Some(error),
+            }
+        }
+        let fastest = timed.into_iter().min_by(|(a, _), (b, _)| a.total_cmp(b));
+        let (ms, algorithm) = fastest.ok_or_else(|| self.no_algorithm(failure))?;
+        tracing::debug!("{}: {ms:.3} ms with {} bytes of workspace", self.product, algorithm.workspace);
+        Ok(algorithm)
+    }
+
+    /// With the failure of the last one that was tried, if there was one.
+    fn no_algorithm(&self, failure: Option<Error>) -> Error {
+        let last = failure.map_or(String::new(), |error| format!(" (the last one tried: {error})"));
+        let (product, device) = (&self.product, self.gpu.device());
+        Error::device(format!("cuBLASLt has no algorithm for {product} on {device}{last}: install a newer one"))
     }
 
     /// The shortest of some executions after a first one, in milliseconds.

@@ -100,23 +100,36 @@ impl Descriptor {
         Ok(value)
     }
 
-    /// The values of an enumeration, as numbers: a newer cuDNN may know some that have no name here.
-    pub fn enumeration(&self, name: Name, of: Type) -> Result<Vec<i32>> {
+    /// An attribute of one value of an enumeration, as a number: a newer cuDNN may know some that have no name here. It refuses
+    /// more room than for the one.
+    pub fn enumerator(&self, name: Name, of: Type) -> Result<i32> {
+        let mut value = 0i32;
+        // SAFETY: room for the one element that is asked for.
+        unsafe { self.get(name, of, 1, (&raw mut value).cast()) }?;
+        Ok(value)
+    }
+
+    /// An attribute of any number of such values.
+    pub fn enumerators(&self, name: Name, of: Type) -> Result<Vec<i32>> {
         let mut values = [0i32; 64];
         // SAFETY: room for as many elements as are asked for.
         let count = unsafe { self.get(name, of, values.len(), values.as_mut_ptr().cast()) }?;
         Ok(values[..count.min(values.len())].to_vec())
     }
 
+    /// How many descriptors an attribute has. Of knobs cuDNN does not tell it without room for them.
+    pub fn count(&self, name: Name) -> Result<usize> {
+        // SAFETY: without room only the count is written.
+        unsafe { self.get(name, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, 0, ptr::null_mut()) }
+    }
+
     /// Descriptors that cuDNN makes, at most so many.
     pub fn descriptors(&self, name: Name, kind: Kind, most: usize) -> Result<Vec<Descriptor>> {
-        // SAFETY: without room only the count is written.
-        let count = unsafe { self.get(name, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, 0, ptr::null_mut()) }?.min(most);
         // They are filled in, so they must be there.
-        let mut made = (0..count).map(|_| Descriptor::new(kind)).collect::<Result<Vec<_>>>()?;
+        let mut made = (0..most).map(|_| Descriptor::new(kind)).collect::<Result<Vec<_>>>()?;
         let mut links: Vec<Link> = made.iter().map(Descriptor::link).collect();
         // SAFETY: as many descriptors as are asked for.
-        let count = unsafe { self.get(name, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, count, links.as_mut_ptr().cast()) }?;
+        let count = unsafe { self.get(name, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, most, links.as_mut_ptr().cast()) }?;
         made.truncate(count);
         Ok(made)
     }

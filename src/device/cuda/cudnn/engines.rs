@@ -11,7 +11,8 @@ use super::descriptor::Descriptor;
 use super::graph::Graph;
 use super::plan::Plan;
 use crate::device::cuda::kernels::Element;
-use crate::error::Result;
+use crate::device::cuda::libraries;
+use crate::error::{Error, Result};
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Name, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptorType_t as Kind,
     cudnnBackendHeurMode_t as Mode, cudnnBackendNumericalNote_t as Note,
@@ -32,6 +33,8 @@ pub struct Rules {
 
 /// Configurations at most that are made into plans: heuristics put good ones in front, and a plan may have to be compiled.
 const MOST: usize = 10;
+/// Knobs at most of an engine; there are some 30 types of them.
+const MOST_KNOBS: usize = 64;
 
 /// An engine with its knobs set.
 pub struct Configuration {
@@ -40,38 +43,59 @@ pub struct Configuration {
     pub name: String,
 }
 
+/// Why the last of the proposals that fell out did so. It matters where none is left.
+#[derive(Default)]
+pub struct Reason(Option<Error>);
+
+impl Reason {
+    fn unless<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.0 = Some(error)).ok()
+    }
+
+    /// The error that there is no plan.
+    pub fn no_engine(self, graph: &Graph, rules: Rules) -> Error {
+        let library = match libraries::cudnn() {
+            Ok(library) => library,
+            Err(error) => return error,
+        };
+        let last = self.0.map_or(String::new(), |error| format!(" (the last one tried: {error})"));
+        Error::device(format!(
+            "cuDNN {} ({}) has no engine for the {graph} that keeps to {rules:?}{last}; install a newer cuDNN, or train on the CPU",
+            library.version,
+            library.path.display(),
+        ))
+    }
+}
+
 /// All that keep the rules, the promising ones first.
-pub fn configurations(graph: &Graph, rules: Rules) -> Result<Vec<Configuration>> {
+pub fn configurations(graph: &Graph, rules: Rules, reason: &mut Reason) -> Vec<Configuration> {
     let mut found: Vec<Configuration> = Vec::new();
     for mode in [Mode::CUDNN_HEUR_MODE_B, Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
         // A mode that knows nothing for the graph fails.
-        let proposed = propose(graph, mode).unwrap_or_default();
+        let proposed = reason.unless(propose(graph, mode)).unwrap_or_default();
         for descriptor in proposed {
-            let engine = Engine::of(&descriptor)?;
-            if !engine.keeps(rules, graph.element) {
-                continue;
-            }
-            let name = engine.name(&descriptor)?;
-            if !found.iter().any(|known| known.name == name) {
-                found.push(Configuration { descriptor, name });
-            }
+            let kept = reason.unless(Configuration::kept(descriptor, rules, graph.element)).flatten();
+            found.extend(kept.filter(|new| found.iter().all(|known| known.name != new.name)));
         }
     }
-    Ok(found)
+    found
 }
 
 /// The plans that can be made of the first configurations, within the rules' workspace.
-pub fn plans(graph: &Arc<Graph>, rules: Rules) -> Result<Vec<Plan>> {
-    let configurations = configurations(graph, rules)?;
-    let plans = configurations.into_iter().filter_map(|configuration| plan(graph, configuration, rules));
-    Ok(plans.take(MOST).collect())
+pub fn plans(graph: &Arc<Graph>, rules: Rules, reason: &mut Reason) -> Vec<Plan> {
+    let configurations = configurations(graph, rules, reason);
+    let plans = configurations.into_iter().filter_map(|configuration| plan(graph, configuration, rules, reason));
+    plans.take(MOST).collect()
 }
 
 /// A plan, if the engine supports the graph after all and its workspace is within the rules.
-pub fn plan(graph: &Arc<Graph>, configuration: Configuration, rules: Rules) -> Option<Plan> {
+pub fn plan(graph: &Arc<Graph>, configuration: Configuration, rules: Rules, reason: &mut Reason) -> Option<Plan> {
     let Configuration { descriptor, name } = configuration;
-    let plan = Plan::new(graph, descriptor, name).ok()?;
-    (plan.workspace_bytes() <= rules.workspace).then_some(plan)
+    let plan = Plan::new(graph, descriptor, name).and_then(|plan| match plan.workspace_bytes() {
+        bytes if bytes <= rules.workspace => Ok(plan),
+        bytes => Err(Error::device(format!("{} wants {bytes} bytes of workspace", plan.name()))),
+    });
+    reason.unless(plan)
 }
 
 fn propose(graph: &Graph, mode: Mode) -> Result<Vec<Descriptor>> {
@@ -81,7 +105,20 @@ fn propose(graph: &Graph, mode: Mode) -> Result<Vec<Descriptor>> {
         .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
         .finalized()?;
     let kind = Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR;
-    heuristics.descriptors(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, kind, usize::MAX)
+    let results = Name::CUDNN_ATTR_ENGINEHEUR_RESULTS;
+    heuristics.descriptors(results, kind, heuristics.count(results)?)
+}
+
+impl Configuration {
+    /// Nothing if it breaks a rule.
+    fn kept(descriptor: Descriptor, rules: Rules, element: Element) -> Result<Option<Configuration>> {
+        let engine = Engine::of(&descriptor)?;
+        if !engine.keeps(rules, element) {
+            return Ok(None);
+        }
+        let name = engine.name(&descriptor)?;
+        Ok(Some(Configuration { descriptor, name }))
+    }
 }
 
 struct Engine {
@@ -93,8 +130,9 @@ impl Engine {
     fn of(configuration: &Descriptor) -> Result<Engine> {
         let kind = Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR;
         let engines = configuration.descriptors(Name::CUDNN_ATTR_ENGINECFG_ENGINE, kind, 1)?;
-        let descriptor = engines.into_iter().next().expect("a configuration has an engine");
-        let notes = descriptor.enumeration(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, Type::CUDNN_TYPE_NUMERICAL_NOTE)?;
+        let none = || Error::device("cuDNN proposed a configuration without an engine");
+        let descriptor = engines.into_iter().next().ok_or_else(none)?;
+        let notes = descriptor.enumerators(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, Type::CUDNN_TYPE_NUMERICAL_NOTE)?;
         Ok(Engine { descriptor, notes })
     }
 
@@ -112,10 +150,10 @@ impl Engine {
     fn name(&self, configuration: &Descriptor) -> Result<String> {
         let mut name = format!("eng{}", self.descriptor.integer(Name::CUDNN_ATTR_ENGINE_GLOBAL_INDEX)?);
         let kind = Kind::CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR;
-        for knob in configuration.descriptors(Name::CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, kind, usize::MAX)? {
-            let types = knob.enumeration(Name::CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, Type::CUDNN_TYPE_KNOB_TYPE)?;
+        for knob in configuration.descriptors(Name::CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, kind, MOST_KNOBS)? {
+            let number = knob.enumerator(Name::CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, Type::CUDNN_TYPE_KNOB_TYPE)?;
             let value = knob.integer(Name::CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE)?;
-            types.iter().for_each(|number| _ = write!(name, "_k{number}={value}"));
+            _ = write!(name, "_k{number}={value}");
         }
         Ok(name)
     }

@@ -42,7 +42,7 @@ pub struct Convolution {
 /// One of its products, with what is fused to it. Buffers are in the order of the formula.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Product {
-    /// x, w, bias if there is one, y
+    /// x, w, bias if there is one, y; the bias has the type of the others, since engines for 16 bits fuse no bias in f32
     Forward { bias: bool, relu: bool },
     /// dy, w, x if it masks, dx
     Data { mask: bool },
@@ -128,7 +128,7 @@ impl Builder {
         let x = self.buffer(self.image(self.convolution.input))?;
         let w = self.buffer(self.filters())?;
         let bias = bias
-            .then(|| self.buffer(Tensor::packed([1, self.convolution.output[2], 1, 1], Element::F32)))
+            .then(|| self.buffer(Tensor::packed([1, self.convolution.output[2], 1, 1], self.element)))
             .transpose()?;
         // Of the convolution, of the addition, of the ReLU; the last of them is y.
         let last = usize::from(bias.is_some()) + usize::from(relu);

@@ -4,7 +4,7 @@
 //! runs to give the same bits the choice is written down (`choices`), and later runs, and the other ranks of the host, take it
 //! from there.
 
-use super::engines::{self, Rules, configurations};
+use super::engines::{self, Reason, Rules, configurations};
 use super::graph::Graph;
 use super::plan::Plan;
 use crate::device::Arena;
@@ -16,8 +16,8 @@ use std::sync::Arc;
 const WARM_UP: usize = 2;
 const RUNS: usize = 5;
 
-/// None if no engine supports the graph within the rules.
-pub fn fastest(gpu: &Gpu, graph: &Arc<Graph>, rules: Rules) -> Result<Option<Plan>> {
+/// The error may be that no engine supports the graph within the rules.
+pub fn fastest(gpu: &Gpu, graph: &Arc<Graph>, rules: Rules) -> Result<Plan> {
     let key = format!(
         "cuDNN {} on {} ({}): {graph}, {:?}, {:?}, {rules:?}",
         libraries::cudnn()?.version,
@@ -26,30 +26,37 @@ pub fn fastest(gpu: &Gpu, graph: &Arc<Graph>, rules: Rules) -> Result<Option<Pla
         graph.convolution,
         graph.product,
     );
-    if let Some(plan) = choices::read(&key).map(|name| named(graph, rules, &name)).transpose()?.flatten() {
-        return Ok(Some(plan));
+    if let Some(plan) = choices::read(&key).and_then(|name| named(graph, rules, &name)) {
+        return Ok(plan);
     }
-    let mut plans = engines::plans(graph, rules)?;
+    let mut reason = Reason::default();
+    let mut plans = engines::plans(graph, rules, &mut reason);
     if plans.is_empty() {
-        return Ok(None);
+        return Err(reason.no_engine(graph, rules));
     }
     let times = Stage::new(gpu, graph, &plans)?.times(&mut plans)?;
     let best = (0..plans.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).expect("there are plans");
     tracing::debug!("{graph}: {} takes {:.3} ms, the fastest of {}", plans[best].name(), times[best], plans.len());
-    let standing = choices::keep_first(&key, plans[best].name());
-    let chosen = plans.iter().position(|plan| plan.name() == standing).unwrap_or(best);
-    Ok(Some(plans.swap_remove(chosen)))
+    let number = |name: &str| plans.iter().position(|plan| plan.name() == name);
+    let standing = choices::keep_first(&key, plans[best].name(), |name| number(name).is_some());
+    let chosen = number(&standing).unwrap_or(best);
+    Ok(plans.swap_remove(chosen))
 }
 
-/// The plan that heuristics find most promising, without a run. None if no engine supports the graph within the rules.
-pub fn first(graph: &Arc<Graph>, rules: Rules) -> Result<Option<Plan>> {
-    let mut found = configurations(graph, rules)?.into_iter();
-    Ok(found.find_map(|configuration| engines::plan(graph, configuration, rules)))
+/// The plan that heuristics find most promising, without a run. The error is that no engine supports the graph within the
+/// rules.
+pub fn first(graph: &Arc<Graph>, rules: Rules) -> Result<Plan> {
+    let mut reason = Reason::default();
+    let mut found = configurations(graph, rules, &mut reason).into_iter();
+    let plan = found.find_map(|configuration| engines::plan(graph, configuration, rules, &mut reason));
+    plan.ok_or_else(|| reason.no_engine(graph, rules))
 }
 
-fn named(graph: &Arc<Graph>, rules: Rules, name: &str) -> Result<Option<Plan>> {
-    let known = configurations(graph, rules)?.into_iter().find(|configuration| configuration.name == name);
-    Ok(known.and_then(|configuration| engines::plan(graph, configuration, rules)))
+/// Nothing where the plan cannot be made; others are tried then.
+fn named(graph: &Arc<Graph>, rules: Rules, name: &str) -> Option<Plan> {
+    let reason = &mut Reason::default();
+    let known = configurations(graph, rules, reason).into_iter().find(|configuration| configuration.name == name)?;
+    engines::plan(graph, known, rules, reason)
 }
 
 /// Memory in which plans are tried.

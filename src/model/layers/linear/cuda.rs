@@ -18,7 +18,7 @@ use crate::device::cuda::Gpu;
 use crate::device::cuda::cublaslt::{Epilogue, Matmul, Operands, Product};
 use crate::device::cuda::kernels::{Element, Grid, Kernel, Read, Source, T, Write};
 use crate::device::{Slice, SliceMut};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 static SOURCE: Source = Source { name: "linear", text: include_str!("linear.cu") };
 
@@ -77,7 +77,7 @@ impl Linear {
         let undo = activation.to_undo(build);
         let backward = build.training.then(|| Gradients::new(&gpu, &forward, bias, undo, build.grad_inputs));
         Ok(Linear {
-            forward: planned(&gpu, &forward)?,
+            forward: Matmul::new(&gpu, &forward)?,
             function: Function::new(&gpu, function, element)?,
             backward: backward.transpose()?,
             gpu,
@@ -96,7 +96,7 @@ impl Gradients {
         let plain = Product { transpose_right: false, epilogue: Epilogue::None, ..*forward };
         let weight =
             Product { m: forward.n, n: forward.k, k: forward.m, transpose_left: true, result: Element::F32, ..plain };
-        let data = data.then(|| planned(gpu, &Product { n: forward.k, k: forward.n, ..plain }));
+        let data = data.then(|| Matmul::new(gpu, &Product { n: forward.k, k: forward.n, ..plain }));
         let (weight, bias) = weight_and_bias(gpu, weight, bias)?;
         Ok(Gradients { undo: Gradient::new(gpu, undo, forward.factors)?, weight, bias, data: data.transpose()? })
     }
@@ -105,21 +105,16 @@ impl Gradients {
 /// The product, with the bias's sums in it if it can have them.
 fn weight_and_bias(gpu: &Gpu, product: Product, bias: bool) -> Result<(Matmul, Bias)> {
     if !bias {
-        return Ok((planned(gpu, &product)?, Bias::None));
+        return Ok((Matmul::new(gpu, &product)?, Bias::None));
     }
-    match Matmul::new(gpu, &Product { epilogue: Epilogue::SumLeft, ..product })? {
-        Some(matmul) => Ok((matmul, Bias::Product)),
-        None => {
+    match Matmul::new(gpu, &Product { epilogue: Epilogue::SumLeft, ..product }) {
+        Ok(matmul) => Ok((matmul, Bias::Product)),
+        Err(error) => {
+            tracing::debug!("the bias's gradient gets a kernel of its own: {error}");
             let kernel = gpu.module(&SOURCE, product.factors)?.kernel("sum_rows")?;
-            Ok((planned(gpu, &product)?, Bias::Kernel(kernel)))
+            Ok((Matmul::new(gpu, &product)?, Bias::Kernel(kernel)))
         }
     }
-}
-
-fn planned(gpu: &Gpu, product: &Product) -> Result<Matmul> {
-    Matmul::new(gpu, product)?.ok_or_else(|| {
-        Error::device(format!("cuBLASLt has no algorithm for {product} on {}: install a newer one", gpu.device()))
-    })
 }
 
 impl Layer for Linear {

@@ -22,8 +22,12 @@ use arrangement::Arrangement;
 use kernels::{Images, Kernels};
 use plans::{Planner, Plans};
 
-/// Bytes of workspace that a plan may use.
-const WORKSPACE: usize = 128 << 20;
+/// Bytes of workspace at most that a plan may use. In f32 the fast engines without tensor cores want much: cuDNN 9.26 proposes
+/// one of 871 MiB for AlexNet's first layer at batch 512, and below that only slow ones.
+const WORKSPACE_16_BITS: usize = 128 << 20;
+const WORKSPACE_F32: usize = 1 << 30;
+/// The part of the GPU's memory that it may be at most. Not of what is free: a choice must not depend on the neighbours.
+const WORKSPACE_PART: usize = 16;
 /// Bytes to whose multiples the parts of the scratch are aligned: a GPU's transaction.
 const ALIGN: usize = 128;
 
@@ -90,7 +94,7 @@ impl Conv2d {
                 nondeterministic: build.nondeterministic,
                 tf32: build.tf32,
                 direct: algorithm == Algorithm::Direct,
-                workspace: WORKSPACE,
+                workspace: workspace(element).min(gpu.memory()?.total / WORKSPACE_PART),
             },
             gpu: gpu.clone(),
         };
@@ -117,9 +121,9 @@ impl Conv2d {
         Ok(self.plans.len() - 1)
     }
 
-    /// f32 layers read the weight itself, others the rounded one.
-    fn weight<'a>(&self, params: &[Slice<'a>], rounded: &[Slice<'a>]) -> Slice<'a> {
-        if self.planner.element == Element::F32 { params[0] } else { rounded[0] }
+    /// Weight or bias for cuDNN: f32 layers read the parameter itself, others the rounded one.
+    fn parameter<'a>(&self, number: usize, params: &[Slice<'a>], rounded: &[Slice<'a>]) -> Slice<'a> {
+        if self.planner.element == Element::F32 { params[number] } else { rounded[number] }
     }
 
     fn images(&self, arrangement: &Arrangement, count: usize) -> Images {
@@ -244,6 +248,10 @@ impl Conv2d {
     }
 }
 
+fn workspace(element: Element) -> usize {
+    if element == Element::F32 { WORKSPACE_F32 } else { WORKSPACE_16_BITS }
+}
+
 impl Layer for Conv2d {
     fn scratch_bytes(&self) -> usize {
         self.lengths.total()
@@ -253,21 +261,21 @@ impl Layer for Conv2d {
         let number = self.plans_for(pass.batch)?;
         let scratch = self.lengths.split(io.scratch);
         let x = self.arranged_images(pass.batch, io.inputs[0], scratch.images)?;
-        let weight = self.arranged_filters(self.weight(io.params, io.params_bf16), scratch.filters)?;
-        let bias = self.planner.bias.then(|| io.params[1]);
+        let weight = self.arranged_filters(self.parameter(0, io.params, io.params_bf16), scratch.filters)?;
+        let bias = self.planner.bias.then(|| [io.params[1], self.parameter(1, io.params, io.params_bf16)]);
         let plan: &mut Plan = &mut self.plans[number].forward;
         let product = plan.graph().product;
         let (y, workspace) = (io.output.address(), scratch.workspace.address());
         // SAFETY: buffers of these lengths, in the net's arenas and this call's scratch.
         unsafe {
             match (product, bias) {
-                (Product::Forward { bias: true, .. }, Some(bias)) => {
+                (Product::Forward { bias: true, .. }, Some([_, bias])) => {
                     plan.run(&[x.address(), weight.address(), bias.address(), y], workspace)
                 }
                 _ => plan.run(&[x.address(), weight.address(), y], workspace),
             }
         }?;
-        self.finish_forward(product, io.output.reborrow(), bias)
+        self.finish_forward(product, io.output.reborrow(), bias.map(|[wide, _]| wide))
     }
 
     fn backward(&mut self, pass: &Pass, mut io: Backward<'_>) -> Result<()> {
@@ -282,7 +290,7 @@ impl Layer for Conv2d {
         if grad_input.bytes() == 0 {
             return Ok(());
         }
-        let weight = self.weight(io.params, io.params_bf16);
+        let weight = self.parameter(0, io.params, io.params_bf16);
         let filters = self.arranged_filters(weight, std::mem::replace(&mut scratch.filters, SliceMut::empty()))?;
         self.backward_data(number, [x, dy, filters], grad_input.reborrow(), &mut scratch)
     }

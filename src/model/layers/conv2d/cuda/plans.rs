@@ -3,10 +3,10 @@
 use super::super::super::Activation;
 use super::super::Geometry;
 use super::arrangement::{Arrangement, convolution};
+use crate::device::cuda::Gpu;
 use crate::device::cuda::cudnn::{self, Graph, Handle, Plan, Product, Rules};
 use crate::device::cuda::kernels::Element;
-use crate::device::cuda::{Gpu, libraries};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use std::sync::Arc;
 
 /// For one number of samples.
@@ -102,19 +102,9 @@ impl Planner {
 
     fn choose(&self, graph: &Arc<Graph>, choice: Choice) -> Result<Plan> {
         let plan = match choice {
-            Choice::Timed => cudnn::fastest(&self.gpu, graph, self.rules)?,
-            Choice::First { workspace } => cudnn::first(graph, Rules { workspace, ..self.rules })?,
+            Choice::Timed => cudnn::fastest(&self.gpu, graph, self.rules),
+            Choice::First { workspace } => cudnn::first(graph, Rules { workspace, ..self.rules }),
         };
-        let library = libraries::cudnn()?;
-        plan.ok_or_else(|| {
-            Error::device(format!(
-                "cuDNN {} ({}) has no engine on {} for the {graph} that keeps to {:?}; install a newer cuDNN, or train on the \
-                 CPU",
-                library.version,
-                library.path.display(),
-                self.gpu.device(),
-                self.rules
-            ))
-        })
+        plan.map_err(|error| error.context(self.gpu.device()))
     }
 }
