@@ -80,7 +80,7 @@ step() {
     wait "$running" || fail "failed: $*"
 }
 
-time_limit_s=1700
+time_limit_s=3000
 skipped=""
 set -m
 trap '[ -z "${running:-}" ] || kill "$running"; exit 130' INT TERM
