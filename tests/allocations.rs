@@ -114,9 +114,10 @@ fn check(sets: &str, launcher: impl Fn() -> Command) {
     let (few, many) = (100, 500);
     let [before, after] = [few, many].map(|steps| allocations(launcher(), &format!("{sets} run.steps={steps}")));
     for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
-        // One an epoch would be 50 more. A few are left to what a thread does when it first blocks or is late.
+        // One an epoch would be 50 more. The others are left to what a thread does when it first blocks or is late, and to the
+        // words about a slow rank, which are said every ten seconds.
         let more = after.saturating_sub(before);
-        assert!(more < 10, "{sets}, rank {rank}: {few} steps {before} allocations, {many} steps {after}");
+        assert!(more < 40, "{sets}, rank {rank}: {few} steps {before} allocations, {many} steps {after}");
     }
 }
 
