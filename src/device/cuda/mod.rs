@@ -18,9 +18,11 @@ pub mod kernels;
 pub mod libraries;
 pub mod nvml;
 pub mod probe;
+mod registered;
 mod search;
 mod stream;
 
 pub use elementwise::Elementwise;
 pub use gpu::{Gpu, Memory};
+pub use registered::Registered;
 pub use stream::{Event, Stream};
