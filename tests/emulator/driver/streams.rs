@@ -2,32 +2,39 @@
 //!
 //! What is put into a stream runs as late as its order allows: when the host waits for it, or when work of another stream does
 //! for which the host waits. A stream that should have waited for another thus finds what the other has not done yet, and a
-//! host that should have waited finds nothing. With `LOCKSTEP_EMULATOR_STREAMS=eager` all work runs at once instead, which
-//! shows where a stream overtakes one that should have been left behind.
+//! host that should have waited finds nothing. With `LOCKSTEP_EMULATOR_STREAMS=eager` all work runs at once instead. With
+//! `mixed` any stream may run a bit of what its order allows whenever something is put into any: that shows where one
+//! overtakes another for which it should have waited.
+//!
+//! While a stream is captured, what is put into it goes into a graph instead (graphs.rs).
 //!
 //! A GPU is lost when a kernel fails. Here the thread that launched it is told at its next wait, and may go on.
 
 use crate::{
-    Code, Driver, INVALID_HANDLE, INVALID_VALUE, NOT_READY, Object, SUCCESS, driver, give, in_context, require,
+    CAPTURED_EVENT, Code, Driver, INVALID_HANDLE, INVALID_VALUE, NOT_READY, Object, SUCCESS, driver, give, in_context,
+    require,
 };
 use std::collections::VecDeque;
 use std::ffi::{c_uint, c_void};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-/// What a step of a stream does.
-pub type Work = Box<dyn FnOnce() -> Result<(), Code> + Send>;
+/// What a step of a stream does. In a graph it does it again and again.
+pub type Work = Arc<dyn Fn() -> Result<(), Code> + Send + Sync>;
 
 pub struct Stream {
     steps: VecDeque<Step>,
     /// How many were put in, and how many of them are done.
     put: u64,
     done: u64,
+    /// The capture that it takes part in.
+    pub capture: Option<usize>,
 }
 
-enum Step {
+#[derive(Clone)]
+pub enum Step {
     Work(Work, ThreadId),
     Record(Arc<Mark>),
     Wait(Arc<Mark>),
@@ -35,7 +42,9 @@ enum Step {
 
 /// A place in a stream, recorded once.
 pub struct Mark {
-    stream: usize,
+    pub stream: usize,
+    /// The capture in which it was recorded: it is a place in that graph, then.
+    pub capture: Option<usize>,
     passed: AtomicBool,
     at: OnceLock<Instant>,
 }
@@ -51,7 +60,15 @@ static RUNNING: Mutex<()> = Mutex::new(());
 
 impl Stream {
     pub const fn new() -> Stream {
-        Stream { steps: VecDeque::new(), put: 0, done: 0 }
+        Stream { steps: VecDeque::new(), put: 0, done: 0, capture: None }
+    }
+
+    /// The stream that has to go on before this one does.
+    fn waits_for(&self) -> Option<usize> {
+        match self.steps.front() {
+            Some(Step::Wait(mark)) if !mark.passed.load(Relaxed) => Some(mark.stream),
+            _ => None,
+        }
     }
 }
 
@@ -72,8 +89,11 @@ impl Driver {
         }
     }
 
-    fn put(&mut self, stream: usize, step: Step) -> Result<(), Code> {
-        let stream = self.stream(stream)?;
+    fn put(&mut self, handle: usize, step: Step) -> Result<(), Code> {
+        let stream = self.stream(handle)?;
+        if let Some(capture) = stream.capture {
+            return self.put_into_graph(capture, handle, step);
+        }
         stream.steps.push_back(step);
         stream.put += 1;
         Ok(())
@@ -81,14 +101,19 @@ impl Driver {
 
     /// The first step of a stream, or of that for which it has to wait.
     fn next_for(&mut self, stream: usize) -> Option<(usize, Step)> {
-        let first = self.stream(stream).ok()?.steps.front()?;
-        if let Step::Wait(mark) = first
-            && !mark.passed.load(Relaxed)
-        {
-            let before = mark.stream;
-            return self.next_for(before);
+        match self.stream(stream).ok()?.waits_for() {
+            Some(other) => self.next_for(other),
+            None => self.next_of(stream),
         }
-        self.stream(stream).ok()?.steps.pop_front().map(|step| (stream, step))
+    }
+
+    /// The first step of a stream that does not have to wait.
+    fn next_of(&mut self, handle: usize) -> Option<(usize, Step)> {
+        let stream = self.stream(handle).ok()?;
+        if stream.waits_for().is_some() {
+            return None;
+        }
+        stream.steps.pop_front().map(|step| (handle, step))
     }
 }
 
@@ -100,13 +125,23 @@ pub fn put(stream: usize, work: Work) -> Code {
 
 /// What every call does that put something into a stream.
 fn after_call(stream: usize, code: Code) -> Code {
-    static EAGER: OnceLock<bool> = OnceLock::new();
-    if code == SUCCESS
-        && *EAGER.get_or_init(|| std::env::var("LOCKSTEP_EMULATOR_STREAMS").is_ok_and(|how| how == "eager"))
-    {
-        run_all(stream);
+    static ORDER: OnceLock<String> = OnceLock::new();
+    let order = ORDER.get_or_init(|| std::env::var("LOCKSTEP_EMULATOR_STREAMS").unwrap_or_default());
+    match &**order {
+        _ if code != SUCCESS => {}
+        "eager" => run_all(stream),
+        "mixed" => run_some(),
+        _ => {}
     }
     code
+}
+
+/// For a call on a stream, or on an event recorded there, that may not be while it is captured.
+fn not_captured(driver: &mut Driver, stream: usize) -> Result<(), Code> {
+    match driver.stream(stream)?.capture {
+        Some(capture) => driver.invalidate(capture),
+        None => Ok(()),
+    }
 }
 
 /// Runs what is in a stream now.
@@ -117,16 +152,23 @@ pub fn run_all(stream: usize) {
 
 /// Runs what is in any stream now.
 pub fn run_everything() {
-    let streams: Vec<usize> = {
-        let driver = driver();
-        driver
-            .objects
-            .iter()
-            .filter(|(_, object)| matches!(object, Object::Stream(_)))
-            .map(|(handle, _)| *handle)
-            .collect()
-    };
-    streams.into_iter().chain([0]).for_each(run_all);
+    all_streams().into_iter().for_each(run_all);
+}
+
+/// Runs a few steps of one stream, both as chance has it, that need no other stream.
+fn run_some() {
+    static CHANCE: AtomicU64 = AtomicU64::new(1);
+    let chance = CHANCE.fetch_add(1, Relaxed).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let chance = (chance ^ (chance >> 32)).wrapping_mul(0xD6E8_FEB8_6659_FD93) >> 32;
+    let streams = all_streams();
+    let stream = streams[chance as usize % streams.len()];
+    let steps = chance / streams.len() as u64 % 16;
+    let _ = (0..steps).try_for_each(|_| run_next(|driver| driver.next_of(stream)).then_some(()));
+}
+
+fn all_streams() -> Vec<usize> {
+    let is_stream = |(_, object): &(&usize, &Object)| matches!(object, Object::Stream(_));
+    driver().objects.iter().filter(is_stream).map(|(handle, _)| *handle).chain([0]).collect()
 }
 
 fn run_until(stream: usize, over: impl Fn(&mut Driver) -> bool) {
@@ -135,8 +177,13 @@ fn run_until(stream: usize, over: impl Fn(&mut Driver) -> bool) {
 
 /// Runs one step of a stream, or of that for which it has to wait. False where there is none.
 fn run_one(stream: usize) -> bool {
+    run_next(|driver| driver.next_for(stream))
+}
+
+/// Runs the step that is taken out of a stream, if there is one.
+fn run_next(take: impl FnOnce(&mut Driver) -> Option<(usize, Step)>) -> bool {
     let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some((of, step)) = driver().next_for(stream) else { return false };
+    let Some((of, step)) = take(&mut driver()) else { return false };
     match step {
         Step::Work(work, by) => {
             if let Err(code) = work() {
@@ -162,20 +209,27 @@ fn failure() -> Code {
     first.map_or(SUCCESS, |first| failed.remove(first).1)
 }
 
-/// For the emulators of other libraries: calls `work` with `data` when it is the stream's turn. `work` gives a CUresult, and frees
-/// `data`.
+/// For the emulators of other libraries: calls `work` with `data` whenever it is the stream's turn, and `free` when it will not be
+/// any more. `work` gives a CUresult.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn emulator_put(
     stream: usize,
     work: unsafe extern "C" fn(*mut c_void) -> Code,
     data: *mut c_void,
+    free: unsafe extern "C" fn(*mut c_void),
 ) -> Code {
-    let data = data as usize;
-    let call = move || match unsafe { work(data as *mut c_void) } {
+    struct Data(usize, unsafe extern "C" fn(*mut c_void));
+    impl Drop for Data {
+        fn drop(&mut self) {
+            unsafe { (self.1)(self.0 as *mut c_void) };
+        }
+    }
+    let data = Data(data as usize, free);
+    let call = move || match unsafe { work((&data).0 as *mut c_void) } {
         SUCCESS => Ok(()),
         code => Err(code),
     };
-    put(stream, Box::new(call))
+    put(stream, Arc::new(call))
 }
 
 #[unsafe(no_mangle)]
@@ -200,7 +254,7 @@ pub unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
 /// Whoever asks again and again gets a step further each time.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
-    let code = in_context(|driver| driver.stream(stream).map(drop));
+    let code = in_context(|driver| not_captured(driver, stream));
     if code != SUCCESS {
         return code;
     }
@@ -214,7 +268,7 @@ pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
-    let code = in_context(|driver| driver.stream(stream).map(drop));
+    let code = in_context(|driver| not_captured(driver, stream));
     if code != SUCCESS {
         return code;
     }
@@ -228,6 +282,7 @@ pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: c
         require(flags <= 1, INVALID_VALUE)?;
         // An event that was never recorded is no reason to wait.
         let Some(mark) = driver.event(event)?.mark.clone() else { return driver.stream(stream).map(drop) };
+        driver.meet(stream, &mark)?;
         driver.put(stream, Step::Wait(mark))
     });
     after_call(stream, code)
@@ -256,7 +311,8 @@ pub unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
 pub unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
     let code = in_context(|driver| {
         driver.event(event)?;
-        let mark = Arc::new(Mark { stream, passed: AtomicBool::new(false), at: OnceLock::new() });
+        let capture = driver.stream(stream)?.capture;
+        let mark = Arc::new(Mark { stream, capture, passed: AtomicBool::new(false), at: OnceLock::new() });
         driver.put(stream, Step::Record(mark.clone()))?;
         driver.event(event)?.mark = Some(mark);
         Ok(())
@@ -288,7 +344,10 @@ fn on_mark(event: usize, wait: impl FnOnce(&Mark) -> Code) -> Code {
     let mut mark = None;
     let code = in_context(|driver| {
         mark = driver.event(event)?.mark.clone();
-        Ok(())
+        match mark.as_ref().and_then(|mark| mark.capture) {
+            Some(capture) => driver.invalidate(capture).and(Err(CAPTURED_EVENT)),
+            None => Ok(()),
+        }
     });
     if code != SUCCESS {
         return code;
