@@ -48,7 +48,7 @@ impl Config {
 /// unnoticed. Left out is what may change between two parts of one run: its end, its parallelism, its precision (a
 /// checkpoint is f32 in any), its device, its housekeeping, and where the data lies.
 pub fn difference(a: &Table, b: &Table) -> Vec<String> {
-    const FREE: [&str; 19] = [
+    const FREE: [&str; 20] = [
         "run.name",
         "run.precision",
         "run.device",
@@ -61,6 +61,7 @@ pub fn difference(a: &Table, b: &Table) -> Vec<String> {
         "data.path",
         "data.workers",
         "data.prefetch",
+        "data.resident",
         "data.on_bad_image",
         "data.max_pixels",
         "data.max_image_bytes",

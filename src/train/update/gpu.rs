@@ -21,6 +21,7 @@ use crate::error::Result;
 use crate::model::net::Net;
 use crate::model::params::{Param, ParamTable};
 use crate::model::weights::Weights;
+use crate::optim::cuda::Control;
 use crate::optim::{self, At};
 use crate::train::checkpoint::{State, Tensor, state_name};
 use std::ops::Range;
@@ -153,6 +154,10 @@ impl Update for GpuUpdater {
 
     fn marks(&self) -> Option<Arc<Marks>> {
         Some(self.marks.clone())
+    }
+
+    fn control(&self) -> Option<Arc<Control>> {
+        Some(self.rule.control().clone())
     }
 
     fn state_tensors(&self) -> usize {
