@@ -164,6 +164,34 @@ fn one_two_and_four_gpu_ranks_end_with_the_same_weights() {
     }
 }
 
+/// A step that is recorded, of one pass or of several, whose last batch of the epoch is short, is the step call by call.
+#[test]
+fn graphs_give_the_bits_of_single_calls() {
+    let Some(runs) = Runs::new() else { return };
+    for (ranks, batch) in [(1, "batch.micro=16"), (2, "batch.micro=4")] {
+        let of = |graphs: bool| {
+            let graphs = format!("run.cuda_graphs={graphs}");
+            let settings = ["run.device=cuda", "parallel.bucket_mib=0.01", batch, &graphs];
+            runs.train(&format!("{ranks}-{graphs}"), ranks, &settings)["weights_digest"].clone()
+        };
+        assert_eq!(of(true), of(false), "{ranks} ranks, {batch}");
+    }
+}
+
+#[test]
+fn where_steps_cannot_be_recorded_the_way_around_is_said() {
+    let Some(mut runs) = Runs::new() else { return };
+    if std::env::var_os("LOCKSTEP_TEST_GPU").is_some() {
+        return eprintln!("skipped: a real GPU records all that is asked of it");
+    }
+    runs.variables.push(("LOCKSTEP_EMULATOR_CAPTURES", "none".into()));
+    let output = runs.command("recorded", 1, &["run.device=cuda"]).assert().code(3).get_output().clone();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("run.cuda_graphs = false goes without"), "{said}");
+    assert!(said.contains("CUDA_ERROR_NOT_SUPPORTED"), "{said}");
+    runs.train("single", 1, &["run.device=cuda", "run.cuda_graphs=false"]);
+}
+
 #[test]
 fn tf32_and_sums_in_any_order_are_used_if_they_are_asked_for() {
     let Some(runs) = Runs::new() else { return };

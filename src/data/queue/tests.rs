@@ -62,7 +62,15 @@ fn slow(len: usize) -> Arc<Slow> {
 fn loader(workers: usize, prefetch: usize) -> Loader {
     let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
     let augmenter = Augmenter::new(&steps, &*slow(1), SHAPE).unwrap();
-    Loader { augmenter, form: Form::Values, sampler: raw::Sampler::Shuffle, seed: SEED, workers, prefetch, skipped: Arc::default() }
+    Loader {
+        augmenter,
+        form: Form::Values,
+        sampler: raw::Sampler::Shuffle,
+        seed: SEED,
+        workers,
+        prefetch,
+        skipped: Arc::default(),
+    }
 }
 
 fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
