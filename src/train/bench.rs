@@ -69,7 +69,7 @@ pub fn run(
     let plan = setup::plan(config, &parts, &rank.world)?;
     setup::take_device(config, &rank.world)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
-    let learner = setup::learner(config, &plan, &parts, comm)?;
+    let learner = setup::learner(config, &plan, &parts, &rank.health, comm)?;
     let loader = parts.loader(config)?;
     let inlet = setup::inlet(config, &plan)?;
     let feed = setup::feed(config, &plan, &parts, rank, (loader, inlet), Position::default())?;

@@ -14,8 +14,8 @@
 use super::factors::Leaves;
 use super::feed::Feed;
 use super::judge::Judge;
-use super::update::{Marks, Part, Update, bytes};
-use crate::comm::bucket::Reducer;
+use super::update::{Content, Part, Reduction, Update, bytes};
+use crate::comm::bucket::{Reducer, Waited};
 use crate::comm::{Communicator, split};
 use crate::device::{self, Arena, SliceMut};
 use crate::error::Result;
@@ -106,7 +106,8 @@ struct Levels {
 /// The way from a finished gradient to the other ranks and into the parameters.
 struct Outbox {
     reducer: Reducer<Box<dyn Update>>,
-    marks: Option<Arc<Marks>>,
+    /// On a GPU.
+    reduction: Option<Arc<dyn Reduction>>,
     /// The buckets, and the tail.
     parts: Vec<Part>,
     /// Where the tail's elements are in host memory.
@@ -124,11 +125,11 @@ impl Gradient {
         overlap: bool,
     ) -> Result<Gradient> {
         let levels = Levels::new(&*updater, micros.next_power_of_two().ilog2() as usize)?;
-        let (parts, marks, leaves) = (updater.parts(), updater.marks(), updater.leaves());
+        let (parts, reduction, leaves) = (updater.parts(), updater.reduction(), updater.leaves());
         let (arena, elements) = updater.tail();
         let tail = (arena.clone(), elements);
         let reducer = Reducer::new(comm, updater, parts.len(), overlap)?;
-        let outbox = Outbox { reducer, marks, parts, tail, started: 0 };
+        let outbox = Outbox { reducer, reduction, parts, tail, started: 0 };
         Ok(Gradient { levels, outbox, passes: vec![None; micros], done: 0, leaves })
     }
 
@@ -158,8 +159,8 @@ impl Gradient {
     }
 
     /// Waits until a part is reduced over all ranks and, where that needs no norms, its parameters are updated on all of
-    /// them. Returns for how long other ranks were waited for meanwhile.
-    pub fn wait(&mut self, part: usize) -> Result<Duration> {
+    /// them; on a GPU, until all of that is in its streams. Returns what of this did not go into work.
+    pub fn wait(&mut self, part: usize) -> Result<Waited> {
         self.outbox.reducer.wait(part)
     }
 
@@ -180,8 +181,7 @@ impl Gradient {
         self.tree(left, depth, false, work)?;
         self.tree(micros - left, depth + 1, last, work)?;
         if !last {
-            let (_, buckets) = self.outbox.parts.split_last().expect("there is a tail");
-            let mut gradients = buckets.iter().filter(|part| !part.factors);
+            let mut gradients = self.outbox.parts.iter().filter(|part| part.content == Content::Gradients);
             gradients.try_for_each(|part| self.levels.join(depth, part))?;
         }
         Ok(())
@@ -271,9 +271,11 @@ impl Outbox {
     /// sibling is complete, and starts the parts that they fill.
     fn ready(&mut self, levels: &Levels, depth: usize, elements: usize) -> Result<()> {
         while let Some(part) = self.parts.get(self.started).filter(|part| part.elements.end <= elements) {
-            let joins = if part.factors { 0 } else { depth };
+            let joins = if part.content == Content::Factors { 0 } else { depth };
             (0..joins).rev().try_for_each(|depth| levels.join(depth, part))?;
-            self.marks.iter().try_for_each(|marks| marks.mark(self.started))?;
+            if let Some(reduction) = self.reduction.as_ref().filter(|_| part.content == Content::Gradients) {
+                reduction.written(self.started)?;
+            }
             self.start()?;
         }
         Ok(())

@@ -22,6 +22,7 @@ use crate::device::cuda::{Gpu, probe};
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::rendezvous::host;
+use crate::launch::watch::Health;
 use crate::launch::world::World;
 use crate::model::Shape;
 use crate::model::loss::Loss;
@@ -137,7 +138,13 @@ pub fn agree(
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
-pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
+pub fn learner(
+    config: &Config,
+    plan: &Plan,
+    parts: &Parts,
+    health: &Arc<Health>,
+    mut comm: Box<dyn Communicator>,
+) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
     let place = device::choose(config.run.device);
@@ -149,7 +156,7 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = updater(config, plan, &net, weights, &mut *comm)?;
+    let updater = updater(config, plan, &net, weights, health, &mut *comm)?;
     let judge = judge(config, plan, net.spec(), &*parts.train, updater.control())?;
     let alone = comm.size() == 1;
     let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
@@ -169,6 +176,7 @@ fn updater(
     plan: &Plan,
     net: &Net,
     weights: Arc<Weights>,
+    health: &Arc<Health>,
     comm: &mut dyn Communicator,
 ) -> Result<Box<dyn Update>> {
     let (optimizer, table) = (&config.optimizer, net.table());
@@ -177,7 +185,7 @@ fn updater(
             let exchanges = exchanges(config, plan, net, comm)?;
             Box::new(Updater::new(optimizer, table, plan.bucket_bytes, weights, exchanges, comm)?)
         }
-        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, comm)?),
+        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, health, comm)?),
     })
 }
 
