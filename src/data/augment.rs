@@ -111,6 +111,11 @@ fn check_framing(steps: &[Augment], shape: Option<Shape>, input: Shape) -> Resul
     }
 }
 
+/// Whether images of this shape, or of any where none is given, are scaled to become the model's input.
+pub fn scales(steps: &[Augment], shape: Option<Shape>, input: Shape) -> bool {
+    framing(steps, shape, input).scaling != Scaling::Native
+}
+
 fn refuse<T>(what: impl std::fmt::Display) -> Result<T> {
     Err(Error::usage(format!("`[data] augment` {what}")))
 }

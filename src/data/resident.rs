@@ -1,12 +1,13 @@
 //! A set whose pixels lie in a GPU's memory for the whole run: of a batch only placements and labels are sent then.
 
-use super::augment::Augmenter;
+use super::augment::{self, Augmenter};
 use super::image::Image;
 use super::{Dataset, Reading};
-use crate::config::raw;
+use crate::config::raw::{self, DataShared};
 use crate::device::cuda::Gpu;
 use crate::device::{Arena, Slice};
 use crate::error::{Error, Result};
+use crate::model::Shape;
 use rayon::prelude::*;
 
 /// By `resident = "auto"` a set may take this part of the GPU's free memory.
@@ -19,9 +20,20 @@ pub struct Resident {
     pixels: Arena,
 }
 
+/// Refuses to keep images as they are that are scaled as they are read. `shape`: of every image, where they all have one.
+pub fn check(data: &DataShared, shape: Option<Shape>, input: Shape) -> Result<()> {
+    if data.resident != raw::Resident::On || !augment::scales(&data.augment, shape, input) {
+        return Ok(());
+    }
+    Err(Error::usage(
+        "data.resident = \"on\" keeps images on the GPU as they are, but these are scaled as they are read; take it out, or \
+         prepare images of the model's size and take resize and random_resized_crop out of data.augment",
+    ))
+}
+
 impl Resident {
-    /// Where `[data] resident` says so: reads the whole set, with all threads of this rank, into the GPU's memory. `name` is the
-    /// set's in errors.
+    /// Where `[data] resident`, which `check` has let pass, says so: reads the whole set, with all threads of this rank, into
+    /// the GPU's memory. `name` is the set's in errors.
     pub fn new(
         choice: raw::Resident,
         gpu: &Gpu,
@@ -33,14 +45,7 @@ impl Resident {
         let wanted = match choice {
             raw::Resident::Off => false,
             raw::Resident::Auto => augmenter.is_native() && bytes <= gpu.memory()?.free / SHARE,
-            raw::Resident::On if augmenter.is_native() => true,
-            raw::Resident::On => {
-                return Err(Error::usage(
-                    "data.resident = \"on\" keeps images on the GPU as they are, but these are scaled as they are read; take \
-                     it out, or prepare images of the model's size and take resize and random_resized_crop out of \
-                     data.augment",
-                ));
-            }
+            raw::Resident::On => true,
         };
         if !wanted {
             return Ok(None);

@@ -285,7 +285,7 @@ impl Gradient {
         let sums = if last { work.flags } else { Sums::default() };
         let Some(pass) = &self.passes[micro] else { return Ok(sums) };
         let out = work.judge.found(micro, work.health)?;
-        if !out.loss_sum.is_finite() && work.non_finite.is_none() {
+        if !out.loss_sum.is_finite() && work.judge.found_at_once(micro).is_none() {
             // The GPU has halted the update, and of the last pass the samples are still there.
             work.non_finite = Some(match last {
                 true => work.net.find_non_finite(pass, work.feed.current().images)?,

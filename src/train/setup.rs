@@ -17,7 +17,7 @@ use crate::data::augment::{self, Augmenter};
 use crate::data::batch::{Form, Layout};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
-use crate::data::resident::Resident;
+use crate::data::resident::{self, Resident};
 use crate::data::{self, Dataset, order};
 use crate::device::cuda::{Gpu, probe};
 use crate::device::{self, Choice, Place, SliceMut};
@@ -50,6 +50,7 @@ impl Parts {
         let (seed, net) = (config.run.seed, NetSpec::new(&config.model)?);
         let data::Sets { train, test } = sets(config, &net)?;
         augment::check(&config.data.shared.augment, train.shape(), net.input)?;
+        resident::check(&config.data.shared, train.shape(), net.input)?;
         if config.data.shared.validation == 0.0 {
             return Ok(Parts { train, validation: None, test });
         }
@@ -328,9 +329,9 @@ fn ways(
 ) -> Result<Vec<Option<Arc<Way>>>> {
     let Some(inlet) = inlet else { return Ok(vec![None; sets.len()]) };
     let gpu = Gpu::of_this_rank()?;
-    let resident = |(set, name): &(&Arc<dyn Dataset>, &str)| {
-        Resident::new(config.data.shared.resident, &gpu, &***set, augmenter, name)
-    };
+    let choice = config.data.shared.resident;
+    let resident =
+        |(set, name): &(&Arc<dyn Dataset>, &str)| Resident::new(choice, &gpu, &***set, augmenter, name);
     let residents: Vec<Option<Resident>> = sets.iter().map(resident).collect::<Result<_>>()?;
     let layout = |resident: &Option<Resident>| {
         let pixels = if resident.is_some() { 0 } else { augmenter.output().len() };
