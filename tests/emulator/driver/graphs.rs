@@ -2,7 +2,8 @@
 //!
 //! A launch runs the stream in which the capture began, and of the others what it waits for, as late as it may. What a capture
 //! forbids (waiting on the host, memory that comes or goes, copies of what is not pinned, an end that some stream has not come
-//! back to) makes it invalid. With `LOCKSTEP_EMULATOR_CAPTURES=none` there are none.
+//! back to) makes it invalid. All are refused where
+//! `LOCKSTEP_EMULATOR_REFUSES=capture`.
 
 use crate::streams::{self, Mark, Step};
 use crate::{Code, Driver, INVALID_HANDLE, INVALID_VALUE, NOT_SUPPORTED, Object, give, in_context, require};
@@ -143,9 +144,9 @@ fn run_until(
 pub unsafe extern "C" fn cuStreamBeginCapture_v2(stream: usize, mode: c_int) -> Code {
     /// CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, the one that is emulated.
     const THREAD_LOCAL: c_int = 1;
-    let none = std::env::var("LOCKSTEP_EMULATOR_CAPTURES").is_ok_and(|captures| captures == "none");
+    let refused = std::env::var("LOCKSTEP_EMULATOR_REFUSES").is_ok_and(|what| what == "capture");
     in_context(|driver| {
-        require(!none, NOT_SUPPORTED)?;
+        require(!refused, NOT_SUPPORTED)?;
         require(stream != 0 && mode == THREAD_LOCAL, INVALID_VALUE)?;
         require(driver.stream(stream)?.capture.is_none(), INVALID_VALUE)?;
         driver.next_handle += 0x10;
