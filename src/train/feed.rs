@@ -15,8 +15,8 @@
 //! workers with the next call, and its copy must be over then. It is, unless the host is two passes ahead of the GPU.
 
 use crate::data::Batch;
-use crate::data::augment::cuda::OnGpu;
 use crate::data::augment::Augmenter;
+use crate::data::augment::cuda::OnGpu;
 use crate::data::batch::{Form, Layout, Packet, Samples};
 use crate::data::queue::DataQueue;
 use crate::data::resident::Resident;

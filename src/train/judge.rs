@@ -36,13 +36,7 @@ pub struct OnGpu {
 impl Judge {
     /// For a net on `place` whose batches are at most `batch` samples; it keeps what it finds for so many passes. `control`
     /// halts the update of a step whose loss is not finite.
-    pub fn new(
-        place: Place,
-        loss: Loss,
-        batch: usize,
-        passes: usize,
-        control: Option<Arc<Control>>,
-    ) -> Result<Judge> {
+    pub fn new(place: Place, loss: Loss, batch: usize, passes: usize, control: Option<Arc<Control>>) -> Result<Judge> {
         if place == Place::Host {
             return Ok(Judge::Host(loss, vec![LossOut::default(); passes]));
         }

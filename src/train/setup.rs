@@ -324,8 +324,7 @@ fn ways(
     let Some(inlet) = inlet else { return Ok(vec![None; sets.len()]) };
     let gpu = Gpu::of_this_rank()?;
     let choice = config.data.shared.resident;
-    let resident =
-        |(set, name): &(&Arc<dyn Dataset>, &str)| Resident::new(choice, &gpu, &***set, augmenter, name);
+    let resident = |(set, name): &(&Arc<dyn Dataset>, &str)| Resident::new(choice, &gpu, &***set, augmenter, name);
     let residents: Vec<Option<Resident>> = sets.iter().map(resident).collect::<Result<_>>()?;
     let layout = |resident: &Option<Resident>| {
         let pixels = if resident.is_some() { 0 } else { augmenter.output().len() };

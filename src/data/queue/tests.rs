@@ -62,7 +62,15 @@ fn slow(len: usize) -> Arc<Slow> {
 fn loader(workers: usize, prefetch: usize) -> Loader {
     let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
     let augmenter = Augmenter::new(&steps, &*slow(1), SHAPE).unwrap();
-    Loader { augmenter, form: Form::Values, sampler: raw::Sampler::Shuffle, seed: SEED, workers, prefetch, skipped: Arc::default() }
+    Loader {
+        augmenter,
+        form: Form::Values,
+        sampler: raw::Sampler::Shuffle,
+        seed: SEED,
+        workers,
+        prefetch,
+        skipped: Arc::default(),
+    }
 }
 
 fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
@@ -188,6 +196,22 @@ fn an_error_or_a_panic_comes_with_the_step_that_needed_the_sample() {
         }
     }
     assert!(queue.next().unwrap().is_none());
+}
+
+#[test]
+fn what_lies_ahead_comes_next_and_its_error_not_before() {
+    let set = Arc::new(Slow { len: 40, failing: true, ..Slow::default() });
+    let mut queue = DataQueue::eval(set, loader(2, 3), 5, 0, 1).unwrap();
+    for step in 0..8 {
+        while !queue.ready(Duration::from_micros(50)) {}
+        let ahead = queue.ahead().map(told);
+        assert!(queue.ready(Duration::ZERO));
+        match (step, queue.next()) {
+            (3 | 4, outcome) => assert!(ahead.is_none() && outcome.is_err()),
+            (_, outcome) => assert!(ahead == Some(told(outcome.unwrap().unwrap()))),
+        }
+    }
+    assert!(queue.ahead().is_none() && queue.next().unwrap().is_none());
 }
 
 #[test]

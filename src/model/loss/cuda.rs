@@ -128,7 +128,11 @@ impl Loss {
         // SAFETY: lengths as the kernels' comments say; the caller vouches for the rest.
         unsafe {
             self.rows_of.launch(self.gpu.compute(), grid, arguments)?;
-            self.sums_of.launch(self.gpu.compute(), one, ((&rows).into(), (&mut sums).into(), (&mut halt).into(), samples))
+            self.sums_of.launch(
+                self.gpu.compute(),
+                one,
+                ((&rows).into(), (&mut sums).into(), (&mut halt).into(), samples),
+            )
         }
     }
 }
