@@ -14,6 +14,7 @@
 use super::factors::Leaves;
 use super::feed::Feed;
 use super::judge::Judge;
+use super::replay::{Cut, Key, Replay, Tape, Turn};
 use super::update::{Content, Part, Reduction, Update, bytes};
 use crate::comm::bucket::{Reducer, Waited};
 use crate::comm::{Communicator, split};
@@ -94,6 +95,8 @@ pub struct Gradient {
     done: usize,
     /// By layer: where it leaves its factors instead of a gradient.
     leaves: Vec<Option<Leaves>>,
+    /// Where passes are recorded.
+    replay: Option<Replay>,
 }
 
 /// Where the sums of the tree are held, on the net's device.
@@ -123,6 +126,7 @@ impl Gradient {
         updater: Box<dyn Update>,
         micros: usize,
         overlap: bool,
+        replay: Option<Replay>,
     ) -> Result<Gradient> {
         let levels = Levels::new(&*updater, micros.next_power_of_two().ilog2() as usize)?;
         let (parts, reduction, leaves) = (updater.parts(), updater.reduction(), updater.leaves());
@@ -130,7 +134,7 @@ impl Gradient {
         let tail = (arena.clone(), elements);
         let reducer = Reducer::new(comm, updater, parts.len(), overlap)?;
         let outbox = Outbox { reducer, reduction, parts, tail, started: 0 };
-        Ok(Gradient { levels, outbox, passes: vec![None; micros], done: 0, leaves })
+        Ok(Gradient { levels, outbox, passes: vec![None; micros], done: 0, leaves, replay })
     }
 
     /// The buckets, and the tail: as many `wait`s a step.
@@ -196,8 +200,7 @@ impl Gradient {
         }
         let fed = work.feed.next()?.expect("the queue goes on until the run's last epoch is over");
         work.clock.lap(Category::Data);
-        let batch = fed.batch;
-        let (levels, outbox, leaves, micro) = (&self.levels, &mut self.outbox, &self.leaves, self.done);
+        let (batch, micro) = (fed.batch, self.done);
         let pass = (batch.count() > 0).then(|| Pass {
             batch: batch.count(),
             training: true,
@@ -205,37 +208,65 @@ impl Gradient {
             share: batch.count() as f32 / batch.step_count as f32,
         });
         (self.passes[micro], self.done) = (pass, micro + 1);
-        if let Some(pass) = &pass {
-            let net = &mut *work.net;
-            work.health.set(work.step, Phase::Forward);
-            net.forward(pass, fed.images)?;
-            work.judge.teach(net, pass, &fed, 1.0 / batch.step_count as f32, micro)?;
-            if let Some(out) = work.judge.found_at_once(micro)
-                && !out.loss_sum.is_finite()
-                && work.non_finite.is_none()
-            {
-                work.non_finite = Some(net.find_non_finite(pass, fed.images)?);
+        match pass {
+            Some(pass) => self.pass(depth, last, work, pass)?,
+            None => {
+                for leaves in self.leaves.iter().flatten() {
+                    leaves.next(micro, 0);
+                }
+                self.levels.clear(depth)?;
+                if last {
+                    self.outbox.ready(&self.levels, depth, self.outbox.gradients(), &mut Tape::off())?;
+                }
             }
-            work.health.set(work.step, Phase::Backward);
-            let factors = |node: usize| match leaves.get(node) {
-                Some(Some(leaves)) => leaves.next(micro, batch.count()),
-                _ => SliceMut::empty(),
-            };
-            net.backward_with_factors(pass, fed.images, &levels.grads[depth], factors, |final_elements| match last {
-                true => outbox.ready(levels, depth, final_elements),
-                false => Ok(()),
-            })?;
-        } else {
-            for leaves in leaves.iter().flatten() {
-                leaves.next(micro, 0);
-            }
-            levels.clear(depth)?;
-        }
-        if last {
-            outbox.ready(levels, depth, outbox.gradients())?;
         }
         work.clock.lap(Category::Compute);
         Ok(())
+    }
+
+    /// Forward and backward of the feed's batch.
+    fn pass(&mut self, depth: usize, last: bool, work: &mut Work<'_>, pass: Pass) -> Result<()> {
+        let Work { net, feed, judge, health, non_finite, step, .. } = work;
+        let (micro, fed) = (self.done - 1, feed.current());
+        let (levels, outbox, leaves) = (&self.levels, &mut self.outbox, &self.leaves);
+        health.set(*step, Phase::Forward);
+        net.begin(&pass)?;
+        let key = Key { micro, batch: pass.batch, step_count: fed.batch.step_count };
+        let mut tape =
+            match self.replay.as_mut().filter(|_| !net.is_timed()).map(|replay| replay.turn(key)).transpose()? {
+                None => Tape::off(),
+                Some(Turn::Call(tape)) => tape,
+                // SAFETY: nobody touches memory of the net, the feed or the gradient while a step goes on, but the stream.
+                Some(Turn::Launch(recorded)) => unsafe {
+                    return recorded.launch(|cut| match cut {
+                        Cut::Judged => judge.taught(micro),
+                        Cut::Written(buckets) => outbox.hand_over(buckets),
+                        Cut::End => Ok(()),
+                    });
+                },
+            };
+        net.forward_begun(&pass, fed.images)?;
+        judge.teach(net, &pass, &fed, 1.0 / fed.batch.step_count as f32, micro)?;
+        tape.cut(Cut::Judged, || judge.taught(micro))?;
+        if let Some(out) = judge.found_at_once(micro)
+            && !out.loss_sum.is_finite()
+            && non_finite.is_none()
+        {
+            *non_finite = Some(net.find_non_finite(&pass, fed.images)?);
+        }
+        health.set(*step, Phase::Backward);
+        let factors = |node: usize| match leaves.get(node) {
+            Some(Some(leaves)) => leaves.next(micro, pass.batch),
+            _ => SliceMut::empty(),
+        };
+        net.backward_with_factors(&pass, fed.images, &levels.grads[depth], factors, |final_elements| match last {
+            true => outbox.ready(levels, depth, final_elements, &mut tape),
+            false => Ok(()),
+        })?;
+        if last {
+            outbox.ready(levels, depth, outbox.gradients(), &mut tape)?;
+        }
+        tape.cut(Cut::End, || Ok(()))
     }
 
     /// What these micro-batches add to the step's sums, by the same tree.
@@ -269,11 +300,23 @@ impl Gradient {
 impl Outbox {
     /// The first `elements` of the step's last leaf are final: adds them up the right edge of the tree, where every left
     /// sibling is complete, and starts the parts that they fill.
-    fn ready(&mut self, levels: &Levels, depth: usize, elements: usize) -> Result<()> {
-        while let Some(part) = self.parts.get(self.started).filter(|part| part.elements.end <= elements) {
+    fn ready(&mut self, levels: &Levels, depth: usize, elements: usize, tape: &mut Tape<'_>) -> Result<()> {
+        let filled = self.parts[self.started..].iter().take_while(|part| part.elements.end <= elements).count();
+        if filled == 0 {
+            return Ok(());
+        }
+        for part in &self.parts[self.started..self.started + filled] {
             let joins = if part.content == Content::Factors { 0 } else { depth };
             (0..joins).rev().try_for_each(|depth| levels.join(depth, part))?;
-            if let Some(reduction) = self.reduction.as_ref().filter(|_| part.content == Content::Gradients) {
+        }
+        tape.cut(Cut::Written(filled), || self.hand_over(filled))
+    }
+
+    /// Starts the next parts, whose gradients are written.
+    fn hand_over(&mut self, parts: usize) -> Result<()> {
+        for _ in 0..parts {
+            let gradients = self.parts[self.started].content == Content::Gradients;
+            if let Some(reduction) = self.reduction.as_ref().filter(|_| gradients) {
                 reduction.written(self.started)?;
             }
             self.start()?;

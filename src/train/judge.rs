@@ -53,6 +53,7 @@ impl Judge {
     }
 
     /// The loss, to be kept as that of pass `number`, and `scale` times its gradient by the outputs, which the net is given.
+    /// `taught` follows.
     pub fn teach(&mut self, net: &mut Net, pass: &Pass, fed: &Fed<'_>, scale: f32, number: usize) -> Result<()> {
         let (outputs, gradient) = net.output_and_gradient(pass);
         match self {
@@ -60,12 +61,20 @@ impl Judge {
                 found[number] = loss.forward_backward(outputs, &fed.batch.labels, scale, gradient);
                 Ok(())
             }
-            Judge::Cuda(on) => on.enqueue(number, |sums| {
+            Judge::Cuda(on) => on.compute(number, |sums| {
                 let halt = on.control.as_ref().map(|control| control.halt());
                 // SAFETY: the net's, the feed's and this judge's memory, in the order of the compute stream; the data set has
                 // checked the labels.
                 unsafe { on.loss.forward_backward(outputs, fed.labels, scale, gradient, sums, halt) }
             }),
+        }
+    }
+
+    /// `teach` is in the stream of pass `number`.
+    pub fn taught(&self, number: usize) -> Result<()> {
+        match self {
+            Judge::Host(..) => Ok(()),
+            Judge::Cuda(on) => on.gpu.compute().record(&on.copied[number]),
         }
     }
 
@@ -77,8 +86,11 @@ impl Judge {
                 found[number] = loss.evaluate(outputs, &fed.batch.labels);
                 Ok(())
             }
-            // SAFETY: as above.
-            Judge::Cuda(on) => on.enqueue(number, |sums| unsafe { on.loss.evaluate(outputs, fed.labels, sums) }),
+            Judge::Cuda(on) => {
+                // SAFETY: as above.
+                on.compute(number, |sums| unsafe { on.loss.evaluate(outputs, fed.labels, sums) })?;
+                self.taught(number)
+            }
         }
     }
 
@@ -101,14 +113,13 @@ impl Judge {
 
 impl OnGpu {
     /// What `judge`, given a place for the sums, leaves there, is copied to the host.
-    fn enqueue(&self, number: usize, judge: impl FnOnce(SliceMut<'_>) -> Result<()>) -> Result<()> {
+    fn compute(&self, number: usize, judge: impl FnOnce(SliceMut<'_>) -> Result<()>) -> Result<()> {
         let (range, compute) = (range_of(number), self.gpu.compute());
         // SAFETY: this memory is used in the order of the compute stream; the host reads the copy behind its event.
         unsafe {
             judge(self.sums.slice_mut(range.clone()))?;
-            compute.copy(self.sums.slice(range.clone()), self.copy.slice_mut(range))?;
+            compute.copy(self.sums.slice(range.clone()), self.copy.slice_mut(range))
         }
-        compute.record(&self.copied[number])
     }
 
     fn found(&self, number: usize, health: &Health) -> Result<LossOut> {

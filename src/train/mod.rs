@@ -15,6 +15,7 @@ mod judge;
 mod learner;
 mod logits;
 mod norms;
+mod replay;
 mod resume;
 mod session;
 pub(crate) mod setup;

@@ -8,6 +8,7 @@ use super::feed::{Dock, Feed, Inlet, Way};
 use super::gradient::Gradient;
 use super::judge::Judge;
 use super::learner::Learner;
+use super::replay::Replay;
 use super::update::{self, GpuUpdater, Update, Updater};
 use crate::comm::Communicator;
 use crate::config::plan::{Plan, Ranks, Samples};
@@ -159,7 +160,12 @@ pub fn learner(
     let updater = updater(config, plan, &net, weights, health, &mut *comm)?;
     let judge = judge(config, plan, net.spec(), &*parts.train, updater.control())?;
     let alone = comm.size() == 1;
-    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
+    let replay = match place {
+        Place::Cuda if config.run.cuda_graphs => Some(Replay::new(&Gpu::of_this_rank()?)),
+        _ => None,
+    };
+    let overlap = config.parallel.overlap && !alone;
+    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, overlap, replay)?;
     Ok(Learner {
         judge,
         net,
