@@ -192,3 +192,46 @@ impl Layout {
         self.pixels(self.samples).end
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::raw::Augment;
+    use crate::data::augment::Augmenter;
+    use crate::data::memory::InMemory;
+    use crate::model::Shape;
+
+    #[test]
+    fn a_packet_without_some_samples_says_where_the_pixels_of_the_others_are() {
+        let shape = Shape::new(2, 2, 1);
+        let set = InMemory::new(shape, 9, vec![0; 4], vec![0]);
+        let augmenter = Augmenter::new(&[Augment::HorizontalFlip {}], &set, shape).unwrap();
+        let placement = |number: usize| augmenter.placement(number as u32, (0, 0, number as u64)).unwrap();
+        let form = Form::Packet { resident: false, allocate: Arena::host };
+        let mut batch = Batch::with_room(form, 5, 4).unwrap();
+        batch.open(4, 4);
+        batch.labels.extend([6, 7, 8, 6]);
+        batch.indices.extend([0; 4]);
+        batch.rounds.extend([0; 4]);
+        let Desk::Packet { placements, pixels } = batch.desk() else { panic!("a packet was asked for") };
+        for place in 0..4 {
+            // SAFETY: there is room for five.
+            unsafe {
+                placements.add(place).write(placement(place));
+                pixels.add(4 * place).write_bytes(place as u8, 4);
+            }
+        }
+        batch.remove(2, 4);
+        batch.remove(0, 4);
+        batch.close();
+
+        assert_eq!(batch.labels, [7, 6]);
+        let Samples::Packet(packet) = &batch.samples else { panic!("it was one") };
+        let (layout, sent) = (packet.layout, packet.contents().u8());
+        let expected = [placement(1), placement(3)];
+        assert_eq!(&sent[layout.placements(2)], bytemuck::cast_slice::<_, u8>(&expected));
+        assert_eq!(&sent[layout.labels(2)], bytemuck::cast_slice::<u32, u8>(&[7, 6]));
+        assert_eq!(&sent[layout.pixels(4)], [[0; 4], [1; 4], [2; 4], [3; 4]].as_flattened());
+        assert_eq!(sent.len(), layout.pixels(4).end, "of the fifth nothing is sent");
+    }
+}

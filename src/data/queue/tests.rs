@@ -199,6 +199,22 @@ fn an_error_or_a_panic_comes_with_the_step_that_needed_the_sample() {
 }
 
 #[test]
+fn what_lies_ahead_comes_next_and_its_error_not_before() {
+    let set = Arc::new(Slow { len: 40, failing: true, ..Slow::default() });
+    let mut queue = DataQueue::eval(set, loader(2, 3), 5, 0, 1).unwrap();
+    for step in 0..8 {
+        while !queue.ready(Duration::from_micros(50)) {}
+        let ahead = queue.ahead().map(told);
+        assert!(queue.ready(Duration::ZERO));
+        match (step, queue.next()) {
+            (3 | 4, outcome) => assert!(ahead.is_none() && outcome.is_err()),
+            (_, outcome) => assert!(ahead == Some(told(outcome.unwrap().unwrap()))),
+        }
+    }
+    assert!(queue.ahead().is_none() && queue.next().unwrap().is_none());
+}
+
+#[test]
 fn workers_never_run_ahead_of_the_bound_and_buffers_go_round() {
     let (prefetch, set) = (3, slow(4000));
     let mut queue =
