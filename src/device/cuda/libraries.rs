@@ -100,6 +100,7 @@ static DRIVER: Wanted = Wanted {
         "cuGetErrorString",
         "cuGraphDestroy",
         "cuGraphExecDestroy",
+        "cuGraphGetNodes",
         "cuGraphInstantiateWithFlags",
         "cuGraphLaunch",
         "cuInit",
