@@ -227,7 +227,7 @@ fn where_steps_cannot_be_recorded_the_way_around_is_said() {
         return eprintln!("skipped: a real GPU records all that is asked of it");
     }
     runs.variables.push(("LOCKSTEP_EMULATOR_REFUSES", "capture".into()));
-    let output = runs.command("recorded", 1, &["run.device=cuda"]).assert().code(3).get_output().clone();
+    let output = runs.command("recorded", 1, &["run.device=cuda"]).assert().code(6).get_output().clone();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("run.cuda_graphs = false goes without"), "{said}");
     assert!(said.contains("CUDA_ERROR_NOT_SUPPORTED"), "{said}");

@@ -26,11 +26,14 @@ pub struct Loss {
     /// (2, batch): what each sample adds to the sums.
     rows: Arena,
     rows_of: Kernel<Rows>,
-    sums_of: Kernel<(Read<f32>, Write<f32>, Write<u32>, u32)>,
+    sums_of: Kernel<SumsOf>,
 }
 
 /// Outputs, labels, weights, totals, gradient, rows; batch, classes, rule; smoothing, entropy, scale.
 type Rows = (Read<T>, Read<u32>, Read<f32>, Read<f32>, Write<T>, Write<f32>, u32, u32, u32, f32, f32, f32);
+
+/// Rows, sums, the word that halts an update; batch.
+type SumsOf = (Read<f32>, Write<f32>, Write<u32>, u32);
 
 impl Loss {
     /// For at most `batch` samples, whose outputs and gradients are of type `element`.
