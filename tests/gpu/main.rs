@@ -9,6 +9,7 @@ mod emulator;
 mod layers;
 mod operands;
 mod products;
+mod rounding;
 #[path = "../common/runs.rs"]
 mod runs;
 mod step;

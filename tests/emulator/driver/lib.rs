@@ -250,6 +250,11 @@ pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Code {
+    of_device(DEVICE, |_| unsafe { give(context, CURRENT.get()) })
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut usize, flags: c_uint) -> Code {
     in_context(|driver| {
         require(flags <= 1, INVALID_VALUE)?;
