@@ -6,6 +6,7 @@ mod augment;
 mod conv2d;
 #[path = "../emulator/mod.rs"]
 mod emulator;
+mod graphs;
 mod layers;
 mod operands;
 mod products;

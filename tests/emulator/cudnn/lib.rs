@@ -12,6 +12,8 @@ mod compute;
 #[path = "../context.rs"]
 mod context;
 mod engines;
+#[path = "../queue.rs"]
+mod queue;
 mod rules;
 
 use std::cell::RefCell;
@@ -73,7 +75,7 @@ impl Descriptor {
 }
 
 /// All descriptors that live. A handle is its number times 16, so that it looks like an address.
-#[derive(Default)]
+#[derive(Clone)]
 pub struct Table {
     descriptors: BTreeMap<Id, Descriptor>,
     created: usize,
@@ -300,6 +302,6 @@ pub extern "C" fn cudnnBackendExecute(handle: *mut c_void, plan: Id, pack: Id) -
             return bad("the handle is null");
         }
         in_context()?;
-        compute::execute(table, plan, pack)
+        compute::execute(table, unsafe { *handle.cast::<usize>() }, plan, pack)
     })
 }
