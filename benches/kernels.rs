@@ -195,6 +195,7 @@ impl Bench {
             params_bf16: &[],
             grad_params: &mut self.grads.iter_mut().map(Buffer::write).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: self.saved.read(),
             scratch: self.scratch.write(),
         };

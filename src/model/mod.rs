@@ -94,6 +94,11 @@ pub struct Inferred {
     pub relu_output: bool,
     /// Backward can do that of a ReLU in front of the only input (`Build::masks_input`).
     pub can_mask_input: bool,
+    /// The second parameter is a bias, added to each pixel of the output with at most a ReLU behind it. Its gradient is the sum of
+    /// the output's over the pixels, which the output's only reader may make (`Build::grad_summed`).
+    pub adds_bias: bool,
+    /// Backward on a GPU can sum the gradient by the only input over its pixels (`Build::sums_input`).
+    pub can_sum_input: bool,
     /// The gradients of the parameters are products of these factors, which backward can leave instead.
     pub factors: Option<Factors>,
 }
@@ -143,6 +148,10 @@ pub struct Build<'a> {
     pub masks_input: bool,
     /// The reader of the output has done the backward of this layer's ReLU.
     pub grad_masked: bool,
+    /// The input comes from a layer with a bias, whose gradient is made here: `Backward::input_sums`.
+    pub sums_input: bool,
+    /// The reader of the output has made the gradient of this layer's bias.
+    pub grad_summed: bool,
 }
 
 /// One call's circumstances.
@@ -201,6 +210,8 @@ pub struct Backward<'a> {
     /// Where not empty, backward leaves its factors here, x and then dy of the greatest batch, in f32, and no gradient by a
     /// parameter.
     pub factors: SliceMut<'a>,
+    /// Of the layer with `Build::sums_input`: the sums of the gradient by its input over the pixels, by channel, in f32.
+    pub input_sums: SliceMut<'a>,
     pub saved: Slice<'a>,
     pub scratch: SliceMut<'a>,
 }
@@ -260,6 +271,7 @@ mod tests {
             params_bf16: &[],
             grad_params: &mut [],
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: Slice::empty(),
             scratch: SliceMut::empty(),
         };

@@ -5,7 +5,7 @@
 mod plan;
 
 use super::elementwise::Elementwise;
-use super::params::ParamTable;
+use super::params::{Param, ParamTable};
 use super::precision::Precision;
 use super::spec::{Activation, DATA, MAX_INPUTS, MAX_PARAMS, NetSpec};
 use super::stopwatch::{Part, Stopwatch};
@@ -87,6 +87,8 @@ impl Net {
                 layer: number,
                 masks_input: node.masks_input,
                 grad_masked: node.grad_masked,
+                sums_input: node.sums_input && options.place == Place::Cuda,
+                grad_summed: node.grad_summed && options.place == Place::Cuda,
             };
             let layer = match options.precision {
                 Precision::F32 => node.spec.build(&build),
@@ -315,11 +317,14 @@ impl Net {
         });
         let (params, params_bf16) = self.node_params(node);
         let tensors = self.table.of_node(node);
-        let mut grad_params: [SliceMut; MAX_PARAMS] = array::from_fn(|i| match tensors.get(i) {
-            // SAFETY: tensors do not overlap, and the caller lent `grads` to this backward.
-            Some(param) => unsafe { grads.slice_mut(Precision::F32.bytes_of(&param.range)) },
-            None => SliceMut::empty(),
-        });
+        // SAFETY: tensors do not overlap, and the caller lent `grads` to this backward.
+        let grad_of = |param: &Param| unsafe { grads.slice_mut(Precision::F32.bytes_of(&param.range)) };
+        let mut grad_params: [SliceMut; MAX_PARAMS] =
+            array::from_fn(|i| tensors.get(i).map_or(SliceMut::empty(), grad_of));
+        let input_sums = match entry.sums_input && self.place() == Place::Cuda {
+            true => grad_of(&self.table.of_node(entry.inputs[0] - 1)[1]),
+            false => SliceMut::empty(),
+        };
         let io = Backward {
             inputs: &inputs[..entry.inputs.len()],
             output: match inferred.backward_reads_output {
@@ -332,6 +337,7 @@ impl Net {
             params_bf16: &params_bf16[..tensors.len()],
             grad_params: &mut grad_params[..tensors.len()],
             factors,
+            input_sums,
             saved: self.whole(&self.plan.saved[node]).into_shared(),
             scratch: self.scratch(),
         };

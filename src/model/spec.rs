@@ -29,6 +29,8 @@ pub struct Node {
     /// See `Build`.
     pub masks_input: bool,
     pub grad_masked: bool,
+    pub sums_input: bool,
+    pub grad_summed: bool,
 }
 
 /// The whole network; nodes stand in the order of forward, and the last one's output is the network's.
@@ -55,24 +57,23 @@ impl NetSpec {
             by_name.insert(entry.name.clone(), net.nodes.len());
         }
         net.refuse_unused()?;
-        net.hand_over_relus();
+        net.hand_over();
         Ok(net)
     }
 
-    /// Where a ReLU's output has one reader, and that can do the ReLU's backward with its own, it does: a pass over the
-    /// gradient is saved, and the output need not be kept for it.
-    fn hand_over_relus(&mut self) {
+    /// What the only reader of an output can do for the layer in front with its own backward, it does: the backward of a ReLU,
+    /// and then the gradient of a bias. Passes over the gradient are saved, and the output need not be kept for the ReLU's.
+    fn hand_over(&mut self) {
         for node in 0..self.nodes.len() {
             let inputs = |reader: &Node| reader.inputs.iter().filter(|&&input| input == node + 1).count();
             let readers: Vec<usize> = (0..self.nodes.len()).filter(|&at| inputs(&self.nodes[at]) > 0).collect();
-            if let [reader] = readers[..]
-                && self.nodes[node].inferred.relu_output
-                && self.nodes[reader].inferred.can_mask_input
-            {
-                self.nodes[reader].masks_input = true;
-                self.nodes[node].grad_masked = true;
-                self.nodes[node].inferred.backward_reads_output = false;
-            }
+            let &[reader] = &readers[..] else { continue };
+            let (own, other) = (&self.nodes[node].inferred, &self.nodes[reader].inferred);
+            let masks = own.relu_output && other.can_mask_input;
+            let sums = own.adds_bias && other.can_sum_input && (masks || !own.relu_output);
+            (self.nodes[node].grad_masked, self.nodes[reader].masks_input) = (masks, masks);
+            (self.nodes[node].grad_summed, self.nodes[reader].sums_input) = (sums, sums);
+            self.nodes[node].inferred.backward_reads_output &= !masks;
         }
     }
 
@@ -135,6 +136,8 @@ impl NetSpec {
             learns,
             masks_input: false,
             grad_masked: false,
+            sums_input: false,
+            grad_summed: false,
         })
     }
 

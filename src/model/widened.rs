@@ -104,6 +104,7 @@ impl Layer for Widened {
                 params_bf16: &[],
                 grad_params: &mut grad_params[..io.params.len()],
                 factors: io.factors.reborrow(),
+                input_sums: SliceMut::empty(),
                 saved: io.saved.cut(saved),
                 scratch: SliceMut::from(scratch.0),
             };

@@ -4,6 +4,7 @@
 #[path = "../common/program.rs"]
 mod program;
 
+mod engines;
 mod harness;
 mod header;
 mod kernels;

@@ -256,6 +256,7 @@ fn layers_launch_their_kernels() {
                     params_bf16: &[],
                     grad_params: &mut [],
                     factors: SliceMut::empty(),
+                    input_sums: SliceMut::empty(),
                     saved: Slice::empty(),
                     scratch: SliceMut::empty(),
                 };

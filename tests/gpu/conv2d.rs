@@ -13,7 +13,7 @@ use lockstep::model::params::ParamSpec;
 use lockstep::model::{Backward, Build, Forward, Layer, LayerSpec, Pass, Shape, layers};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::{env, fs};
+use std::{env, fs, thread};
 
 /// A convolution as `[[model.layers]]` has it, over images of a shape.
 struct Case {
@@ -79,6 +79,7 @@ impl Case {
             params_bf16: &[],
             grad_params: &mut grads.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: Slice::empty(),
             scratch: (&mut scratch[..]).into(),
         };
@@ -189,6 +190,7 @@ impl<'a> Subject<'a> {
             params_bf16: if self.element == Element::F32 { &[] } else { &rounded[..count] },
             grad_params: &mut grads[..count],
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: Slice::empty(),
             scratch: all_mut(scratch),
         };
@@ -387,4 +389,23 @@ fn a_plan_takes_any_buffers() {
         // 8 channels under 9 taps, at a corner 4.
         assert_eq!((found[0], found[9 * 16]), (32.0, 72.0));
     }
+}
+
+/// A thread that no context was made current in before.
+#[test]
+fn any_thread_plans_and_runs() {
+    let Some(gpu) = emulator::gpu() else { return };
+    let handle = gpu.cudnn().unwrap();
+    let plan = move || {
+        let graph = Arc::new(Graph::new(&handle, CONVOLUTION, PLAIN, Element::F32)?);
+        first(&graph, RULES)
+    };
+    let mut plan = thread::spawn(plan).join().unwrap().unwrap();
+    let memory: Vec<Arena> = plan.graph().buffers().iter().map(|&bytes| poisoned(&gpu, bytes)).collect();
+    let (buffers, workspace) =
+        (memory.iter().map(Arena::address).collect::<Vec<_>>(), poisoned(&gpu, plan.workspace_bytes()));
+    let to = workspace.address();
+    // SAFETY: buffers of the graph's lengths, which live until the stream is waited for.
+    thread::spawn(move || unsafe { plan.run(&buffers, to) }).join().unwrap().unwrap();
+    gpu.compute().wait().unwrap();
 }

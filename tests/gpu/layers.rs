@@ -36,6 +36,8 @@ pub struct Case {
     pub masks_input: bool,
     /// Whether the reader of its output has done the backward of its own ReLU.
     pub grad_masked: bool,
+    /// Whether it makes the gradient of a bias in front.
+    pub sums_input: bool,
 }
 
 fn cases() -> Vec<Case> {
@@ -47,12 +49,13 @@ const fn image(h: usize, w: usize, c: usize) -> Shape {
 }
 
 fn case(kind: &'static str, keys: &'static str, inputs: &[Shape]) -> Case {
-    Case { kind, keys, inputs: inputs.to_vec(), masks_input: false, grad_masked: false }
+    Case { kind, keys, inputs: inputs.to_vec(), masks_input: false, grad_masked: false, sums_input: false }
 }
 
 /// Packs of channels that are full and not, odd sizes, one channel, windows that overlap, leave gaps and hang over the edge.
 fn small() -> Vec<Case> {
     let masking = |kind, keys, input| Case { masks_input: true, ..case(kind, keys, &[input]) };
+    let summing = |keys, input| Case { sums_input: true, ..masking("max_pool", keys, input) };
     let mut cases = Vec::new();
     for input in [image(9, 7, 1), image(5, 8, 3), image(7, 7, 8), image(6, 9, 96)] {
         cases.extend([
@@ -60,6 +63,11 @@ fn small() -> Vec<Case> {
             case("max_pool", "size = 2\nstride = 3\npadding = 1", &[input]),
             case("max_pool", "size = 3\npadding = \"same\"\nstride = 1", &[input]),
             masking("max_pool", "size = 3\nstride = 2\npadding = 1", input),
+            summing("size = 3\nstride = 2", input),
+            summing("size = 2", input),
+            summing("size = 2\nstride = 2\npadding = \"same\"", input),
+            summing("size = 5\nstride = 2\npadding = 2", input),
+            summing("size = 3\nstride = 1\npadding = 2", input),
             case("avg_pool", "size = 3\nstride = 2\npadding = 1", &[input]),
             case("avg_pool", "size = 2\nstride = 3", &[input]),
             case("global_avg_pool", "", &[input]),
@@ -89,7 +97,10 @@ fn small() -> Vec<Case> {
 /// More than the emulator's blocks do at once, tiles with an end, and channels beyond a block's.
 fn large() -> Vec<Case> {
     vec![
-        case("max_pool", "size = 3\nstride = 2", &[image(33, 35, 24)]),
+        Case { sums_input: true, ..case("max_pool", "size = 3\nstride = 2", &[image(33, 35, 24)]) },
+        // More packs of channels than threads, and more rows than parts.
+        Case { sums_input: true, ..case("max_pool", "size = 2", &[image(4, 3, 2056)]) },
+        Case { sums_input: true, ..case("max_pool", "size = 2\nstride = 1", &[image(600, 3, 8)]) },
         case("global_avg_pool", "", &[image(20, 20, 300)]),
         case("global_max_pool", "", &[image(3, 3, 520)]),
         case("lrn", "", &[image(9, 11, 256)]),
@@ -149,6 +160,7 @@ fn convolutions() -> Vec<Case> {
         keys,
         inputs: vec![input],
         masks_input: masks,
+        sums_input: false,
         grad_masked: masks && keys.contains("relu"),
     };
     cases.iter().flat_map(|&each| [false, true].map(|masks| case(each, masks))).collect()
@@ -183,7 +195,8 @@ fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
     }
     let shapes: Vec<String> = case.inputs.iter().map(Shape::to_string).collect();
     let masks = if case.masks_input { " behind a relu" } else { "" };
-    let name = format!("{} {}{masks} on {}", case.kind, case.keys.replace('\n', " "), shapes.join(", "));
+    let sums = if case.sums_input { " with sums" } else { "" };
+    let name = format!("{} {}{masks}{sums} on {}", case.kind, case.keys.replace('\n', " "), shapes.join(", "));
     let lines = ["forward", "backward"].into_iter().zip(errors).map(|(direction, error)| {
         let line = format!("{name:<90} {precision:>9} {direction:>9} {error:>14.2e}");
         println!("{line}");
@@ -197,7 +210,7 @@ fn bits(results: &Results) -> Vec<u32> {
 }
 
 /// The norm of the difference over the norm of what was expected.
-fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+pub fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
     let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)));

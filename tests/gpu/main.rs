@@ -10,6 +10,7 @@ mod graphs;
 mod layers;
 mod operands;
 mod products;
+mod rounding;
 #[path = "../common/runs.rs"]
 mod runs;
 mod step;

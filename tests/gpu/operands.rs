@@ -98,6 +98,7 @@ impl<'a> Operands<'a> {
             layer: 3,
             masks_input: self.case.masks_input,
             grad_masked: self.case.grad_masked,
+            sums_input: self.case.sums_input && place == Place::Cuda,
             training: true,
             grad_inputs: true,
             ..Build::default()
@@ -127,7 +128,8 @@ impl<'a> Operands<'a> {
         Results { values: [output, grads], allocations: in_forward + in_backward }
     }
 
-    /// The gradients by inputs, then by parameters in canonical order; and how often the layer asked the heap for memory.
+    /// The gradients by inputs, then by parameters in canonical order, then the first's sums over the pixels if the case has
+    /// them; and how often the layer asked the heap for memory.
     fn backward(
         &self,
         layer: &mut dyn Layer,
@@ -141,6 +143,8 @@ impl<'a> Operands<'a> {
         let poisoned = |input: &Vec<f32>| memory.activation(&vec![f32::NAN; len(input)]);
         let mut grad_inputs: Vec<Arena> = self.inputs.iter().map(poisoned).collect();
         let mut grad_params: Vec<Arena> = self.params.iter().map(|param| memory.poisoned(4 * param.len())).collect();
+        let channels = if self.case.sums_input { self.case.inputs[0].c } else { 0 };
+        let mut input_sums = memory.poisoned(4 * channels);
         let Inferred { backward_reads_input, backward_reads_output, .. } = self.inferred;
         let read = |arena, is_read| if is_read { whole(arena) } else { Slice::empty() };
         let io = Backward {
@@ -152,16 +156,23 @@ impl<'a> Operands<'a> {
             params_bf16: &slices(&buffers.rounded),
             grad_params: &mut grad_params.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
+            input_sums: whole_mut(&mut input_sums),
             saved: whole(&buffers.saved),
             scratch: whole_mut(&mut scratch),
         };
         let allocated = allocations(|| {
             layer.backward(pass, io).unwrap_or_else(|error| panic!("{:?}, backward: {error}", self.case));
         });
-        let of_inputs = grad_inputs.iter().zip(&self.inputs).map(|(grad, input)| memory.read(grad, len(input)));
+        let mut grads: Vec<Vec<f32>> =
+            grad_inputs.iter().zip(&self.inputs).map(|(grad, input)| memory.read(grad, len(input))).collect();
         let specs = self.specs_on(memory.place());
         let of_params = specs.iter().zip(&grad_params).map(|(spec, grad)| canonical(spec, &memory.read_f32(grad)));
-        (of_inputs.chain(of_params).collect(), allocated)
+        let sums = self.case.sums_input.then(|| match memory.place() {
+            Place::Cuda => memory.read_f32(&input_sums),
+            Place::Host => sums_over_pixels(&grads[0], channels),
+        });
+        grads.extend(of_params.chain(sums));
+        (grads, allocated)
     }
 
     fn buffers(&self, layer: &dyn Layer, batch: usize, memory: &dyn Memory) -> Buffers {
@@ -182,6 +193,11 @@ impl<'a> Operands<'a> {
     fn specs_on(&self, place: Place) -> Vec<ParamSpec> {
         self.inferred.params.iter().map(|spec| spec.clone().on(place)).collect()
     }
+}
+
+fn sums_over_pixels(grad: &[f32], channels: usize) -> Vec<f32> {
+    let sum = |channel: usize| grad[channel..].iter().step_by(channels).map(|&value| f64::from(value)).sum::<f64>();
+    (0..channels).map(|channel| sum(channel) as f32).collect()
 }
 
 /// What forward gets, and what it leaves for backward.

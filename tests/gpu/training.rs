@@ -32,10 +32,10 @@ kernel = 5
 stride = 4
 activation = "relu"
 [[model.layers]]
-type = "lrn"
-[[model.layers]]
 type = "max_pool"
 size = 2
+[[model.layers]]
+type = "lrn"
 [[model.layers]]
 type = "conv2d"
 filters = 8

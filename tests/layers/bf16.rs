@@ -179,6 +179,7 @@ impl Subject {
             params_bf16: &slices(&params_bf16),
             grad_params: &mut grad_params.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: Slice::from(&self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),
         };

@@ -102,3 +102,21 @@ fn gradients(spec: NetSpec, precision: Precision) -> Vec<f32> {
     // SAFETY: backward is over.
     unsafe { grads.slice(0..bytes) }.f32().to_vec()
 }
+
+/// A bias's gradient is its reader's to make where that sees the gradient as it is behind the ReLU's backward.
+#[test]
+fn a_max_pool_makes_the_gradient_of_a_bias_in_front() {
+    let conv_without_bias = &format!("{CONV_RELU}\nbias = false");
+    for (keys, pool, summed) in [
+        (CONV_RELU, POOL, true),
+        (CONV, POOL, true),
+        (conv_without_bias, POOL, false),
+        ("filters = 18\nkernel = 3\nactivation = \"tanh\"", POOL, false),
+        // It leaves the ReLU where it is.
+        (CONV_RELU, "size = 16\npadding = 8\nstride = 4", false),
+        (CONV, "size = 16\npadding = 8\nstride = 4", true),
+    ] {
+        let spec = spec(&[("conv2d", keys, &[]), ("max_pool", pool, &[])]);
+        assert_eq!((spec.nodes[0].grad_summed, spec.nodes[1].sums_input), (summed, summed), "{keys}, {pool}");
+    }
+}

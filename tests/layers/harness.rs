@@ -100,6 +100,7 @@ impl Subject {
             params_bf16: &[],
             grad_params: &mut slices_mut(&mut grads.params),
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: Slice::from(&self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),
         };

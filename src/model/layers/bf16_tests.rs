@@ -107,6 +107,7 @@ impl Operands {
             params_bf16,
             grad_params: &mut grads.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: Slice::empty(),
             scratch: SliceMut::from(&mut scratch[..]),
         };

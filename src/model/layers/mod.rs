@@ -7,6 +7,7 @@ mod avg_pool;
 mod batch_norm;
 #[cfg(test)]
 mod bf16_tests;
+mod channel_sums;
 mod concat;
 mod conv2d;
 mod dropout;

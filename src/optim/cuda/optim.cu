@@ -10,6 +10,8 @@ struct Chunk {
 // Elements of a chunk; the last of a tensor may be shorter. A thread has one line of 16 in the sums of squares.
 constexpr u32 CHUNK = 4096, LINE = 16;
 
+using Four = Pack<float, 4>;
+
 // What a rule computes with, `Numbers` in mod.rs.
 struct Numbers {
     float l1, l2, clip_value, factor, rate, momentum, eps, decay, gain, first_gain, correction, keep, trust, max_norm;
@@ -70,7 +72,6 @@ __device__ inline void update(const Arenas& arenas, F rule) {
     auto one = [&](float w, float g, float& a, float& b) {
         return momentum >= 0.0f ? add(w, mul(momentum, sub(g, w))) : rule(numbers, chunk.tensor, w, clipped(numbers, g), a, b);
     };
-    using Four = Pack<float, 4>;
     // Chunks and ranges begin at multiples of 16 elements.
     const u64 packs = (stop - start) / 4;
     for (u64 pack = threadIdx.x; pack < packs; pack += blockDim.x) {
@@ -187,10 +188,19 @@ extern "C" __global__ void __launch_bounds__(256)
     const Chunk chunk = chunks[blockIdx.x];
     const Numbers n = *numbers;
     double lanes[4] = {};
-    for (u32 i = LINE * threadIdx.x; i < chunk.len && i < LINE * (threadIdx.x + 1); i++) {
-        const float value = values[chunk.first + i];
-        const double exact = double(clip ? clipped(n, value) : value);
-        lanes[i % 4] += exact * exact;
+    for (u32 i = 0; i < LINE; i += 4) {
+        const u32 at = LINE * threadIdx.x + i;
+        Four four = {};
+        if (at + 4 <= chunk.len) {
+            four = *reinterpret_cast<const Four*>(values + chunk.first + at);
+        }
+        for (u32 j = 0; j < 4; j++) {
+            if (at + j < chunk.len) {
+                const float value = at + 4 <= chunk.len ? four.values[j] : values[chunk.first + at + j];
+                const double exact = double(clip ? clipped(n, value) : value);
+                lanes[j] += exact * exact;
+            }
+        }
     }
     lines[threadIdx.x] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
     add_up(lines, (chunk.len + LINE - 1) / LINE, 0.0);

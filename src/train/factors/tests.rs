@@ -59,6 +59,7 @@ fn gradient(config: &Config, leaf: usize) -> Vec<f32> {
         params_bf16: &[],
         grad_params: &mut [dweight.into(), dbias.into()],
         factors: SliceMut::empty(),
+        input_sums: SliceMut::empty(),
         saved: Slice::empty(),
         scratch: SliceMut::from(&mut scratch[..]),
     };

@@ -7,6 +7,8 @@
 //! and one that needs matrices at multiples of 256 bytes. The sums of BGRADB are there only where rows begin at multiples of 16
 //! bytes, so that callers have to do without.
 
+#[path = "../context.rs"]
+mod context;
 #[path = "../queue.rs"]
 mod queue;
 mod values;
@@ -17,6 +19,7 @@ use values::{BF16, F16, F32, load, size, store};
 
 type Status = c_int;
 const SUCCESS: Status = 0;
+const NOT_INITIALIZED: Status = 1;
 const INVALID_VALUE: Status = 7;
 const EXECUTION_FAILED: Status = 13;
 const NOT_SUPPORTED: Status = 15;
@@ -311,6 +314,9 @@ pub unsafe extern "C" fn cublasLtMatmulAlgoGetHeuristic(
     count: *mut c_int,
 ) -> Status {
     unsafe { *count = 0 };
+    if !context::is_current() {
+        return NOT_INITIALIZED;
+    }
     let problem = match unsafe { Problem::new(description, [a, b, c, d]) } {
         Ok(problem) => problem,
         Err(status) => return status,
@@ -382,6 +388,9 @@ pub unsafe extern "C" fn cublasLtMatmul(
     workspace_bytes: usize,
     stream: usize,
 ) -> Status {
+    if !context::is_current() {
+        return NOT_INITIALIZED;
+    }
     let problem = match unsafe { Problem::new(description, [a_layout, b_layout, c_layout, d_layout]) } {
         Ok(problem) => problem,
         Err(status) => return status,

@@ -9,6 +9,8 @@
 //! What it does not show: which graphs a real cuDNN has engines for.
 
 mod compute;
+#[path = "../context.rs"]
+mod context;
 mod engines;
 #[path = "../queue.rs"]
 mod queue;
@@ -156,11 +158,19 @@ pub unsafe extern "C" fn cudnnGetLastErrorString(message: *mut c_char, room: usi
     });
 }
 
+/// What is done with a handle is done in the context of the calling thread.
+fn in_context() -> Result<(), Failure> {
+    match context::is_current() {
+        true => Ok(()),
+        false => Err((NOT_INITIALIZED, "no context is current in this thread".into())),
+    }
+}
+
 /// A handle is the address of the stream that was set.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cudnnCreate(handle: *mut *mut usize) -> c_int {
     unsafe { *handle = Box::into_raw(Box::new(0)) };
-    SUCCESS
+    status("cudnnCreate", in_context())
 }
 
 #[unsafe(no_mangle)]
@@ -229,6 +239,9 @@ pub extern "C" fn cudnnBackendFinalize(descriptor: Id) -> c_int {
             return bad("the descriptor was finalized before");
         }
         rules::check(table, of)?;
+        if rules::NEED_A_DEVICE.contains(&of.kind) {
+            in_context()?;
+        }
         let engine = engines::of_plan(table, of)?;
         let of = table.get_mut(descriptor)?;
         of.engine = engine;
@@ -288,6 +301,7 @@ pub extern "C" fn cudnnBackendExecute(handle: *mut c_void, plan: Id, pack: Id) -
         if handle.is_null() {
             return bad("the handle is null");
         }
+        in_context()?;
         compute::execute(table, unsafe { *handle.cast::<usize>() }, plan, pack)
     })
 }

@@ -20,6 +20,9 @@ pub const GRAPH: c_int = 15;
 pub const PACK: c_int = 16;
 pub const TENSOR: c_int = 17;
 
+/// What the GPU of the current context answers for.
+pub const NEED_A_DEVICE: [c_int; 3] = [HEURISTICS, PLAN, GRAPH];
+
 pub const KINDS: [c_int; 14] = [
     POINTWISE,
     CONVOLUTION,

@@ -287,3 +287,8 @@ pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
         Ok(())
     })
 }
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Code {
+    of_device(DEVICE, |_| unsafe { give(context, CURRENT.get()) })
+}

@@ -48,6 +48,7 @@ macro_rules! attributes {
 }
 
 attributes! {
+    c_char = CUDNN_TYPE_CHAR,
     i64 = CUDNN_TYPE_INT64,
     f32 = CUDNN_TYPE_FLOAT,
     bool = CUDNN_TYPE_BOOLEAN,

@@ -99,8 +99,8 @@ pub fn plan(graph: &Arc<Graph>, configuration: Configuration, rules: Rules, reas
 }
 
 fn propose(graph: &Graph, mode: Mode) -> Result<Vec<Descriptor>> {
-    let _alone = graph.handle.lock();
-    let heuristics = Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
+    let _alone = graph.handle.lock()?;
+    let heuristics = (graph.handle.of_heuristics(Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?)?)
         .with(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, &[graph.descriptor.link()])?
         .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
         .finalized()?;

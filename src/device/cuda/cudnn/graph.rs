@@ -72,10 +72,9 @@ impl Graph {
             Product::Data { mask } => builder.data(mask),
             Product::Weight { wide } => builder.weight(wide),
         }?;
-        let _alone = handle.lock();
-        let descriptor = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
+        let _alone = handle.lock()?;
+        let descriptor = (handle.of_graph(Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?)?)
             .with(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &builder.operations)?
-            .with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle.raw()])?
             .finalized()?;
         let Builder { buffers, parts, .. } = builder;
         Ok(Graph { descriptor, handle: handle.clone(), convolution, product, element, buffers, _parts: parts })

@@ -33,9 +33,8 @@ struct Pack {
 impl Plan {
     /// The error is that the engine does not support the graph.
     pub(super) fn new(graph: &Arc<Graph>, configuration: Descriptor, name: String) -> Result<Plan> {
-        let alone = graph.handle.lock();
-        let descriptor = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
-            .with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[graph.handle.raw()])?
+        let alone = graph.handle.lock()?;
+        let descriptor = (graph.handle.of_plan(Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?)?)
             .with(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, &[configuration.link()])?
             .finalized()?;
         drop(alone);
@@ -78,8 +77,8 @@ impl Plan {
             Some(known) => known,
             None => self.add(key, buffers, workspace)?,
         };
-        let (handle, pack) = (self.graph.handle.raw(), &self.packs[pack].descriptor);
-        let _alone = self.graph.handle.lock();
+        let (handle, pack) = (self.graph.handle.raw()?, &self.packs[pack].descriptor);
+        let _alone = self.graph.handle.lock()?;
         // SAFETY: the plan fits the pack; the memory is the caller's promise.
         let status = unsafe { sys::cudnnBackendExecute(handle, self.descriptor.raw(), pack.raw()) };
         check("cudnnBackendExecute", status)

@@ -10,10 +10,20 @@ use std::ptr;
 /// The code of `source` for an architecture such as `sm_90`. That a source cannot be compiled is a bug in it; the error has the
 /// compiler's log.
 pub fn compile(source: &Source, element: Element, architecture: &str) -> Result<Vec<u8>> {
+    compiled(source, architecture, &options(element, architecture))?.cubin()
+}
+
+/// What the assembler says of each kernel: its registers, its memory, what it spills. For tests.
+pub fn usage(source: &Source, element: Element, architecture: &str) -> Result<String> {
+    let verbose = ["--ptxas-options=-v".to_owned()];
+    Ok(compiled(source, architecture, &[&options(element, architecture)[..], &verbose].concat())?.log())
+}
+
+fn compiled(source: &Source, architecture: &str, options: &[String]) -> Result<Program> {
     let nvrtc = libraries::nvrtc()?;
     let program = Program::new(source)?;
-    let options = options(element, architecture).map(c_string);
-    let pointers = options.each_ref().map(|option| option.as_ptr());
+    let options: Vec<CString> = options.iter().map(|option| c_string(option.as_str())).collect();
+    let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
     // SAFETY: the program lives, and the options during the call.
     let code = unsafe { sys::nvrtcCompileProgram(program.0, pointers.len() as i32, pointers.as_ptr()) };
     let what = || format!("NVRTC {} ({}), {}.cu for {architecture}", nvrtc.version, nvrtc.path.display(), source.name);
@@ -30,7 +40,7 @@ pub fn compile(source: &Source, element: Element, architecture: &str) -> Result<
         }
         code => check_nvrtc("nvrtcCompileProgram", code).map_err(|error| error.context(what()))?,
     }
-    program.cubin()
+    Ok(program)
 }
 
 /// All that is told to the compiler beside the source, so part of the cache's key.

@@ -19,7 +19,7 @@ mod signature;
 
 pub(super) use cache::cache_folder;
 pub(super) use compile::check_nvrtc;
-pub use compile::compile;
+pub use compile::{compile, usage};
 pub use launch::{Argument, Arguments, Grid, Kernel, Read, T, Value, Write};
 
 use super::gpu::Context;
@@ -37,9 +37,10 @@ pub struct Source {
 }
 
 /// What a source may include: its name and its text.
-pub const HEADERS: [(&str, &str); 4] = [
+pub const HEADERS: [(&str, &str); 5] = [
     ("common.cuh", include_str!("common.cuh")),
     ("activation.cuh", include_str!("../../../model/layers/activation/activation.cuh")),
+    ("channel_sums.cuh", include_str!("../../../model/layers/channel_sums/channel_sums.cuh")),
     ("lanes.cuh", include_str!("../../../model/layers/lanes.cuh")),
     ("window.cuh", include_str!("../../../model/layers/window/window.cuh")),
 ];

@@ -1,5 +1,6 @@
 // The activations, as in cpu.rs; their numbers are those of `Activation::number`.
 #pragma once
+#include "common.cuh"
 
 enum Activation : u32 { NONE = 0, RELU = 1, SIGMOID = 2, TANH = 3 };
 

@@ -221,6 +221,7 @@ impl LayerSpec for Conv2d {
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
             relu_output: self.activation == Activation::Relu,
+            adds_bias: self.bias && self.activation.is_relu_or_none(),
             ..Inferred::default()
         })
     }

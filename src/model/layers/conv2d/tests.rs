@@ -118,6 +118,7 @@ impl Case {
                 params_bf16: &[],
                 grad_params: &mut grad_params,
                 factors: SliceMut::empty(),
+                input_sums: SliceMut::empty(),
                 saved: Slice::empty(),
                 scratch: (&mut scratch[..]).into(),
             };
@@ -284,6 +285,7 @@ fn without_a_use_for_dx_the_other_gradients_are_the_same() {
         params_bf16: &[],
         grad_params: &mut [(&mut dweight[..]).into(), (&mut dbias[..]).into()],
         factors: SliceMut::empty(),
+        input_sums: SliceMut::empty(),
         saved: Slice::empty(),
         scratch: (&mut scratch[..]).into(),
     };

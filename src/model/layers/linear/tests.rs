@@ -64,6 +64,7 @@ fn run(values: &Values, batch: usize, built: usize, threads: usize, activation: 
             params_bf16: &[],
             grad_params: &mut [(&mut dweight[..]).into(), (&mut dbias[..]).into()],
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: Slice::empty(),
             scratch: (&mut scratch[..]).into(),
         };

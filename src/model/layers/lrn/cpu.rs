@@ -248,6 +248,7 @@ mod tests {
             params_bf16: &[],
             grad_params: &mut [],
             factors: SliceMut::empty(),
+            input_sums: SliceMut::empty(),
             saved: Slice::empty(),
             scratch: SliceMut::empty(),
         };

@@ -1,5 +1,6 @@
+use super::super::channel_sums::{ChannelSums, grid_of_parts, threads};
 use super::super::window::{DeviceWindow, Window};
-use super::super::{check_batch, lanes};
+use super::super::{check_batch, grid_over_tiles};
 use crate::device::cuda::Gpu;
 use crate::device::cuda::kernels::{Element, Kernel, Read, Source, T, Write};
 use crate::error::Result;
@@ -7,18 +8,21 @@ use crate::model::{Backward, Build, Forward, Layer, Pass};
 
 static SOURCE: Source = Source { name: "max_pool", text: include_str!("max_pool.cu") };
 
-/// x, y, winner, window, channels, pixels of y, masks
+/// x, y, winner, window, channels, samples, masks
 type ForwardKernel = Kernel<(Read<T>, Write<T>, Write<u8>, DeviceWindow, u32, u32, u32)>;
-/// dy, winner, dx, window, channels, pixels of dx
-type BackwardKernel = Kernel<(Read<T>, Read<u8>, Write<T>, DeviceWindow, u32, u32)>;
+/// dy, winner, dx, sums, window, channels, samples, whether sums are wanted
+type BackwardKernel = Kernel<(Read<T>, Read<u8>, Write<T>, Write<f32>, DeviceWindow, u32, u32, u32)>;
 
 pub struct MaxPool {
     gpu: Gpu,
     element: Element,
     window: Window,
     channels: usize,
+    batch: usize,
     /// Whether the input comes from a ReLU whose backward is done here.
     masks_input: bool,
+    /// Where the input's gradient is summed here.
+    sums: Option<ChannelSums>,
     forward: ForwardKernel,
     backward: BackwardKernel,
 }
@@ -29,35 +33,54 @@ impl MaxPool {
         check_batch(build, &[input, window.output(input.c)])?;
         let module = gpu.module(&SOURCE, element)?;
         Ok(MaxPool {
-            gpu,
             element,
             window,
             channels: input.c,
+            batch: build.batch,
             masks_input: build.masks_input,
+            sums: build.sums_input.then(|| ChannelSums::new(&gpu, input.c)).transpose()?,
             forward: module.kernel("max_pool_forward")?,
             backward: module.kernel("max_pool_backward")?,
+            gpu,
         })
+    }
+
+    /// Rows of windows.
+    fn rows(&self, batch: usize) -> usize {
+        batch * self.window.rows.output
     }
 }
 
 impl Layer for MaxPool {
-    fn forward(&mut self, pass: &Pass, mut io: Forward<'_>) -> Result<()> {
-        let (window, c) = (&self.window, self.channels);
-        let pixels = pass.batch * window.rows.output * window.columns.output;
-        let grid = self.gpu.grid_over(pixels * c / lanes(self.element, &[c]));
-        let (x, y, winner) = (io.inputs[0].into(), (&mut io.output).into(), (&mut io.saved).into());
-        let arguments = (x, y, winner, window.into(), c as u32, pixels as u32, u32::from(self.masks_input));
-        // SAFETY: tensors of the net's arenas, of the shapes that the layer was built for.
-        unsafe { self.forward.launch(self.gpu.compute(), grid, arguments) }
+    fn scratch_bytes(&self) -> usize {
+        self.sums.as_ref().map_or(0, |sums| sums.bytes(self.rows(self.batch)))
     }
 
-    fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()> {
-        let (window, c) = (&self.window, self.channels);
-        let pixels = pass.batch * window.rows.input * window.columns.input;
-        let grid = self.gpu.grid_over(pixels * c / lanes(self.element, &[c]));
-        let (dy, winner, dx) = ((&io.grad_output).into(), io.saved.into(), (&mut io.grad_inputs[0]).into());
-        let arguments = (dy, winner, dx, window.into(), c as u32, pixels as u32);
+    fn forward(&mut self, pass: &Pass, mut io: Forward<'_>) -> Result<()> {
+        let [across, pixels, _] = threads(self.channels, self.element);
+        let grid = grid_over_tiles(&self.gpu, self.rows(pass.batch), [across, pixels]);
+        let (x, y, winner) = (io.inputs[0].into(), (&mut io.output).into(), (&mut io.saved).into());
+        let (c, samples, masks) = (self.channels as u32, pass.batch as u32, u32::from(self.masks_input));
+        // SAFETY: tensors of the net's arenas, of the shapes that the layer was built for.
+        unsafe {
+            self.forward.launch(self.gpu.compute(), grid, (x, y, winner, (&self.window).into(), c, samples, masks))
+        }
+    }
+
+    fn backward(&mut self, pass: &Pass, mut io: Backward<'_>) -> Result<()> {
+        let rows = self.rows(pass.batch);
+        let grid = grid_of_parts(rows, self.channels, self.element);
+        let (dy, winner, [dx]) = ((&io.grad_output).into(), io.saved.into(), io.grad_inputs) else {
+            unreachable!("infer takes one input")
+        };
+        // Without sums the kernel writes none.
+        let parts = if self.sums.is_some() { (&mut io.scratch).into() } else { Write::from(&mut *dx) };
+        let (c, samples, wants_sums) = (self.channels as u32, pass.batch as u32, u32::from(self.sums.is_some()));
+        let arguments = (dy, winner, dx.into(), parts, (&self.window).into(), c, samples, wants_sums);
         // SAFETY: as above.
-        unsafe { self.backward.launch(self.gpu.compute(), grid, arguments) }
+        unsafe {
+            self.backward.launch(self.gpu.compute(), grid, arguments)?;
+            self.sums.as_ref().map_or(Ok(()), |sums| sums.add_parts(rows, io.scratch.as_slice(), io.input_sums))
+        }
     }
 }

@@ -42,6 +42,7 @@ impl LayerSpec for MaxPool {
             saved_bytes: output.len(),
             // The byte of a 16x16 window has no value to spare for "none of them".
             can_mask_input: self.size < 16,
+            can_sum_input: true,
             ..Inferred::default()
         })
     }

@@ -3,7 +3,8 @@
 //! The functions are unsafe as every launch is: the buffers stay allocated, and nobody else touches them, until the stream
 //! has come past it.
 
-use super::super::super::Activation;
+use super::super::super::channel_sums::{ChannelSums, grid_of_parts, threads};
+use super::super::super::{Activation, grid_over_tiles, lanes};
 use super::arrangement::Arrangement;
 use crate::device::cuda::Gpu;
 use crate::device::cuda::kernels::{Element, Grid, Kernel, Read, Source, T, Write};
@@ -12,44 +13,35 @@ use crate::error::Result;
 
 static SOURCE: Source = Source { name: "conv2d", text: include_str!("../conv2d.cu") };
 
-/// The shape of the blocks that sum columns, as in conv2d.cu.
-const COLUMNS: usize = 32;
-const LANES: usize = 8;
-/// Parts of a sum at most, and rows at least of one.
-const PARTS: usize = 512;
-const PART_ROWS: usize = 64;
-/// Rows of blocks that a grid can have.
-const MOST_ROWS: usize = 65_535;
-
-/// y, bias, activation, filters, values.
+/// y, bias, activation, filters, rows.
 type AddBias = (Write<T>, Read<f32>, u32, u32, u64);
-/// dy, y, sums, activation, filters, rows, rows of a part.
-type SumParts = (Write<T>, Read<T>, Write<f32>, u32, u32, u64, u64);
-/// sums, dbias, filters, parts.
-type AddParts = (Read<f32>, Write<f32>, u32, u32);
+/// dy, y, sums, activation, filters, rows.
+type SumParts = (Write<T>, Read<T>, Write<f32>, u32, u32, u64);
 /// from, to, images, an image's lengths, its blocks, the block, zeros in front.
 type Move = (Read<T>, Write<T>, u32, u32, u32, u32, u32, u32, u32, u32, u32);
 
 pub struct Kernels {
     gpu: Gpu,
     element: Element,
+    filters: usize,
     add_bias: Kernel<AddBias>,
     sum_parts: Kernel<SumParts>,
-    add_parts: Kernel<AddParts>,
+    sums: ChannelSums,
     arrange: Kernel<Move>,
     restore: Kernel<Move>,
     restore_f32: Kernel<Move>,
 }
 
 impl Kernels {
-    pub fn new(gpu: &Gpu, element: Element) -> Result<Kernels> {
+    pub fn new(gpu: &Gpu, element: Element, filters: usize) -> Result<Kernels> {
         let module = gpu.module(&SOURCE, element)?;
         Ok(Kernels {
             gpu: gpu.clone(),
             element,
+            filters,
             add_bias: module.kernel("add_bias")?,
             sum_parts: module.kernel("sum_parts")?,
-            add_parts: module.kernel("add_parts")?,
+            sums: ChannelSums::new(gpu, filters)?,
             arrange: module.kernel("arrange")?,
             restore: module.kernel("restore")?,
             restore_f32: gpu.module(&SOURCE, Element::F32)?.kernel("restore")?,
@@ -61,15 +53,17 @@ impl Kernels {
     /// # Safety
     /// As the module says.
     pub unsafe fn add_bias(&self, mut y: SliceMut<'_>, bias: Slice<'_>, activation: Activation) -> Result<()> {
-        let (n, filters) = (y.bytes() / self.element.bytes(), bias.bytes() / size_of::<f32>());
-        let arguments = ((&mut y).into(), bias.into(), activation.number(), filters as u32, n as u64);
-        // SAFETY: n values in rows of as many as there are filters; the caller vouches for the rest.
-        unsafe { self.add_bias.launch(self.gpu.compute(), self.gpu.grid_over(n), arguments) }
+        let (rows, filters) = self.rows_and_filters(&y);
+        let threads = threads(filters, self.element);
+        let grid = grid_over_tiles(&self.gpu, rows.div_ceil(threads[1] as usize), [threads[0], threads[1]]);
+        let arguments = ((&mut y).into(), bias.into(), activation.number(), filters as u32, rows as u64);
+        // SAFETY: rows of as many values as there are filters; the caller vouches for the rest.
+        unsafe { self.add_bias.launch(self.gpu.compute(), grid, arguments) }
     }
 
-    /// Bytes of `sums` for so many rows of dy at most.
-    pub fn sums_bytes(rows: usize, filters: usize) -> usize {
-        most_parts(rows) * filters * size_of::<f32>()
+    /// Bytes of `parts` for so many rows of dy at most.
+    pub fn parts_bytes(&self, rows: usize) -> usize {
+        self.sums.bytes(rows)
     }
 
     /// Undoes the activation in dy, whose output y was, and sums dy over its rows; y is not read without an activation.
@@ -81,28 +75,23 @@ impl Kernels {
         undo: Activation,
         y: Slice<'_>,
         mut dy: SliceMut<'_>,
-        mut sums: SliceMut<'_>,
-        mut dbias: SliceMut<'_>,
+        mut parts: SliceMut<'_>,
+        dbias: SliceMut<'_>,
     ) -> Result<()> {
-        let filters = dbias.bytes() / size_of::<f32>();
-        let rows = dy.bytes() / self.element.bytes() / filters;
-        let (parts, part_rows) = parts(rows);
-        assert!(sums.bytes() >= parts * dbias.bytes(), "room for {parts} sums");
+        let (rows, filters) = self.rows_and_filters(&dy);
         let y = if undo == Activation::None { Read::from(&dy) } else { y.into() };
-        let grid = |parts| Grid {
-            blocks: [filters.div_ceil(COLUMNS) as u32, parts as u32, 1],
-            threads: [COLUMNS as u32, LANES as u32, 1],
-            shared_bytes: 0,
-        };
-        let stream = self.gpu.compute();
-        let summing =
-            ((&mut dy).into(), y, (&mut sums).into(), undo.number(), filters as u32, rows as u64, part_rows as u64);
-        let adding = (Read::from(&sums), (&mut dbias).into(), filters as u32, parts as u32);
-        // SAFETY: dy and y have these rows, and there is room for the sums; the caller vouches for the rest.
+        let grid = grid_of_parts(rows, filters, self.element);
+        let summing = ((&mut dy).into(), y, (&mut parts).into(), undo.number(), filters as u32, rows as u64);
+        // SAFETY: dy and y have these rows, and there is room for the parts; the caller vouches for the rest.
         unsafe {
-            self.sum_parts.launch(stream, grid(parts), summing)?;
-            self.add_parts.launch(stream, grid(1), adding)
+            self.sum_parts.launch(self.gpu.compute(), grid, summing)?;
+            self.sums.add_parts(rows, parts.as_slice(), dbias)
         }
+    }
+
+    /// Of y, or of its gradient.
+    fn rows_and_filters(&self, y: &SliceMut<'_>) -> (usize, usize) {
+        (y.bytes() / self.element.bytes() / self.filters, self.filters)
     }
 
     /// Images, each a block after the other; filters are the images of `Images::filters`.
@@ -111,7 +100,7 @@ impl Kernels {
     /// As the module says.
     pub unsafe fn arrange(&self, images: Images, from: Slice<'_>, mut to: SliceMut<'_>) -> Result<()> {
         images.check(from.bytes(), to.bytes(), self.element);
-        let (grid, from, to) = (self.grid(images, images.arranged_len()), from.into(), (&mut to).into());
+        let (grid, from, to) = (self.grid(images, images.packs(self.element)), from.into(), (&mut to).into());
         // SAFETY: as many values as the images have; the caller vouches for the rest.
         unsafe { self.arrange.launch(self.gpu.compute(), grid, images.arguments(from, to)) }
     }
@@ -128,10 +117,12 @@ impl Kernels {
         unsafe { kernel.launch(self.gpu.compute(), grid, images.arguments(from, to)) }
     }
 
-    /// A row of blocks for each image, as far as a grid has rows.
-    fn grid(&self, images: Images, len: usize) -> Grid {
-        let grid = self.gpu.grid_over(len);
-        Grid { blocks: [grid.blocks[0], images.count.min(MOST_ROWS) as u32, 1], ..grid }
+    /// Columns of blocks for the places in an image, and as many rows, which take images in turn, as run at once.
+    fn grid(&self, images: Images, places: usize) -> Grid {
+        let grid = self.gpu.grid_over(places);
+        let at_once = self.gpu.grid_over(usize::MAX).blocks[0];
+        let rows = (at_once / grid.blocks[0]).clamp(1, images.count.max(1) as u32);
+        Grid { blocks: [grid.blocks[0], rows, 1], ..grid }
     }
 }
 
@@ -163,7 +154,16 @@ impl Images {
     }
 
     fn arranged_len(self) -> usize {
-        self.blocks[0] * self.blocks[1] * self.block * self.block * self.lengths[2]
+        self.blocks[0] * self.blocks[1] * self.arranged_channels()
+    }
+
+    fn arranged_channels(self) -> usize {
+        self.block * self.block * self.lengths[2]
+    }
+
+    /// Of an arranged image: what a thread writes together.
+    fn packs(self, of: Element) -> usize {
+        self.arranged_len() / lanes(of, &[self.arranged_channels()])
     }
 
     fn check(self, bytes: usize, arranged_bytes: usize, of: Element) {
@@ -175,32 +175,5 @@ impl Images {
         let [h, w, c] = self.lengths.map(|length| length as u32);
         let ([blocks_h, blocks_w], [top, left]) = (self.blocks.map(|n| n as u32), self.before.map(|n| n as u32));
         (from, to, self.count as u32, h, w, c, blocks_h, blocks_w, self.block as u32, top, left)
-    }
-}
-
-/// How many parts the sum of so many rows has, and the rows of one. By shapes alone, so that sums have one order.
-fn parts(rows: usize) -> (usize, usize) {
-    let part_rows = rows.div_ceil(PARTS).max(PART_ROWS);
-    (rows.div_ceil(part_rows).max(1), part_rows)
-}
-
-/// Parts at most of sums of as many rows, or of fewer, which may have more parts.
-fn most_parts(rows: usize) -> usize {
-    rows.div_ceil(PART_ROWS).clamp(1, PARTS)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_cover_all_rows_and_fewer_rows_find_room_for_theirs() {
-        for rows in (0..200).chain(PARTS * PART_ROWS - 100..PARTS * PART_ROWS + 100).chain([1_000_000, 99_999_999]) {
-            let (count, part_rows) = parts(rows);
-            assert!(count * part_rows >= rows && (count - 1) * part_rows <= rows, "{rows} rows");
-            for fewer in rows.saturating_sub(150)..=rows {
-                assert!(parts(fewer).0 <= most_parts(rows), "{fewer} rows, with room for {rows}");
-            }
-        }
     }
 }

@@ -34,6 +34,8 @@ const ALIGN: usize = 128;
 pub struct Conv2d {
     planner: Planner,
     undo: Activation,
+    /// Whether the bias's gradient is summed here, and not by the reader of the output.
+    sums_bias: bool,
     /// For the numbers of samples that were met, the greatest first.
     plans: Vec<Plans>,
     kernels: Kernels,
@@ -55,7 +57,7 @@ struct Lengths {
     grad_filters: usize,
     /// The weight's gradient, where the product does not leave it in f32.
     narrow: usize,
-    /// Of dy.
+    /// Of the parts of dy.
     sums: usize,
 }
 
@@ -99,10 +101,15 @@ impl Conv2d {
             gpu: gpu.clone(),
         };
         let plans = planner.timed(build.batch)?;
+        let kernels = Kernels::new(&gpu, element, geometry.output.c)?;
+        let sums_bias = bias && build.training && !build.grad_summed;
+        let rows = build.batch * geometry.output.h * geometry.output.w;
+        let sums = if sums_bias { kernels.parts_bytes(rows) } else { 0 };
         Ok(Conv2d {
-            lengths: Lengths::new(&planner, &plans),
+            lengths: Lengths { sums, ..Lengths::new(&planner, &plans) },
             plans: vec![plans],
-            kernels: Kernels::new(&gpu, element)?,
+            sums_bias,
+            kernels,
             function: Function::new(&gpu, activation, element)?,
             gradient: Gradient::new(&gpu, undo, element)?,
             mask: Gradient::new(&gpu, Activation::Relu, element)?,
@@ -181,8 +188,8 @@ impl Conv2d {
         // SAFETY: all are in the net's arenas.
         unsafe {
             match grad_bias {
-                [] => self.gradient.apply_in_place(y, dy),
-                [grad, ..] => self.kernels.bias_gradient(self.undo, y, dy, sums, grad.reborrow()),
+                [grad, ..] if self.sums_bias => self.kernels.bias_gradient(self.undo, y, dy, sums, grad.reborrow()),
+                _ => self.gradient.apply_in_place(y, dy),
             }
         }
     }
@@ -297,7 +304,7 @@ impl Layer for Conv2d {
 }
 
 impl Lengths {
-    /// For the plans of the greatest number of samples.
+    /// For the plans of the greatest number of samples; but for `sums`.
     fn new(planner: &Planner, plans: &Plans) -> Lengths {
         let Geometry { input, output, .. } = planner.geometry;
         let (value, channels) = (planner.element.bytes(), planner.geometry.channels());
@@ -310,7 +317,6 @@ impl Lengths {
         };
         // Whether a product leaves f32 may depend on the number of samples.
         let narrow = planner.training && planner.element != Element::F32;
-        let sums = planner.training && planner.bias;
         Lengths {
             workspace: plans.workspace_bytes(),
             images: images * value,
@@ -318,7 +324,7 @@ impl Lengths {
             grad_images: if plans.data.is_some() { images * value } else { 0 },
             grad_filters: if plans.weight.is_some() { filters * size_of::<f32>() } else { 0 },
             narrow: if narrow { weights * value } else { 0 },
-            sums: if sums { Kernels::sums_bytes(plans.batch * output.h * output.w, output.c) } else { 0 },
+            sums: 0,
         }
     }
 
