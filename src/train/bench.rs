@@ -6,7 +6,7 @@
 
 use super::gradient::Sums;
 use super::learner::{Learner, Step};
-use super::{Rank, setup};
+use super::{Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
@@ -69,7 +69,7 @@ pub fn run(
     let transport = comm.transport();
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    setup::take_device(config, &rank.world)?;
+    gpus::take(config, rank, &mut *comm)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
     let learner = setup::learner(config, &plan, &parts, comm)?;
     let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;

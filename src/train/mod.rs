@@ -8,6 +8,7 @@ pub mod checkpoint;
 mod eval;
 pub(crate) mod factors;
 mod feed;
+mod gpus;
 mod gradient;
 mod inject;
 mod learner;
@@ -88,7 +89,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
-        setup::take_device(config, &rank.world)?;
+        gpus::take(config, rank, &mut *comm)?;
         let mut net = setup::net(config, &plan)?;
         let feed = setup::feed(config, &plan, net.spec(), &*parts.train)?;
         update::import_params(&mut net, &state)

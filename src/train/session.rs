@@ -9,7 +9,7 @@ use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
 use super::time_limit::TimeLimit;
 use super::update::export_params;
-use super::{Options, Rank, setup};
+use super::{Options, Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
@@ -74,7 +74,7 @@ pub fn train(
     let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    setup::take_device(config, &rank.world)?;
+    gpus::take(config, rank, &mut *comm)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
     inject::check_ranks(&options.inject, &job, &rank.world)?;

@@ -15,10 +15,8 @@ use crate::data::augment::{self, Augmenter};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::{self, Dataset, order};
-use crate::device::cuda::{Gpu, probe};
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
-use crate::launch::rendezvous::host;
 use crate::launch::world::World;
 use crate::model::Shape;
 use crate::model::loss::Loss;
@@ -94,20 +92,6 @@ pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks)
     Ok(plan)
 }
 
-/// Takes this rank's GPU, where it is to compute on one: of those that it sees, that of its number on this host.
-pub fn take_device(config: &Config, world: &World) -> Result<()> {
-    if device::choose(config.run.device) == Place::Host {
-        return Ok(());
-    }
-    let gpus = probe::gpus()?.devices.len();
-    if (1..world.local_size).contains(&gpus) && world.local_rank == 0 {
-        tracing::warn!("{} ranks on {} share {gpus} GPUs", world.local_size, host());
-    }
-    let gpu = Gpu::take(world.local_rank % gpus.max(1))?;
-    tracing::debug!("rank {} computes on {}", world.rank, gpu.device());
-    Ok(())
-}
-
 /// Compares, over all ranks, what they are about to train with. `fingerprint` is the training set's. Collective.
 pub fn agree(
     config: &Config,
@@ -122,12 +106,7 @@ pub fn agree(
         Fact::parameters(&ParamTable::new(&NetSpec::new(&config.model)?)),
     ];
     let agreed = agreement::check(&facts, &rank.world, |bytes| agreement::gather_bytes(comm, bytes));
-    if agreed.is_err() {
-        // Nobody leaves before all know why: a rank that is gone would be the others' error.
-        rank.health.ending();
-        let _ = comm.barrier();
-    }
-    agreed
+    agreed.map_err(|error| agreement::of_all(error, rank, comm))
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
