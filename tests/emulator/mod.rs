@@ -32,6 +32,11 @@ pub fn gpu() -> Option<Gpu> {
     GPU.get_or_init(start).clone()
 }
 
+/// Whether its streams work as late as they may (driver/streams.rs).
+pub fn is_lazy() -> bool {
+    std::env::var_os("LOCKSTEP_TEST_GPU").is_none() && std::env::var_os("LOCKSTEP_EMULATOR_STREAMS").is_none()
+}
+
 /// With these in its environment a process finds the GPU. None as above.
 pub fn variables() -> Option<Vec<(&'static str, PathBuf)>> {
     if std::env::var_os("LOCKSTEP_TEST_GPU").is_some() {

@@ -1,5 +1,5 @@
-//! libcuda for the emulator: one GPU whose memory is host memory, whose streams work at once, and whose modules are the shared
-//! libraries that nvrtc.rs makes.
+//! libcuda for the emulator: one GPU whose memory is host memory, whose streams work as late as they may, and whose modules are
+//! the shared libraries that nvrtc.rs makes.
 //!
 //! It is strict. A handle that is not alive, a null pointer, a copy beyond an allocation, a call without a context are
 //! refused as the driver's reference says. Before and behind each allocation lies a page without access, so that a kernel that
@@ -8,6 +8,7 @@
 
 mod kernels;
 mod memory;
+mod streams;
 
 use kernels::Launch;
 use memory::{Allocation, TOTAL_BYTES};
@@ -16,7 +17,8 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::fs::File;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::thread::ThreadId;
+use streams::{Event, Stream};
 
 /// A CUresult, by its name and number in cuda.h.
 type Code = c_int;
@@ -29,6 +31,7 @@ const INVALID_IMAGE: Code = 200;
 const INVALID_CONTEXT: Code = 201;
 const INVALID_HANDLE: Code = 400;
 const NOT_FOUND: Code = 500;
+const NOT_READY: Code = 600;
 const LAUNCH_FAILED: Code = 719;
 const NOT_SUPPORTED: Code = 801;
 
@@ -46,15 +49,15 @@ struct Driver {
     host_memory: BTreeMap<usize, Allocation>,
     /// By handles, which are never used again.
     objects: BTreeMap<usize, Object>,
+    default_stream: Stream,
+    /// How work of a thread has failed.
+    failed: Vec<(ThreadId, Code)>,
     next_handle: usize,
 }
 
 enum Object {
-    Stream,
-    Event {
-        timed: bool,
-        recorded: Option<Instant>,
-    },
+    Stream(Stream),
+    Event(Event),
     /// The file is what the library was loaded from: its path must not come to name another while it is loaded.
     Module {
         library: usize,
@@ -64,6 +67,8 @@ enum Object {
         module: usize,
         launch: Launch,
         name: CString,
+        /// The bytes of each.
+        parameters: Vec<usize>,
     },
 }
 
@@ -73,6 +78,8 @@ static DRIVER: Mutex<Driver> = Mutex::new(Driver {
     device_memory: BTreeMap::new(),
     host_memory: BTreeMap::new(),
     objects: BTreeMap::new(),
+    default_stream: Stream::new(),
+    failed: Vec::new(),
     next_handle: 0x1000,
 });
 
@@ -124,18 +131,6 @@ impl Driver {
         self.objects.insert(self.next_handle, object);
         self.next_handle
     }
-
-    /// The default stream, 0, is always there.
-    fn stream(&self, handle: usize) -> Result<(), Code> {
-        require(handle == 0 || matches!(self.objects.get(&handle), Some(Object::Stream)), INVALID_HANDLE)
-    }
-
-    fn event(&mut self, handle: usize) -> Result<(bool, &mut Option<Instant>), Code> {
-        match self.objects.get_mut(&handle) {
-            Some(Object::Event { timed, recorded }) => Ok((*timed, recorded)),
-            _ => Err(INVALID_HANDLE),
-        }
-    }
 }
 
 #[unsafe(no_mangle)]
@@ -161,6 +156,7 @@ fn words(code: Code) -> Option<[&'static CStr; 2]> {
         INVALID_CONTEXT => [c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context"],
         INVALID_HANDLE => [c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"],
         NOT_FOUND => [c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"],
+        NOT_READY => [c"CUDA_ERROR_NOT_READY", c"device not ready"],
         LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
         NOT_SUPPORTED => [c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"],
         _ => return None,
@@ -246,92 +242,5 @@ pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
         require(context == 0 || (context == CONTEXT && driver.retained > 0), INVALID_CONTEXT)?;
         CURRENT.set(context);
         Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(stream: *mut usize, flags: c_uint) -> Code {
-    in_context(|driver| {
-        require(flags <= 1, INVALID_VALUE)?;
-        unsafe { give(stream, driver.add(Object::Stream)) }
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
-    in_context(|driver| {
-        require(stream != 0, INVALID_HANDLE)?;
-        driver.stream(stream)?;
-        driver.objects.remove(&stream);
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
-    in_context(|driver| driver.stream(stream))
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
-    in_context(|driver| driver.stream(stream))
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: c_uint) -> Code {
-    in_context(|driver| {
-        driver.stream(stream)?;
-        driver.event(event)?;
-        require(flags <= 1, INVALID_VALUE)
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventCreate(event: *mut usize, flags: c_uint) -> Code {
-    /// CU_EVENT_DISABLE_TIMING
-    const UNTIMED: c_uint = 2;
-    in_context(|driver| {
-        require(flags <= 3, INVALID_VALUE)?;
-        unsafe { give(event, driver.add(Object::Event { timed: flags & UNTIMED == 0, recorded: None })) }
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
-    in_context(|driver| {
-        driver.event(event)?;
-        driver.objects.remove(&event);
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
-    in_context(|driver| {
-        driver.stream(stream)?;
-        *driver.event(event)?.1 = Some(Instant::now());
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventQuery(event: usize) -> Code {
-    in_context(|driver| driver.event(event).map(drop))
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventSynchronize(event: usize) -> Code {
-    in_context(|driver| driver.event(event).map(drop))
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime_v2(ms: *mut f32, start: usize, end: usize) -> Code {
-    in_context(|driver| {
-        let mut time = |event| match driver.event(event)? {
-            (true, Some(time)) => Ok(*time),
-            _ => Err(INVALID_HANDLE),
-        };
-        let (start, end) = (time(start)?, time(end)?);
-        unsafe { give(ms, end.saturating_duration_since(start).as_secs_f32() * 1e3) }
     })
 }
