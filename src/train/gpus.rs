@@ -12,6 +12,7 @@ use crate::device::cuda::probe::{self, Device};
 use crate::device::{self, Place};
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::rendezvous::{host, machine};
+use crate::report::log::SAID_ONCE;
 use serde::{Deserialize, Serialize};
 
 /// Takes this rank's GPU, where it is to compute on one. Where a rank has none, or shares one that it may not share, all ranks
@@ -27,7 +28,7 @@ pub fn take(config: &Config, rank: &Rank, comm: &mut dyn Communicator) -> Result
     let taken = assign(&sights);
     let taken = match shared(&sights, &taken) {
         Some(text) if config.parallel.allow_shared_gpu => {
-            tracing::info!("{text}");
+            tracing::info!(target: SAID_ONCE, "{text}");
             Ok(taken)
         }
         Some(text) => Err(Error::usage(format!("{text}. {}", remedies(&sights)))),
@@ -92,8 +93,7 @@ fn assign(sights: &[Sight]) -> Vec<usize> {
 fn shared(sights: &[Sight], taken: &[usize]) -> Option<String> {
     let gpu = |rank: usize| &sights[rank].gpus[taken[rank]];
     let both = |a: usize, b: usize| sights[a].machine == sights[b].machine && gpu(a) == gpu(b);
-    let (first, second) =
-        (0..sights.len()).find_map(|b| (0..b).find(|&a| both(a, b)).map(|a| (a, b)))?;
+    let (first, second) = (0..sights.len()).find_map(|b| (0..b).find(|&a| both(a, b)).map(|a| (a, b)))?;
     let Seen { name, uuid, .. } = gpu(first);
     let sight = |rank: usize| {
         let (Sight { gpus, visible, .. }, number) = (&sights[rank], taken[rank]);
@@ -127,12 +127,7 @@ mod tests {
 
     fn sight(machine: &str, gpus: &[&str]) -> Sight {
         let seen = |uuid: &&str| Seen { name: "G".into(), uuid: uuid.to_string(), bus_id: uuid.to_string() };
-        Sight {
-            host: machine.into(),
-            machine: machine.into(),
-            gpus: gpus.iter().map(seen).collect(),
-            visible: None,
-        }
+        Sight { host: machine.into(), machine: machine.into(), gpus: gpus.iter().map(seen).collect(), visible: None }
     }
 
     #[test]

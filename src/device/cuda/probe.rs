@@ -72,7 +72,8 @@ impl Device {
             call!(cuDeviceGetUuid_v2(&mut uuid, device))?;
         }
         // SAFETY: ended by a zero, the last of them in any case.
-        let text = |characters: &[c_char]| unsafe { CStr::from_ptr(characters.as_ptr()) }.to_string_lossy().into_owned();
+        let text =
+            |characters: &[c_char]| unsafe { CStr::from_ptr(characters.as_ptr()) }.to_string_lossy().into_owned();
         let name = text(&name);
         let attribute = |attribute| attribute_of(device, attribute);
         Ok(Device {
