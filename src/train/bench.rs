@@ -69,9 +69,9 @@ pub fn run(
     let transport = comm.transport();
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    gpus::take(config, rank, &mut *comm)?;
+    gpus::take(config, &plan, true, rank, &mut *comm)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
-    let learner = setup::learner(config, &plan, &parts, comm)?;
+    let learner = setup::learner(config, &plan, &parts, rank, comm)?;
     let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;
     let mut bench = Bench { rank, learner, queue, clock: Clock::start(), done: 0 };
 

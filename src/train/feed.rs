@@ -41,6 +41,12 @@ impl Feed {
         })))
     }
 
+    /// Of a GPU's memory that it takes; see `new`.
+    pub fn gpu_bytes(batch: usize, values: usize) -> usize {
+        // Images; the label and what the loss notes of each sample.
+        batch * (values * size_of::<f32>() + size_of::<u32>() + 2 * size_of::<f32>())
+    }
+
     /// The batch's images where the net reads them, until the next call.
     pub fn images<'a>(&'a self, batch: &'a Batch) -> Result<Slice<'a>> {
         let host = Slice::from(&batch.images[..]);

@@ -13,6 +13,7 @@ mod gradient;
 mod inject;
 mod learner;
 mod logits;
+pub(crate) mod memory;
 mod norms;
 mod resume;
 mod session;
@@ -89,7 +90,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
-        gpus::take(config, rank, &mut *comm)?;
+        gpus::take(config, &plan, false, rank, &mut *comm)?;
         let mut net = setup::net(config, &plan)?;
         let feed = setup::feed(config, &plan, net.spec(), &*parts.train)?;
         update::import_params(&mut net, &state)

@@ -74,7 +74,7 @@ pub fn train(
     let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    gpus::take(config, rank, &mut *comm)?;
+    gpus::take(config, &plan, true, rank, &mut *comm)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
     inject::check_ranks(&options.inject, &job, &rank.world)?;
@@ -85,7 +85,7 @@ pub fn train(
     {
         tracing::warn!("{warning}");
     }
-    let mut learner = setup::learner(config, &plan, &parts, comm)?;
+    let mut learner = setup::learner(config, &plan, &parts, rank, comm)?;
     let found = match rank.world.rank {
         0 => resume::find(&options.resume, (&job, anew), &checkpoints, config, |state| learner.fits(state))?,
         _ => None,
@@ -160,6 +160,7 @@ pub fn train(
         faults,
         ended_by: None,
     };
+    gpus::tell_use(session.learner.net.memory_bytes())?;
     session.clock.lap(Category::Other);
     // Without an end, it was interrupted between its last step and its results.
     match end.map_or_else(|| session.run(), Ok) {

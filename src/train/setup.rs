@@ -110,7 +110,13 @@ pub fn agree(
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
-pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
+pub fn learner(
+    config: &Config,
+    plan: &Plan,
+    parts: &Parts,
+    rank: &Rank,
+    mut comm: Box<dyn Communicator>,
+) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
     let place = device::choose(config.run.device);
@@ -119,7 +125,8 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
         Place::Cuda => device::allocate(place, bytes),
     };
     let weights = Arc::new(Weights::new(len, config.run.precision, allocate)?);
-    let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
+    let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone());
+    let net = agreement::together(net, rank, &mut *comm)?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
     let updater = updater(config, plan, &net, weights, &mut *comm)?;
