@@ -7,21 +7,19 @@ use super::Rank;
 use super::agreement::{gather_bytes, of_all, together};
 use super::memory::Need;
 use crate::comm::Communicator;
-use crate::config::plan::Plan;
 use crate::config::raw::Config;
 use crate::device::cuda::probe::{self, Device};
 use crate::device::cuda::{Gpu, Memory, mib};
 use crate::device::{self, Place};
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::rendezvous::{host, machine};
-use crate::model::spec::NetSpec;
 use crate::report::log::SAID_ONCE;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// Takes this rank's GPU, where it is to compute on one, to train or only to evaluate. Where a rank has none, shares one that it
-/// may not share, or lacks memory for the plan, all ranks have the same error. Collective.
-pub fn take(config: &Config, plan: &Plan, training: bool, rank: &Rank, comm: &mut dyn Communicator) -> Result<()> {
+/// Takes this rank's GPU, where it is to compute on one. Where a rank has none, shares one that it may not share, or lacks memory
+/// for its `need`, all ranks have the same error. Collective.
+pub fn take(config: &Config, need: &Need<'_>, rank: &Rank, comm: &mut dyn Communicator) -> Result<()> {
     if device::choose(config.run.device) == Place::Host {
         return Ok(());
     }
@@ -29,14 +27,12 @@ pub fn take(config: &Config, plan: &Plan, training: bool, rank: &Rank, comm: &mu
     let gpu = together(Gpu::take(taken[rank.world.rank]), rank, comm)?;
     tracing::debug!("rank {} computes on {}", rank.world.rank, gpu.device());
 
-    let net = NetSpec::new(&config.model)?;
-    let need = Need { config, plan, net: &net, training };
     // Nobody takes memory before all have looked.
     let room = together(gpu.memory(), rank, comm)?;
     let rooms = gather(comm, &room)?;
     let shares = shares(&sights, &taken, &rooms);
     gpu.set_plan(format!("{}. {}", need.describe(), need.advice(shares[rank.world.rank], room.total)));
-    match lacking(&need, &sights, &taken, &rooms, &shares) {
+    match lacking(need, &sights, &taken, &rooms, &shares) {
         Some(text) => Err(of_all(Error::device(text), rank, comm)),
         None => Ok(()),
     }

@@ -2,11 +2,12 @@
 //! does not fit by the one that would. Only the workspaces of cuDNN's and cuBLASLt's algorithms, among which timing chooses, are
 //! not known before; of them there is a bound.
 
-use super::feed::Feed;
-use crate::config::plan::Plan;
-use crate::config::raw::Config;
+use super::feed;
+use crate::config::plan::{Plan, Samples};
+use crate::config::raw::{Config, Resident};
 use crate::device::Place;
 use crate::device::cuda::{WORKSPACE_PART, mib};
+use crate::error::Result;
 use crate::model::GpuScratch;
 use crate::model::net::{self, Options};
 use crate::model::params::ParamTable;
@@ -22,37 +23,6 @@ pub struct Bill {
 }
 
 impl Bill {
-    /// Of a rank that trains, or of one that only evaluates.
-    pub fn new(config: &Config, plan: &Plan, net: &NetSpec, training: bool) -> Bill {
-        let (len, precision) = (ParamTable::new(net).len(), config.run.precision);
-        let parameters = len * Precision::F32.bytes();
-        let options =
-            Options { batch: plan.micro_batch, place: Place::Cuda, precision, training, ..Options::default() };
-        let scratch = net::gpu_scratch(net, &options);
-        let activations = |workspaces: bool| {
-            let of = |node: &GpuScratch| node.bytes + if workspaces { node.workspace } else { 0 };
-            net::memory_bytes(net, &options, &scratch.iter().map(of).collect::<Vec<_>>())
-        };
-        let least = activations(false);
-        let mut rows = vec![
-            ("activations, their gradients, scratch", least),
-            ("a batch", Feed::gpu_bytes(plan.micro_batch, net.input.len())),
-            ("parameters", parameters),
-        ];
-        if precision != Precision::F32 {
-            rows.push(("parameters in 16 bits", len * precision.bytes()));
-        }
-        if training {
-            rows.push(("gradients", parameters));
-            // See `gradient`: a sum for each level of the tree over micro-batches.
-            let levels = plan.micros_per_rank.next_power_of_two().ilog2() as usize;
-            rows.push(("gradients of micro-batches", levels * parameters));
-            rows.push(("optimizer state", optim::new(&config.optimizer).state().len() * parameters));
-        }
-        rows.retain(|(_, bytes)| *bytes > 0);
-        Bill { rows, workspaces: activations(true) - least }
-    }
-
     /// Without workspaces.
     pub fn total(&self) -> usize {
         self.rows.iter().map(|(_, bytes)| bytes).sum()
@@ -64,21 +34,68 @@ impl Bill {
     }
 }
 
-/// What a rank needs and what would fit, for those whose memory is out.
+/// What a rank needs that trains, or that only evaluates.
 pub struct Need<'a> {
-    pub config: &'a Config,
-    pub plan: &'a Plan,
-    pub net: &'a NetSpec,
-    pub training: bool,
+    config: &'a Config,
+    plan: &'a Plan,
+    net: NetSpec,
+    samples: Samples,
+    training: bool,
 }
 
-impl Need<'_> {
+impl<'a> Need<'a> {
+    pub fn new(config: &'a Config, plan: &'a Plan, samples: Samples, training: bool) -> Result<Need<'a>> {
+        Ok(Need { config, plan, net: NetSpec::new(&config.model)?, samples, training })
+    }
+
     pub fn bill(&self) -> Bill {
         self.bill_for(self.plan)
     }
 
     fn bill_for(&self, plan: &Plan) -> Bill {
-        Bill::new(self.config, plan, self.net, self.training)
+        let Need { config, net, training, .. } = self;
+        let (len, precision) = (ParamTable::new(net).len(), config.run.precision);
+        let parameters = len * Precision::F32.bytes();
+        let (least, workspaces) = self.activations(plan);
+        let mut rows = vec![("activations, their gradients, scratch", least)];
+        rows.extend(self.data(plan));
+        rows.push(("parameters", parameters));
+        if precision != Precision::F32 {
+            rows.push(("parameters in 16 bits", len * precision.bytes()));
+        }
+        if *training {
+            rows.push(("gradients", parameters));
+            // See `gradient`: a sum for each level of the tree over micro-batches.
+            let levels = plan.micros_per_rank.next_power_of_two().ilog2() as usize;
+            rows.push(("gradients of micro-batches", levels * parameters));
+            rows.push(("optimizer state", optim::new(&config.optimizer).state().len() * parameters));
+        }
+        rows.retain(|(_, bytes)| *bytes > 0);
+        Bill { rows, workspaces }
+    }
+
+    /// Bytes of the net's arena without workspaces, and how much more it is at most with them.
+    fn activations(&self, plan: &Plan) -> (usize, usize) {
+        let (precision, training) = (self.config.run.precision, self.training);
+        let options =
+            Options { batch: plan.micro_batch, place: Place::Cuda, precision, training, ..Options::default() };
+        let scratch = net::gpu_scratch(&self.net, &options);
+        let with = |of: fn(&GpuScratch) -> usize| {
+            net::memory_bytes(&self.net, &options, &scratch.iter().map(of).collect::<Vec<_>>())
+        };
+        let least = with(|node| node.bytes);
+        (least, with(|node| node.bytes + node.workspace) - least)
+    }
+
+    /// Batches, and sets that are to stay on the GPU. A set that may is no need: it does if there is room.
+    fn data(&self, plan: &Plan) -> [(&'static str, usize); 2] {
+        let (values, resident) = (self.net.input.len(), self.config.data.shared.resident == Resident::On);
+        let (inlet, dock) = feed::gpu_bytes(plan.micro_batch, values, resident);
+        let Samples { train, validation, test } = self.samples;
+        // Training has a dock, and so has evaluation.
+        let (docks, samples) = if self.training { (2, train) } else { (1, 0) };
+        let sets = if resident { (samples + validation + test) * values } else { 0 };
+        [("a batch", inlet + docks * dock), ("data sets", sets)]
     }
 
     /// The whole, row by row.

@@ -2,10 +2,13 @@
 
 use super::audit::Audit;
 use super::checkpoint::{self, State};
+use super::ending::{asked_to_end, end_of, has_results, say_complete};
 use super::eval::Evaluator;
+use super::feed::Feed;
 use super::gradient::Sums;
 use super::inject::{self, Faults};
 use super::learner::{Done, Learner, Step};
+use super::memory::Need;
 use super::resume::{self, Progress, Resume};
 use super::time_limit::TimeLimit;
 use super::update::export_params;
@@ -13,7 +16,7 @@ use super::{Options, Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
-use crate::data::{self, queue::DataQueue};
+use crate::data;
 use crate::device::SliceMut;
 use crate::device::cuda::nvml::Gauge;
 use crate::error::{Error, Kind, Result};
@@ -36,7 +39,7 @@ pub struct Session<'a> {
     fingerprint: String,
     learner: Learner,
     evaluator: Evaluator,
-    queue: DataQueue,
+    feed: Feed,
     progress: Progress,
     clock: Clock,
     /// Rank 0's.
@@ -74,7 +77,7 @@ pub fn train(
     let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    gpus::take(config, &plan, true, rank, &mut *comm)?;
+    gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
     inject::check_ranks(&options.inject, &job, &rank.world)?;
@@ -133,15 +136,15 @@ pub fn train(
         gauge: gauge.clone(),
     };
     let audit = if plan.audit.every_steps.is_some() { learner.audit()? } else { None };
-    let loader = parts.loader(config)?;
+    let input = (parts.loader(config)?, setup::inlet(config, &plan)?);
     let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let mut session = Session {
         config,
         options,
         rank,
         signals,
-        evaluator: setup::evaluator(&plan, &parts, &rank.world, loader.clone()),
-        queue: setup::queue(config, &plan, &parts, &rank.world, loader, progress.position)?,
+        feed: setup::feed(config, &plan, &parts, rank, input.clone(), progress.position)?,
+        evaluator: setup::evaluator(config, &plan, &parts, rank, input)?,
         plan,
         fingerprint,
         learner,
@@ -214,7 +217,7 @@ impl Session<'_> {
         };
         let step = Step {
             number: self.progress.step,
-            queue: &mut self.queue,
+            feed: &mut self.feed,
             clock: &mut self.clock,
             health: &self.rank.health,
             flags,
@@ -268,10 +271,10 @@ impl Session<'_> {
         self.clock.lap(Category::Other);
         let step = self.progress.step;
         self.rank.health.set(step, Phase::Evaluate);
-        let Learner { net, feed, gradient, .. } = &mut self.learner;
+        let Learner { net, judge, gradient, .. } = &mut self.learner;
         let at = (step, self.progress.latest_epoch());
         let all_reduce = |sums: SliceMut<'_>| gradient.reducer().with(|comm, _| comm.all_reduce(sums));
-        let evaluation = self.evaluator.run(set, (net, feed), at, |_, _| {}, all_reduce)?;
+        let evaluation = self.evaluator.run(set, (net, judge), at, None, all_reduce)?;
         if set == self.evaluator.watched() {
             self.evaluated = Some(step);
             let best = &mut self.progress.best_accuracy;
@@ -454,52 +457,4 @@ fn warn_of_other_data(path: &Path, state: &State, fingerprint: &str, anew: &str)
             path.display()
         );
     }
-}
-
-/// Any rank's signal, or end of its time, ends the run on all ranks, after the same step.
-fn asked_to_end(sums: &Sums) -> Option<StoppedBy> {
-    match sums {
-        sums if sums.signal().is_some() => Some(StoppedBy::Signal),
-        sums if sums.time_limit > 0.0 => Some(StoppedBy::TimeLimit),
-        sums if sums.deadline > 0.0 => Some(StoppedBy::MaxMinutes),
-        _ => None,
-    }
-}
-
-/// Which of `[run]`'s ends has come, if one has.
-fn end_of(config: &Config, progress: &Progress) -> Option<StoppedBy> {
-    let reached = |target: f64| progress.best_accuracy.is_some_and(|best| best >= target);
-    if config.run.target_accuracy.is_some_and(reached) {
-        Some(StoppedBy::TargetAccuracy)
-    } else if config.run.epochs.is_some_and(|epochs| u64::from(progress.position.epoch) >= epochs) {
-        Some(StoppedBy::Epochs)
-    } else if config.run.steps.is_some_and(|steps| progress.step >= steps) {
-        Some(StoppedBy::Steps)
-    } else {
-        None
-    }
-}
-
-/// Whether the results of these weights, the run's last, are written: what rank 0 finds holds for all. Collective.
-fn has_results(directory: &Path, rank: &Rank, learner: &mut Learner) -> Result<bool> {
-    let written = rank.world.rank == 0
-        && report::has_results(directory, &checkpoint::weights_digest(&export_params(&learner.net)?));
-    let mut found = [f32::from(u8::from(written))];
-    learner.gradient.reducer().with(|comm, _| comm.broadcast(SliceMut::from(&mut found[..]), 0))?;
-    Ok(found == [1.0])
-}
-
-/// The run had ended before it began.
-fn say_complete(config: &Config, end: StoppedBy, progress: &Progress, directory: &Path, anew: &str) {
-    let (done, more) = match end {
-        StoppedBy::TargetAccuracy => ("has reached run.target_accuracy".to_owned(), "run.target_accuracy=..."),
-        StoppedBy::Steps => (format!("has done its {} steps", progress.step), "run.steps=..."),
-        _ => (format!("has done its {} epochs ({} steps)", progress.position.epoch, progress.step), "run.epochs=..."),
-    };
-    report::print(format_args!(
-        "the run `{}` is complete: it {done}; results are in {}\nto go on: --set {more}; to begin anew: {anew}, or \
-         another --out",
-        config.run.name,
-        directory.join("summary.json").display()
-    ));
 }

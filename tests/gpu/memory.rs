@@ -21,6 +21,7 @@ device = "cuda"
 format = "shapes"
 train = 256
 test = 8
+resident = "off"
 [batch]
 global = 64
 [model]
