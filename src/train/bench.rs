@@ -7,7 +7,8 @@
 use super::feed::Feed;
 use super::gradient::Sums;
 use super::learner::{Learner, Step};
-use super::{Rank, setup};
+use super::memory::Need;
+use super::{Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
@@ -67,9 +68,9 @@ pub fn run(
     let transport = comm.transport();
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    setup::take_device(config, &rank.world)?;
+    gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
-    let learner = setup::learner(config, &plan, &parts, &rank.health, comm)?;
+    let learner = setup::learner(config, &plan, &parts, rank, comm)?;
     let loader = parts.loader(config)?;
     let inlet = setup::inlet(config, &plan)?;
     let feed = setup::feed(config, &plan, &parts, rank, (loader, inlet), Position::default())?;

@@ -19,10 +19,9 @@ use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::resident::{self, Resident};
 use crate::data::{self, Dataset, order};
-use crate::device::cuda::{Gpu, probe};
+use crate::device::cuda::Gpu;
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
-use crate::launch::rendezvous::host;
 use crate::launch::watch::Health;
 use crate::launch::world::World;
 use crate::model::Shape;
@@ -102,20 +101,6 @@ pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks)
     Ok(plan)
 }
 
-/// Takes this rank's GPU, where it is to compute on one: of those that it sees, that of its number on this host.
-pub fn take_device(config: &Config, world: &World) -> Result<()> {
-    if device::choose(config.run.device) == Place::Host {
-        return Ok(());
-    }
-    let gpus = probe::gpus()?.devices.len();
-    if (1..world.local_size).contains(&gpus) && world.local_rank == 0 {
-        tracing::warn!("{} ranks on {} share {gpus} GPUs", world.local_size, host());
-    }
-    let gpu = Gpu::take(world.local_rank % gpus.max(1))?;
-    tracing::debug!("rank {} computes on {}", world.rank, gpu.device());
-    Ok(())
-}
-
 /// Compares, over all ranks, what they are about to train with. `fingerprint` is the training set's. Collective.
 pub fn agree(
     config: &Config,
@@ -130,12 +115,7 @@ pub fn agree(
         Fact::parameters(&ParamTable::new(&NetSpec::new(&config.model)?)),
     ];
     let agreed = agreement::check(&facts, &rank.world, |bytes| agreement::gather_bytes(comm, bytes));
-    if agreed.is_err() {
-        // Nobody leaves before all know why: a rank that is gone would be the others' error.
-        rank.health.ending();
-        let _ = comm.barrier();
-    }
-    agreed
+    agreed.map_err(|error| agreement::of_all(error, rank, comm))
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
@@ -143,7 +123,7 @@ pub fn learner(
     config: &Config,
     plan: &Plan,
     parts: &Parts,
-    health: &Arc<Health>,
+    rank: &Rank,
     mut comm: Box<dyn Communicator>,
 ) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
@@ -154,10 +134,11 @@ pub fn learner(
         Place::Cuda => device::allocate(place, bytes),
     };
     let weights = Arc::new(Weights::new(len, config.run.precision, allocate)?);
-    let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
+    let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone());
+    let net = agreement::together(net, rank, &mut *comm)?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = updater(config, plan, &net, weights, health, &mut *comm)?;
+    let updater = updater(config, plan, &net, weights, &rank.health, &mut *comm)?;
     let judge = judge(config, plan, net.spec(), &*parts.train, updater.control())?;
     let alone = comm.size() == 1;
     let replay = match place {

@@ -4,10 +4,12 @@
 mod allocations;
 mod augment;
 mod conv2d;
+mod devices;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod graphs;
 mod layers;
+mod memory;
 mod operands;
 mod products;
 mod rounding;

@@ -85,6 +85,7 @@ static DRIVER: Wanted = Wanted {
         "cuDeviceGetAttribute",
         "cuDeviceGetCount",
         "cuDeviceGetName",
+        "cuDeviceGetPCIBusId",
         "cuDeviceGetUuid_v2",
         "cuDevicePrimaryCtxRelease_v2",
         "cuDevicePrimaryCtxRetain",

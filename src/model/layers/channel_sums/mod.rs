@@ -35,17 +35,12 @@ impl ChannelSums {
         Ok(ChannelSums { gpu: gpu.clone(), channels, add_parts })
     }
 
-    /// Of the parts of so many rows at most.
-    pub fn bytes(&self, rows: usize) -> usize {
-        parts(rows) * self.channels * size_of::<f32>()
-    }
-
     /// `sums = the sums of the parts`, which a pass over `grid_of_parts` of as many rows has left.
     ///
     /// # Safety
     /// Both stay allocated, and nobody else touches them, until the compute stream has come past this.
     pub unsafe fn add_parts(&self, rows: usize, parts_of_rows: Slice<'_>, mut sums: SliceMut<'_>) -> Result<()> {
-        assert!(parts_of_rows.bytes() >= self.bytes(rows), "room for the parts of {rows} rows");
+        assert!(parts_of_rows.bytes() >= parts_bytes(rows, self.channels), "room for the parts of {rows} rows");
         assert_eq!(sums.bytes(), self.channels * size_of::<f32>());
         let grid = Grid {
             blocks: [self.channels.div_ceil(COLUMNS) as u32, 1, 1],
@@ -56,6 +51,11 @@ impl ChannelSums {
         // SAFETY: as many parts of as many channels; the caller vouches for the rest.
         unsafe { self.add_parts.launch(self.gpu.compute(), grid, arguments) }
     }
+}
+
+/// Of the parts of so many rows at most.
+pub fn parts_bytes(rows: usize, channels: usize) -> usize {
+    parts(rows) * channels * size_of::<f32>()
 }
 
 /// For a pass over rows that leaves a part a block: threads over packs of channels, then over pixels.

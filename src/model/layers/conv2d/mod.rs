@@ -16,7 +16,7 @@ use super::super::init::Initializer;
 use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
 use super::super::widened;
-use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::super::{Build, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
@@ -224,6 +224,11 @@ impl LayerSpec for Conv2d {
             adds_bias: self.bias && self.activation.is_relu_or_none(),
             ..Inferred::default()
         })
+    }
+
+    fn gpu_scratch(&self, build: &Build<'_>, element: Element) -> GpuScratch {
+        let geometry = self.geometry(build.inputs).expect("inferred before");
+        cuda::scratch(&geometry, self.bias, element, build)
     }
 
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {

@@ -1,4 +1,4 @@
-use super::super::channel_sums::{ChannelSums, grid_of_parts, threads};
+use super::super::channel_sums::{self, ChannelSums, grid_of_parts, threads};
 use super::super::window::{DeviceWindow, Window};
 use super::super::{check_batch, grid_over_tiles};
 use crate::device::cuda::Gpu;
@@ -18,7 +18,7 @@ pub struct MaxPool {
     element: Element,
     window: Window,
     channels: usize,
-    batch: usize,
+    scratch: usize,
     /// Whether the input comes from a ReLU whose backward is done here.
     masks_input: bool,
     /// Where the input's gradient is summed here.
@@ -36,7 +36,7 @@ impl MaxPool {
             element,
             window,
             channels: input.c,
-            batch: build.batch,
+            scratch: scratch_bytes(&window, build),
             masks_input: build.masks_input,
             sums: build.sums_input.then(|| ChannelSums::new(&gpu, input.c)).transpose()?,
             forward: module.kernel("max_pool_forward")?,
@@ -51,9 +51,17 @@ impl MaxPool {
     }
 }
 
+/// For the parts of the input's sums, where they are made.
+pub fn scratch_bytes(window: &Window, build: &Build<'_>) -> usize {
+    match build.sums_input {
+        true => channel_sums::parts_bytes(build.batch * window.rows.output, build.inputs[0].c),
+        false => 0,
+    }
+}
+
 impl Layer for MaxPool {
     fn scratch_bytes(&self) -> usize {
-        self.sums.as_ref().map_or(0, |sums| sums.bytes(self.rows(self.batch)))
+        self.scratch
     }
 
     fn forward(&mut self, pass: &Pass, mut io: Forward<'_>) -> Result<()> {

@@ -3,7 +3,7 @@
 mod cpu;
 mod cuda;
 
-use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::super::{Build, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::{Padding, Window, single};
 use crate::device::Place;
 use crate::device::cuda::kernels::Element;
@@ -45,6 +45,10 @@ impl LayerSpec for MaxPool {
             can_sum_input: true,
             ..Inferred::default()
         })
+    }
+    fn gpu_scratch(&self, build: &Build<'_>, _: Element) -> GpuScratch {
+        let window = self.window(build.inputs[0]).expect("inferred before");
+        GpuScratch { bytes: cuda::scratch_bytes(&window, build), workspace: 0 }
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let input = build.inputs[0];

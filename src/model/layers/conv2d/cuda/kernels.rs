@@ -61,11 +61,6 @@ impl Kernels {
         unsafe { self.add_bias.launch(self.gpu.compute(), grid, arguments) }
     }
 
-    /// Bytes of `parts` for so many rows of dy at most.
-    pub fn parts_bytes(&self, rows: usize) -> usize {
-        self.sums.bytes(rows)
-    }
-
     /// Undoes the activation in dy, whose output y was, and sums dy over its rows; y is not read without an activation.
     ///
     /// # Safety
