@@ -1,5 +1,5 @@
 //! The real cuDNN, asked what it would run on an H200, which needs no GPU: for every convolution of the configurations there
-//! are engines that keep our rules. Without a GPU it tells of those that come compiled; those that it compiles itself it leaves out.
+//! are engines that keep our rules. Without a GPU it tells of those that come compiled, not of those that it compiles itself.
 
 use lockstep::device::cuda::cudnn::{Convolution, Graph, Handle, Product, Rules, first};
 use lockstep::device::cuda::kernels::Element;

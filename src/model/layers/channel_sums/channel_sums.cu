@@ -3,7 +3,7 @@
 // Columns of a block, and rows of threads that take turns at the parts.
 constexpr u32 COLUMNS = 32, TURNS = 32;
 
-// sums (channels) = the sums of parts (parts, channels). Blocks are (COLUMNS, TURNS). What the turns find is added up in their order.
+// sums (channels) = the sums of parts (parts, channels). Blocks are (COLUMNS, TURNS), whose turns are added up in their order.
 extern "C" __global__ void __launch_bounds__(COLUMNS * TURNS)
     add_parts(const float* __restrict__ parts, float* __restrict__ sums, u32 channels, u32 count) {
     __shared__ float found[TURNS][COLUMNS];

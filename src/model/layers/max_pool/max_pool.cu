@@ -78,7 +78,7 @@ __device__ inline void forward(const T* x, T* y, u8* winner, Window window, u32 
 }
 
 // x (N,H,W,C), y (N,OH,OW,C), winner (N,OH,OW,C). Moves x once, y once, and a byte a value of y.
-extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) max_pool_forward(
     const T* __restrict__ x, T* __restrict__ y, u8* __restrict__ winner, Window window, u32 c, u32 samples, u32 masks) {
     const u32 size = window.rows.size;
     if (c % WIDE != 0) {
