@@ -123,16 +123,16 @@ fn a_stopwatch_changes_no_gradient() {
         unsafe { grads.slice(0..grads.bytes()) }.f32().to_vec()
     };
     let plain = gradient(&mut net);
-    let mut stopwatch = Stopwatch::new(5);
+    let mut stopwatch = Stopwatch::new(5, Place::Host).unwrap();
     stopwatch.apart = true;
     *net.stopwatch_mut() = Some(stopwatch);
     assert!(plain.iter().any(|value| *value != 0.0) && gradient(&mut net) == plain);
 
-    let times = net.stopwatch_mut().as_mut().unwrap().take();
+    let times = net.stopwatch_mut().as_mut().unwrap().take().unwrap();
     let alone: Vec<bool> = times.iter().map(|time| time.weights_alone > Duration::ZERO).collect();
     assert_eq!(alone, [false, false, true, false, true], "conv1 has one gradient, pool and flat have no weights");
     assert!(times.iter().all(|time| time.forward > Duration::ZERO && time.backward > Duration::ZERO), "{times:?}");
-    let again = net.stopwatch_mut().as_mut().unwrap().take();
+    let again = net.stopwatch_mut().as_mut().unwrap().take().unwrap();
     assert!(again.iter().all(|time| *time == Default::default()), "taken times start again from zero");
 }
 

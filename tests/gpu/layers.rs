@@ -19,7 +19,10 @@ fn layers_agree_with_those_of_the_cpu() {
     }
     for case in cases {
         for element in [Element::F32, Element::Bf16] {
-            wrong.extend(check(&gpu, &case, element));
+            wrong.extend(check(&gpu, &case, element, false));
+        }
+        if ["conv2d", "linear"].contains(&case.kind) {
+            wrong.extend(check(&gpu, &case, Element::F32, true));
         }
     }
     assert!(wrong.is_empty(), "{} results are off:\n{}", wrong.len(), wrong.join("\n"));
@@ -155,8 +158,9 @@ fn convolutions() -> Vec<Case> {
 }
 
 /// Prints a line a direction; returns those that are off.
-fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
+fn check(gpu: &Gpu, case: &Case, element: Element, tf32: bool) -> Vec<String> {
     let (precision, limit) = match element {
+        Element::F32 if tf32 => ("tf32", 1e-3),
         Element::F32 => ("f32", 1e-5),
         Element::Bf16 => ("bf16", 1e-2),
         Element::F16 => ("f16", 1e-3),
@@ -164,7 +168,7 @@ fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
     let kind = layers::find(case.kind).expect("a layer's type");
     let table = toml::from_str(case.keys).expect("keys");
     let spec = (kind.parse)(table).unwrap_or_else(|error| panic!("{case:?}: {error}")).spec;
-    let operands = Operands::new(case, &*spec, BATCH, element);
+    let operands = Operands::new(case, &*spec, BATCH, element, tf32);
     let mut errors = [0f64; 2];
     for call in [Call::training(BATCH), Call::training(BATCH - 1), Call::evaluation(BATCH)] {
         let (found, expected) = (operands.on_gpu(gpu, &*spec, call), operands.on_cpu(&*spec, call));

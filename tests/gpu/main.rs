@@ -3,6 +3,7 @@
 
 mod allocations;
 mod augment;
+mod bench_step;
 mod conv2d;
 #[path = "../emulator/mod.rs"]
 mod emulator;

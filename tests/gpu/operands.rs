@@ -16,6 +16,7 @@ pub struct Operands<'a> {
     case: &'a Case,
     batch: usize,
     element: Element,
+    tf32: bool,
     inferred: Inferred,
     inputs: Vec<Vec<f32>>,
     /// In canonical order.
@@ -47,7 +48,7 @@ pub struct Results {
 }
 
 impl<'a> Operands<'a> {
-    pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element) -> Self {
+    pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element, tf32: bool) -> Self {
         let inferred = spec.infer(&case.inputs).unwrap_or_else(|error| panic!("{case:?}: {error}"));
         let mut number = 0;
         let mut normal = |len: usize| {
@@ -63,7 +64,7 @@ impl<'a> Operands<'a> {
         }
         let params = inferred.params.iter().map(|spec| param(spec, normal(spec.len()), element)).collect();
         let grad_output = normal(batch * inferred.output.len());
-        Operands { case, batch, element, inputs, params, grad_output, inferred }
+        Operands { case, batch, element, tf32, inputs, params, grad_output, inferred }
     }
 
     pub fn on_cpu(&self, spec: &dyn LayerSpec, call: Call) -> Results {
@@ -93,6 +94,7 @@ impl<'a> Operands<'a> {
             inputs: &self.case.inputs,
             batch: self.batch,
             place,
+            tf32: self.tf32,
             threads: rayon::current_num_threads(),
             seed: 0x1234_5678_9abc_def0,
             layer: 3,

@@ -52,6 +52,7 @@ fn with_measured(transport: &'static str, precision: Precision, check: impl FnOn
         forward: ms(forward),
         backward: ms(backward),
         weights_alone: ms(weights_alone),
+        host: ms(forward + backward),
     };
     let (linear, all) = (net.table().of_node(3)[0].range.end, net.table().len());
     check(Measured {
@@ -68,13 +69,14 @@ fn with_measured(transport: &'static str, precision: Precision, check: impl FnOn
         layers: vec![layer(1, 2, 0), layer(2, 5, 1), layer(1, 1, 0), layer(3, 7, 2)],
         parts: vec![(0..linear, ms(6)), (linear..all, ms(2)), (net.table().tail.clone(), ms(1))],
         finish: ms(8),
+        gpu: None,
     });
 }
 
 #[test]
 fn times_are_those_of_layers_and_phases() {
     with_measured("shm", Precision::F32, |measured| {
-        let bench = json("bench", &measured);
+        let bench = json("bench", &measured, None);
         let close = |found: &Value, expected: f64| (found.as_f64().unwrap_or(0.0) - expected).abs() <= 1e-9 * expected;
         let layers = bench["layers"].as_array().unwrap();
         for (object, expected) in [
@@ -103,7 +105,7 @@ fn times_are_those_of_layers_and_phases() {
 fn what_was_too_short_to_be_measured_is_there_all_the_same() {
     with_measured("shm", Precision::F32, |mut measured| {
         measured.layers[3].weights_alone = ms(9);
-        let bench = json("bench", &measured);
+        let bench = json("bench", &measured, None);
         let phases = &bench["layers"][3]["phases"];
         assert_eq!((&phases["backward_data"]["ms"], &phases["backward_weights"]["ms"]), (&0.0.into(), &7.0.into()));
         assert_eq!(phases["backward_data"]["gflop"].as_f64().map(|gflop| (1e9 * gflop).round()), Some(384.0));
@@ -122,7 +124,7 @@ fn bytes_are_those_of_precision_and_transport() {
         ("tcp", Precision::F32, [4 * 172, 4 * 172, 4 * 172, 2 * 4 * 48 / 2]),
     ] {
         with_measured(transport, precision, |measured| {
-            let bench = json("bench", &measured);
+            let bench = json("bench", &measured, None);
             for (phase, expected) in PHASES_IN_JSON.into_iter().zip(expected) {
                 let bytes = 1e9 * bench["layers"][3]["phases"][phase]["gb"].as_f64().unwrap();
                 assert_eq!(bytes.round(), f64::from(expected), "{phase} over {transport} in {precision:?}");
@@ -134,7 +136,7 @@ fn bytes_are_those_of_precision_and_transport() {
 #[test]
 fn the_table_leaves_nothing_of_a_step_out() {
     with_measured("shm", Precision::F32, |measured| {
-        let text = text("bench", &measured);
+        let text = text("bench", &measured, None);
         let row = |name: &str| {
             let line = text.lines().find(|line| line.starts_with(name));
             let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));

@@ -273,6 +273,11 @@ pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSynchronize() -> Code {
+    in_context(|_| Ok(()))
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
     in_context(|driver| driver.stream(stream))
 }
