@@ -7,6 +7,7 @@ mod bench_step;
 mod conv2d;
 #[path = "../emulator/mod.rs"]
 mod emulator;
+mod graphs;
 mod layers;
 mod operands;
 mod products;
