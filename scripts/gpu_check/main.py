@@ -13,7 +13,7 @@ from pathlib import Path
 import correctness
 import speed
 from report import Report
-from session import FULL, REHEARSAL, Session, Failed, Skipped
+from session import FULL, REHEARSAL, Failed, Partly, Session, Skipped
 
 
 def main():
@@ -53,6 +53,8 @@ def run(session, name, least_s, part):
     try:
         found = part(session)
         report.outcome(name, "passed", found or "", start - session.left())
+    except Partly as found:
+        report.outcome(name, "cut short", str(found), start - session.left())
     except Skipped as reason:
         report.outcome(name, "skipped", str(reason))
     except Failed as error:

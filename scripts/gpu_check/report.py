@@ -15,7 +15,7 @@ class Report:
         self.outcomes, self.sections, self.figures = [], {}, {}
 
     def outcome(self, part, what, text, seconds=None):
-        """How a part ended: passed, failed, skipped or not reached."""
+        """How a part ended: passed, cut short, failed, skipped or not reached."""
         self.outcomes.append((part, what, text, seconds))
 
     def has_failures(self):

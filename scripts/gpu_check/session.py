@@ -17,6 +17,10 @@ class Failed(Exception):
     """What was looked at is not as it should be."""
 
 
+class Partly(Exception):
+    """All is well as far as it came before its time was up."""
+
+
 class Skipped(Exception):
     """Something that a part needs is not there."""
 
@@ -39,6 +43,7 @@ class Sizes:
     copy_mib: int = 2048
     quickstart: tuple = ()
     tests: tuple = ()
+    tests_s: int = 150
     # The greatest difference of accuracies.
     accuracy: float = 0.01
 
@@ -58,6 +63,7 @@ REHEARSAL = Sizes(
     copy_mib=1,
     quickstart=("run.steps=2", "batch.global=4", "data.train=60", "data.test=4"),
     tests=("step::", "products::"),
+    tests_s=60,
     accuracy=1.0,
 )
 

@@ -188,6 +188,11 @@ fn check(gpu: &Gpu, case: &Case, element: Element, tf32: bool) -> Vec<String> {
     let shapes: Vec<String> = case.inputs.iter().map(Shape::to_string).collect();
     let masks = if case.masks_input { " behind a relu" } else { "" };
     let name = format!("{} {}{masks} on {}", case.kind, case.keys.replace('\n', " "), shapes.join(", "));
+    print_errors(&name, precision, limit, errors)
+}
+
+/// A line for forward and one for backward; returns those that are not below the limit.
+pub fn print_errors(name: &str, precision: &str, limit: f64, errors: [f64; 2]) -> Vec<String> {
     let lines = ["forward", "backward"].into_iter().zip(errors).map(|(direction, error)| {
         let line = format!("{name:<90} {precision:>9} {direction:>9} {error:>14.2e}");
         println!("{line}");
@@ -201,7 +206,7 @@ fn bits(results: &Results) -> Vec<u32> {
 }
 
 /// The norm of the difference over the norm of what was expected.
-fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+pub fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
     let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)));

@@ -10,6 +10,7 @@ mod emulator;
 mod graphs;
 mod layers;
 mod operands;
+mod oracles;
 mod products;
 #[path = "../common/runs.rs"]
 mod runs;

@@ -47,6 +47,13 @@ pub struct Results {
     pub allocations: usize,
 }
 
+/// Canonical values of a layer's operands.
+pub struct Given {
+    pub inputs: Vec<Vec<f32>>,
+    pub params: Vec<Vec<f32>>,
+    pub grad_output: Vec<f32>,
+}
+
 impl<'a> Operands<'a> {
     pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element, tf32: bool) -> Self {
         let inferred = spec.infer(&case.inputs).unwrap_or_else(|error| panic!("{case:?}: {error}"));
@@ -55,15 +62,22 @@ impl<'a> Operands<'a> {
             number += 1;
             let mut values = vec![0.0; len];
             Rng::new(5, Purpose::Test, number, 0).fill_normal(1.0, &mut values);
-            values.iter_mut().for_each(|value| *value = round(element, *value));
             values
         };
         let mut inputs: Vec<Vec<f32>> = case.inputs.iter().map(|shape| normal(batch * shape.len())).collect();
         if case.masks_input {
             inputs[0].iter_mut().for_each(|value| *value = value.max(0.0));
         }
-        let params = inferred.params.iter().map(|spec| param(spec, normal(spec.len()), element)).collect();
+        let params = inferred.params.iter().map(|spec| param(spec, normal(spec.len()))).collect();
         let grad_output = normal(batch * inferred.output.len());
+        Operands::of(case, inferred, Given { inputs, params, grad_output }, batch, element, tf32)
+    }
+
+    /// Of these values, rounded as the layer's type holds them.
+    pub fn of(case: &'a Case, inferred: Inferred, given: Given, batch: usize, element: Element, tf32: bool) -> Self {
+        let Given { mut inputs, mut params, mut grad_output } = given;
+        let all = inputs.iter_mut().chain(&mut params).chain([&mut grad_output]);
+        all.flatten().for_each(|value| *value = round(element, *value));
         Operands { case, batch, element, tf32, inputs, params, grad_output, inferred }
     }
 
@@ -196,14 +210,13 @@ struct Buffers {
     scratch: Arena,
 }
 
-/// A parameter as the layer's type holds it: the weight of a product such that sums stay around 1, others around 1 themselves, as
-/// a running variance is not below 0.
-fn param(spec: &ParamSpec, normal: Vec<f32>, element: Element) -> Vec<f32> {
+/// The weight of a product such that sums stay around 1; others around 1 themselves, as a running variance is not below 0.
+fn param(spec: &ParamSpec, normal: Vec<f32>) -> Vec<f32> {
     let value = |normal: f32| match &spec.shape[..] {
         [_, inputs @ ..] if !inputs.is_empty() => normal / (inputs.iter().product::<usize>() as f32).sqrt(),
         _ => 1.0 + 0.2 * normal.clamp(-2.0, 2.0),
     };
-    normal.into_iter().map(|normal| round(element, value(normal))).collect()
+    normal.into_iter().map(value).collect()
 }
 
 /// As it lies in the arena.
