@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one go: are the results right, and how fast is it, beside PyTorch on the same machine.
 #
-#     scripts/gpu-check.sh --build [--binaries DIR]                            where Rust is
-#     scripts/gpu-check.sh [--binaries DIR] [--minutes 9.5] [--out DIR] [--data DIR]       where the GPU is
-#     scripts/gpu-check.sh --rehearse [--out DIR]                              without a GPU
+#     scripts/gpu-check.sh --build [--binaries DIR]                      where Rust is
+#     scripts/gpu-check.sh [--binaries DIR] [--minutes 9.5] [--only REGEX] [--data DIR] [--out DIR]
+#     scripts/gpu-check.sh --rehearse [--minutes 9.5] [--only REGEX] [--out DIR]
 #
 # --build puts stripped release binaries into DIR (target/gpu-check): the trainer, and the tests of tests/gpu. With them, and a copy
 # of this folder, nothing of Rust is needed where the GPU is; Python 3.11 or newer is, and PyTorch with CUDA for its half of the
 # benchmarks. The parts come in the order of their worth, each with a time limit of its own, and --minutes ends them all: what
-# failed or was not reached is said in the summary. OUT (target/gpu-check-results) gets a Markdown file for BENCHMARKS.md, all
-# figures as JSON, and a log. --data is a folder with fashion-mnist in it. --rehearse goes the same way with tiny nets, on the
-# emulator of tests/gpu instead of a GPU, and PyTorch on the CPU: it shows that this script works, and measures nothing.
+# failed or was not reached is said in the summary. --only takes the parts in whose names the expression is found. --data is a
+# folder with fashion-mnist in it. OUT (target/gpu-check-results) gets a Markdown file for BENCHMARKS.md, all figures as JSON, and
+# a log. The exit code is 1 if a part has failed.
+#
+# --rehearse goes the same way without a GPU, with tiny nets on the emulator of tests/gpu, and PyTorch on the CPU: it shows that
+# this script works, and measures nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +27,7 @@ main() {
                 binaries=$(value "$@")
                 shift
                 ;;
-            --minutes | --out | --data)
+            --minutes | --only | --out | --data)
                 given=$(value "$@")
                 arguments+=("$1" "$given")
                 shift

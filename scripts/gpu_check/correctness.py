@@ -17,16 +17,19 @@ LAYERS = ("layers::layers_agree_with_those_of_the_cpu", "the CPU computes in f32
 RESULT = re.compile(r"^(?P<layer>\w+) .* (?P<precision>\w+) +(?P<direction>forward|backward) +(?P<error>\S+)$")
 
 
-def first(session):
+def foremost():
     return [
         ("layers against PyTorch in f64", 20, lambda session: layers(session, *ORACLES)),
-        ("layers against the CPU's", 20, lambda session: layers(session, *LAYERS)),
-        ("tests of the GPU", 20, tests),
         ("quickstart on CPU and GPU", 20, quickstart),
+        ("layers against the CPU's", 20, lambda session: layers(session, *LAYERS)),
     ]
 
 
-def later(session):
+def tests_of_all():
+    return [("tests of the GPU", 20, tests)]
+
+
+def slow():
     return [
         ("Fashion-MNIST", 60, fashion_mnist),
         ("compute-sanitizer, memcheck", 40, lambda session: sanitizer(session, "memcheck", ["step::", "augment::", "oracles::"])),

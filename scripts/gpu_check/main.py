@@ -5,6 +5,7 @@ so that it is there whatever ends this program.
 """
 
 import argparse
+import re
 import signal
 import sys
 import traceback
@@ -22,6 +23,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=9.5, help="the end of it all")
     parser.add_argument("--out", type=Path, default=Path("target/gpu-check-results"))
     parser.add_argument("--data", type=Path, help="a folder with fashion-mnist in it")
+    parser.add_argument("--only", default="", metavar="REGEX", help="the parts whose names it is found in")
     parser.add_argument("--rehearse", action="store_true", help="on the emulator, with tiny nets; nothing is measured")
     args = parser.parse_args()
 
@@ -34,13 +36,27 @@ def main():
     with Session(args, REHEARSAL if args.rehearse else FULL, report) as session:
         try:
             correctness.environment(session, session.find_gpu())
-            for name, least_s, part in correctness.first(session) + speed.parts(session) + correctness.later(session):
-                run(session, name, least_s, part)
+            for name, least_s, part in parts(session):
+                if re.search(args.only, name):
+                    run(session, name, least_s, part)
         except Failed as error:
             report.outcome("GPU", "failed", str(error))
         finally:
             print(report.write())
     sys.exit(1 if report.has_failures() else 0)
+
+
+def parts(session):
+    """By their worth: is it right, how fast is the main case, then the rest. What takes minutes to compile comes last."""
+    cells = speed.cells(session)
+    return (
+        correctness.foremost()
+        + speed.foremost(cells)
+        + correctness.tests_of_all()
+        + speed.others(cells)
+        + correctness.slow()
+        + speed.compiled(cells)
+    )
 
 
 def run(session, name, least_s, part):

@@ -3,9 +3,11 @@
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,7 @@ REHEARSAL = Sizes(
     peer_device="cpu",
     alexnet="configs/alexnet-cifar10.toml",
     batches=(2,),
+    modes=("eager",),
     fashion="configs/fashion-mnist-small.toml",
     fashion_batch=2,
     pairs=2,
@@ -87,6 +90,7 @@ class Session:
     def __init__(self, args, sizes, report):
         self.sizes, self.report, self.data = sizes, report, args.data
         self.out, self.binaries = args.out.resolve(), args.binaries.resolve()
+        self.scratch = Path(tempfile.mkdtemp(prefix="gpu-check-"))
         self.trainer, self.tests = self.binaries / "trainer", self.binaries / "gpu-tests"
         self.rehearsal = args.rehearse
         self.end = time.monotonic() + 60 * args.minutes
@@ -94,8 +98,6 @@ class Session:
         self.variables = {"CARGO_BIN_EXE_trainer": str(self.trainer)}
         self.peer = None
         self.peaks = {}
-        # Whether this trainer keeps a set in device memory; not known yet.
-        self.resident = None
 
     def __enter__(self):
         return self
@@ -103,6 +105,7 @@ class Session:
     def __exit__(self, *_):
         self.end_peer()
         self.logged.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def left(self):
         """Seconds."""
@@ -166,11 +169,11 @@ class Session:
 
     def train(self, out, config, settings, limit_s):
         """A whole run; its summary."""
-        command = [self.trainer, "--quiet", "--config", config, "--out", self.out / out, "--resume", "none"]
+        command = [self.trainer, "--quiet", "--config", config, "--out", self.scratch / out, "--resume", "none"]
         finished = self.run(command + sets(settings), limit_s)
         if finished.timed_out or finished.code != 0:
             raise Failed(f"the run {out} ended with code {finished.code} after {finished.seconds:.0f} s: {finished.last_words()}")
-        return json.loads((self.out / out / "summary.json").read_text())
+        return json.loads((self.scratch / out / "summary.json").read_text())
 
     def bench(self, config, settings, steps, limit_s, *more):
         """The object of `bench-step --json`."""

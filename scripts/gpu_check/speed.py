@@ -1,5 +1,6 @@
 """How fast a step is on this GPU, beside PyTorch on the same, in turns."""
 
+import re
 import statistics
 import sys
 import tomllib
@@ -9,9 +10,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "peers"))
 import rows  # noqa: E402
 
-from session import Failed, sets  # noqa: E402
+from session import Failed, Skipped, sets  # noqa: E402
 
-# A low rate keeps the loss of noise finite, and costs the same.
+# The sets are small enough to be kept in device memory. A low rate keeps the loss of noise finite, and costs the same.
 ALEXNET = ["run.device=cuda", "run.precision=bf16", "data.format=synthetic", "data.test=8", "optimizer.lr=1e-4"]
 AUGMENT = (
     '["horizontal_flip", { type = "random_crop", padding = 4 }, { type = "lighting", std = 0.1 }, '
@@ -37,27 +38,41 @@ class Cell:
     peer: dict = field(default_factory=dict)
 
 
-def parts(session):
-    """The main benchmark first; what takes minutes to compile comes last."""
-    sizes = session.sizes
-    cells = [alexnet_cell(session, lrn, batch) for batch in sizes.batches for lrn in (True, False)]
-    main, fashion = cells[0], [fashion_cell(session, precision) for precision in ("tf32", "bf16")]
-    all_cells = cells + fashion
-    of = lambda cell: (cell.name, 25, lambda session: pairs(session, cell, all_cells))  # noqa: E731
-    compiled = lambda cell: (f"{cell.name}, compiled", 150, lambda session: compare_compiled(session, cell, all_cells))  # noqa: E731
+def cells(session):
+    """All that is measured, in the order of its worth."""
+    alexnet = [alexnet_cell(session, lrn, batch) for batch in session.sizes.batches for lrn in (True, False)]
+    fashion = [fashion_cell(session, precision) for precision in ("tf32", "bf16")]
+    return alexnet[:2] + fashion + alexnet[2:]
+
+
+def foremost(cells):
+    main, second, *_ = cells
     return [
         ("peaks of this GPU", 25, peaks),
-        of(main),
+        part_of(main, cells),
         ("device memory", 5, lambda session: memory(session, main)),
         ("layers of AlexNet", 10, lambda session: by_layer(session, main)),
-        *map(of, [*cells[1:2], *fashion, *cells[2:]]),
-        ("augmented bytes on the device", 15, lambda session: augmented(session, main)),
-        *map(compiled, [main, fashion[1], cells[1]]),
+        part_of(second, cells),
     ]
 
 
+def others(cells):
+    augment = ("augmented bytes on the device", 15, lambda session: augmented(session, cells[0]))
+    _, _, *more = [part_of(cell, cells) for cell in cells]
+    return [*more[:2], augment, *more[2:]]
+
+
+def compiled(cells):
+    part = lambda cell: (f"{cell.name}, compiled", 150, lambda session: compare_compiled(session, cell, cells))  # noqa: E731
+    return [part(cell) for cell in cells[:4]]
+
+
+def part_of(cell, cells):
+    return (cell.name, 25, lambda session: pairs(session, cell, cells))
+
+
 def alexnet_cell(session, lrn, batch):
-    config = session.sizes.alexnet if lrn else without_lrn(session, session.sizes.alexnet)
+    config = net(session, session.sizes.alexnet, lrn)
     settings = [*ALEXNET, "data.augment=[]", f"data.train={4 * batch}", batch_setting(config, batch)]
     name = f"AlexNet{'' if lrn else ' without LRN'}, batch {batch}"
     return Cell(name, config, "bf16", batch, session.sizes.steps, settings)
@@ -67,9 +82,10 @@ def fashion_cell(session, precision):
     batch = session.sizes.fashion_batch
     settings = ["run.device=cuda", "data.format=synthetic", "data.augment=[]", f"data.train={100 * batch}", "optimizer.lr=1e-4"]
     settings.append("run.tf32=true" if precision == "tf32" else f"run.precision={precision}")
-    settings.append(batch_setting(session.sizes.fashion, batch))
+    config = net(session, session.sizes.fashion)
+    settings.append(batch_setting(config, batch))
     name = f"Fashion-MNIST net, {precision}, batch {batch}"
-    return Cell(name, session.sizes.fashion, precision, batch, session.sizes.fashion_steps, settings)
+    return Cell(name, config, precision, batch, session.sizes.fashion_steps, settings)
 
 
 def batch_setting(config, batch):
@@ -78,11 +94,16 @@ def batch_setting(config, batch):
     return f"batch.{key}={batch}"
 
 
-def without_lrn(session, config):
-    """The same net without these layers, in a file beside the results."""
+def net(session, config, lrn=True):
+    """The configuration as both sides read it: without these layers, or in a rehearsal with few channels, a file in the
+    scratch folder."""
     text = Path(config).read_text()
-    path = session.out / f"{Path(config).stem}-without-lrn.toml"
-    path.write_text("".join(line for line in text.splitlines(keepends=True) if 'type = "lrn"' not in line))
+    path = session.scratch / f"{Path(config).stem}{'' if lrn else '-without-lrn'}.toml"
+    if not lrn:
+        text = "".join(line for line in text.splitlines(keepends=True) if 'type = "lrn"' not in line)
+    if session.rehearsal:
+        text = re.sub(r"units = \d{3,}", "units = 8", re.sub(r"filters = \d+", "filters = 4", text))
+    path.write_text(text)
     return str(path)
 
 
@@ -135,11 +156,14 @@ def compare_compiled(session, cell, cells):
 
 
 def ours(session, cell):
-    more = ["--peak-tflops", session.peaks["tflop_s"]] if session.peaks else []
-    settings = [*cell.settings, *resident(session)]
-    cell.bench = session.bench(cell.config, settings, cell.steps, 120, *more)
+    cell.bench = session.bench(cell.config, cell.settings, cell.steps, 120, *peak(session))
     cell.ours.append(cell.bench["samples_per_second"])
     return cell.ours[-1]
+
+
+def peak(session):
+    """For `bench-step`, if it could be measured."""
+    return ["--peak-tflops", f"{session.peaks['tflop_s']:.3g}"] if session.peaks else []
 
 
 def pair(session, cell, mode, rate):
@@ -156,13 +180,6 @@ def pair(session, cell, mode, rate):
 def request_of(session, cell, mode):
     request = {"do": "step", "config": cell.config, "mode": mode, "precision": cell.precision, "batch": cell.batch}
     return request | {"steps": cell.steps, "warmup": session.sizes.warmup}
-
-
-def resident(session):
-    """The set lies on the device, where this trainer can do that."""
-    if session.resident is None:
-        session.resident = '"resident"' in session.run([session.trainer, "schema"], 30).out
-    return ["data.resident=true"] if session.resident else []
 
 
 def show(session, cells):
@@ -194,7 +211,7 @@ def words(cell):
 
 def memory(session, cell):
     if not cell.bench or "allocated_mib" not in cell.peer:
-        raise Failed("the step was not measured on both sides")
+        raise Skipped("the step was not measured on both sides of a GPU")
     mine, allocated, reserved = cell.bench["device_memory_mib"], cell.peer["allocated_mib"], cell.peer["reserved_mib"]
     session.report.table(
         "Device memory of a step",
@@ -209,8 +226,7 @@ def memory(session, cell):
 def by_layer(session, cell):
     """The trainer's own table."""
     command = [session.trainer, "bench-step", "--config", cell.config, "--steps", cell.steps, "--warmup", session.sizes.warmup]
-    command += ["--peak-tflops", session.peaks["tflop_s"]] if session.peaks else []
-    finished = session.run(command + sets([*cell.settings, *resident(session)]), 90)
+    finished = session.run(command + peak(session) + sets(cell.settings), 90)
     if finished.timed_out or finished.code != 0:
         raise Failed(f"bench-step ended with code {finished.code}: {finished.last_words()}")
     session.report.text(f"Layers of {cell.name}", finished.out)
