@@ -191,9 +191,9 @@ def show(session, cells):
     lines = []
     for cell in measured:
         bench = cell.bench
-        peak = f" ({100 * bench['mfu']:.1f} %)" if "mfu" in bench else ""
+        share = f" ({100 * bench['mfu']:.1f} %)" if "mfu" in bench else ""
         line = [cell.name, rows.cell(cell.ours), f"{bench.get('launch_ms', 0):.2f} of {bench['step_ms']:.2f}"]
-        line.append(f"{bench['tflop_s']:.1f}{peak}")
+        line.append(f"{bench['tflop_s']:.1f}{share}")
         for mode in modes:
             found = cell.theirs.get(mode)
             line += [rows.cell(found[1]), rows.ratio(*found)] if found else ["", ""]

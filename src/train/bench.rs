@@ -92,47 +92,13 @@ pub fn run(
         Place::Host => None,
         Place::Cuda => Some(Gpu::of_this_rank()?),
     };
-    let free = || gpu.as_ref().map_or(Ok(0), |gpu| gpu.memory().map(|memory| memory.free));
-    let free_before = free()?;
+    let free_before = free(gpu.as_ref())?;
     let learner = setup::learner(config, &plan, &parts, comm)?;
     let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;
-    let mut bench = Bench { rank, learner, queue, clock: Clock::start(), done: 0, gpu: gpu.clone() };
+    let mut bench = Bench { rank, learner, queue, clock: Clock::start(), done: 0, gpu };
 
-    bench.steps(steps.warmup)?;
-    if gpu.is_none() {
-        bench.time_layers()?;
-    }
-    let start = bench.meet()?;
-    let timed = bench.steps(steps.steps)?;
-    let seconds = (bench.meet()? - start).as_secs_f64();
-    let few = steps.steps.div_ceil(3);
-    let in_layers = match gpu {
-        None => None,
-        Some(_) => {
-            bench.time_layers()?;
-            Some(bench.steps(few)?)
-        }
-    };
-    let in_layers = in_layers.as_ref().unwrap_or(&timed);
-    bench.learner.net.stopwatch_mut().as_mut().expect("it was put there").apart = true;
-    let apart = bench.steps(few)?;
-    let (parts, finish) = match &gpu {
-        None => bench.parts(&timed),
-        Some(gpu) => (vec![bench.update_alone(gpu, few)?], Duration::ZERO),
-    };
-
-    let Learner { net, gradient, .. } = &bench.learner;
-    let layer = |layer: usize| {
-        let of = |time: fn(&LayerTime) -> Duration| median(in_layers.iter().map(|step| time(&step.layers[layer])));
-        let weights_alone = median(apart.iter().map(|step| step.layers[layer].weights_alone));
-        LayerTime {
-            forward: of(|time| time.forward),
-            backward: of(|time| time.backward),
-            weights_alone,
-            host: of(|time| time.host),
-        }
-    };
-    let layers: Vec<LayerTime> = (0..net.spec().nodes.len()).map(layer).collect();
+    let Times { steps: timed, seconds, layers, parts, finish } = bench.measure(steps)?;
+    let Bench { learner: Learner { net, gradient, .. }, gpu, .. } = &bench;
     let measured = Measured {
         net,
         plan: &plan,
@@ -146,17 +112,22 @@ pub fn run(
         data: median(timed.iter().map(|step| step.data)),
         parts,
         finish,
-        gpu: match &gpu {
+        gpu: match gpu {
             None => None,
             Some(gpu) => Some(OnGpu {
                 name: gpu.device().name.clone(),
                 launch: layers.iter().map(|layer| layer.host).sum(),
-                memory_bytes: free_before.saturating_sub(free()?),
+                memory_bytes: free_before.saturating_sub(free(Some(gpu))?),
             }),
         },
         layers,
     };
     if rank.world.rank == 0 { say(&measured) } else { Ok(()) }
+}
+
+/// Bytes of device memory.
+fn free(gpu: Option<&Gpu>) -> Result<usize> {
+    gpu.map_or(Ok(0), |gpu| gpu.memory().map(|memory| memory.free))
 }
 
 struct Bench<'a> {
@@ -166,6 +137,17 @@ struct Bench<'a> {
     clock: Clock,
     done: u64,
     gpu: Option<Gpu>,
+}
+
+/// What was timed.
+struct Times {
+    steps: Vec<Timed>,
+    /// All of them.
+    seconds: f64,
+    /// As in `Measured`.
+    layers: Vec<LayerTime>,
+    parts: Vec<(Range<usize>, Duration)>,
+    finish: Duration,
 }
 
 /// Times of one step.
@@ -179,6 +161,32 @@ struct Timed {
 }
 
 impl Bench<'_> {
+    fn measure(&mut self, Steps { steps, warmup }: Steps) -> Result<Times> {
+        let few = steps.div_ceil(3);
+        self.steps(warmup)?;
+        if self.gpu.is_none() {
+            self.time_layers()?;
+        }
+        let start = self.meet()?;
+        let timed = self.steps(steps)?;
+        let seconds = (self.meet()? - start).as_secs_f64();
+        let in_layers = match self.gpu {
+            None => None,
+            Some(_) => {
+                self.time_layers()?;
+                Some(self.steps(few)?)
+            }
+        };
+        self.learner.net.stopwatch_mut().as_mut().expect("it was put there").apart = true;
+        let apart = self.steps(few)?;
+        let layers = layer_times(in_layers.as_ref().unwrap_or(&timed), &apart);
+        let (parts, finish) = match self.gpu.clone() {
+            None => self.parts(&timed),
+            Some(gpu) => (vec![self.update_alone(&gpu, few)?], Duration::ZERO),
+        };
+        Ok(Times { steps: timed, seconds, layers, parts, finish })
+    }
+
     fn time_layers(&mut self) -> Result<()> {
         let net = &mut self.learner.net;
         *net.stopwatch_mut() = Some(Stopwatch::new(net.spec().nodes.len(), net.place())?);
@@ -268,6 +276,22 @@ impl Bench<'_> {
         gpu.compute().record(&event)?;
         Ok(Moment::InStream(Rc::new(event)))
     }
+}
+
+/// The medians of the layers' times; in the steps `apart` each was first asked for the gradients by its parameters alone.
+fn layer_times(steps: &[Timed], apart: &[Timed]) -> Vec<LayerTime> {
+    let layer = |layer: usize| {
+        let of = |steps: &[Timed], time: fn(&LayerTime) -> Duration| {
+            median(steps.iter().map(|step| time(&step.layers[layer])))
+        };
+        LayerTime {
+            forward: of(steps, |time| time.forward),
+            backward: of(steps, |time| time.backward),
+            weights_alone: of(apart, |time| time.weights_alone),
+            host: of(steps, |time| time.host),
+        }
+    };
+    (0..steps[0].layers.len()).map(layer).collect()
 }
 
 /// A moment where the work of a step begins or ends.
