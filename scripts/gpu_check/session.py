@@ -95,7 +95,9 @@ class Session:
         self.rehearsal = args.rehearse
         self.end = time.monotonic() + 60 * args.minutes
         self.logged = open(self.out / "gpu-check.log", "w")
-        self.variables = {"CARGO_BIN_EXE_trainer": str(self.trainer)}
+        # The trainer looks for CUDA's libraries beside the python3 on the path, which is to be the one that has PyTorch.
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+        self.variables = {"CARGO_BIN_EXE_trainer": str(self.trainer), "PATH": path}
         self.peer = None
         self.peaks = {}
 

@@ -128,7 +128,10 @@ def peaks(session):
 def pairs(session, cell, cells):
     """Ours, and each of PyTorch's ways that needs no compiling, in turns. A way that fails leaves the others be."""
     failures = {}
-    session.ask_peer(30, do="forget")
+    try:
+        session.ask_peer(60, do="forget")
+    except Failed as error:
+        failures = dict.fromkeys(session.sizes.modes, str(error))
     for _ in range(session.sizes.pairs):
         rate = ours(session, cell)
         for mode in session.sizes.modes:
@@ -140,13 +143,13 @@ def pairs(session, cell, cells):
                 failures[mode] = str(error)
         show(session, cells)
     if failures:
-        raise Failed("; ".join(f"{mode}: {error}" for mode, error in failures.items()))
+        raise Failed(f"{rows.cell(cell.ours)} samples/s; " + "; ".join(f"{mode}: {error}" for mode, error in failures.items()))
     return words(cell)
 
 
 def compare_compiled(session, cell, cells):
     """Compiling is in the peer's first, untimed steps."""
-    session.ask_peer(30, do="forget")
+    session.ask_peer(60, do="forget")
     request = request_of(session, cell, "compiled")
     session.ask_peer(300, **request)
     for _ in range(session.sizes.pairs):

@@ -32,10 +32,13 @@ pub fn text(run: &str, measured: &Measured<'_>, peak_tflops: Option<f64>) -> Str
     let layers = LayerCost::of_all(measured);
     let plan = measured.plan;
     let mut text = format!(
-        "{run}: {} over {}, {} each, {} samples a rank and step, {}\n\n",
+        "{run}: {} over {}, {}, {} samples a rank and step, {}\n\n",
         count(plan.ranks, "rank"),
         measured.transport,
-        measured.gpu.as_ref().map_or(count(plan.threads, "thread"), |gpu| gpu.name.clone()),
+        match &measured.gpu {
+            None => format!("{} each", count(plan.threads, "thread")),
+            Some(gpu) => format!("on {}", gpu.name),
+        },
         plan.local_batch,
         match measured.precision {
             Precision::F32 => "f32",
