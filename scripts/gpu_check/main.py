@@ -55,7 +55,7 @@ def parts(session):
         + correctness.tests_of_all()
         + speed.others(cells)
         + correctness.slow()
-        + speed.compiled(cells)
+        + (speed.compiled(cells) if session.sizes.compiles else [])
     )
 
 

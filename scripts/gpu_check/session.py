@@ -37,6 +37,7 @@ class Sizes:
     fashion: str = "configs/fashion-mnist.toml"
     fashion_batch: int = 128
     modes: tuple = ("eager", "graphed")
+    compiles: bool = True
     pairs: int = 3
     steps: int = 30
     fashion_steps: int = 300
@@ -56,6 +57,7 @@ REHEARSAL = Sizes(
     alexnet="configs/alexnet-cifar10.toml",
     batches=(2,),
     modes=("eager",),
+    compiles=False,
     fashion="configs/fashion-mnist-small.toml",
     fashion_batch=2,
     pairs=2,

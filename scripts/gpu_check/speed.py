@@ -63,6 +63,7 @@ def others(cells):
 
 
 def compiled(cells):
+    """This takes minutes."""
     part = lambda cell: (f"{cell.name}, compiled", 150, lambda session: compare_compiled(session, cell, cells))  # noqa: E731
     return [part(cell) for cell in cells[:4]]
 
