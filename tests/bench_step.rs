@@ -98,6 +98,28 @@ fn overlapped_and_lone_ranks_are_measured_too() {
 }
 
 #[test]
+fn the_step_is_held_against_a_rate_that_is_given() {
+    let (_folder, config) = config();
+    let bench = bench(&[], &config, &["--peak-tflops", "0.25"]);
+    assert_eq!(bench["device"], "cpu");
+    let [mfu, tflop_s] = ["mfu", "tflop_s"].map(|key| bench[key].as_f64().unwrap());
+    assert!((mfu * 0.25 - tflop_s).abs() < 1e-9 * tflop_s, "{bench}");
+    // Forward of all layers, and both parts of backward but the first layer's gradient by the data.
+    let gflop: f64 = ["forward", "backward_data", "backward_weights"]
+        .map(|phase| bench["phases"][phase]["gflop"].as_f64().unwrap())
+        .iter()
+        .sum();
+    let rate = gflop / bench["step_ms"].as_f64().unwrap();
+    assert!((rate - tflop_s).abs() < 1e-6 * rate, "{rate}: {bench}");
+    for wrong in ["0", "inf", "fast"] {
+        let mut command = program();
+        let output = command.args(["bench-step", "--peak-tflops", wrong, "--config"]).arg(&config).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("give a number above 0"), "{wrong}");
+    }
+}
+
+#[test]
 fn a_stopwatch_changes_no_gradient() {
     let (_folder, path) = config();
     let spec = NetSpec::new(&config::load(&path, &[]).unwrap().model).unwrap();

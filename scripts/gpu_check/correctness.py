@@ -1,6 +1,7 @@
 """Whether a GPU computes what it should: layers, tests, whole runs, and what compute-sanitizer says of the kernels."""
 
 import glob
+import math
 import platform
 import re
 import shutil
@@ -65,8 +66,8 @@ def layers(session, test, reference):
             continue
         cases += 1
         key = (match["layer"], match["precision"], match["direction"])
-        error = float(match["error"])
-        worst[key] = error if key not in worst or not error <= worst[key] else worst[key]
+        # Greater than any error is one that is not a number.
+        worst[key] = max(worst.get(key, 0.0), float(match["error"]), key=lambda error: (math.isnan(error), error))
     columns = [(p, d) for p in BOUNDS for d in ("forward", "backward") if any(key[1:] == (p, d) for key in worst)]
     session.report.table(
         f"Greatest relative errors of layers, {test.split('::')[0]}",

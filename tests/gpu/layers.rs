@@ -5,6 +5,7 @@ use crate::operands::{Call, Operands, Results};
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
 use lockstep::model::{Shape, layers};
+use std::panic::{self, AssertUnwindSafe};
 
 /// Samples that layers are built for; calls have as many, and fewer.
 const BATCH: usize = 3;
@@ -19,13 +20,18 @@ fn layers_agree_with_those_of_the_cpu() {
     }
     for case in cases {
         for element in [Element::F32, Element::Bf16] {
-            wrong.extend(check(&gpu, &case, element, false));
+            wrong.extend(findings(case.kind, || check(&gpu, &case, element, false)));
         }
         if ["conv2d", "linear"].contains(&case.kind) {
-            wrong.extend(check(&gpu, &case, Element::F32, true));
+            wrong.extend(findings(case.kind, || check(&gpu, &case, Element::F32, true)));
         }
     }
     assert!(wrong.is_empty(), "{} results are off:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// What a check finds. A panic is one more finding, so that a GPU, which is not always at hand, shows all that is wrong at once.
+pub fn findings(what: &str, check: impl FnOnce() -> Vec<String>) -> Vec<String> {
+    panic::catch_unwind(AssertUnwindSafe(check)).unwrap_or_else(|_| vec![format!("{what}: a panic, see above")])
 }
 
 /// A layer as `[[model.layers]]` describes it.

@@ -54,6 +54,14 @@ pub struct Given {
     pub grad_output: Vec<f32>,
 }
 
+impl Given {
+    fn map(mut self, of: impl Fn(f32) -> f32) -> Given {
+        let all = self.inputs.iter_mut().chain(&mut self.params).chain([&mut self.grad_output]);
+        all.flatten().for_each(|value| *value = of(*value));
+        self
+    }
+}
+
 impl<'a> Operands<'a> {
     pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element, tf32: bool) -> Self {
         let inferred = spec.infer(&case.inputs).unwrap_or_else(|error| panic!("{case:?}: {error}"));
@@ -70,14 +78,15 @@ impl<'a> Operands<'a> {
         }
         let params = inferred.params.iter().map(|spec| param(spec, normal(spec.len()))).collect();
         let grad_output = normal(batch * inferred.output.len());
-        Operands::of(case, inferred, Given { inputs, params, grad_output }, batch, element, tf32)
+        let given = Given { inputs, params, grad_output };
+        // Values that TF32 holds, so that none falls on the other side of a ReLU's edge; `oracles` has others.
+        let given = if tf32 { given.map(|value| f32::from_bits(value.to_bits() & !0x1FFF)) } else { given };
+        Operands::of(case, inferred, given, batch, element, tf32)
     }
 
     /// Of these values, rounded as the layer's type holds them.
     pub fn of(case: &'a Case, inferred: Inferred, given: Given, batch: usize, element: Element, tf32: bool) -> Self {
-        let Given { mut inputs, mut params, mut grad_output } = given;
-        let all = inputs.iter_mut().chain(&mut params).chain([&mut grad_output]);
-        all.flatten().for_each(|value| *value = round(element, *value));
+        let Given { inputs, params, grad_output } = given.map(|value| round(element, value));
         Operands { case, batch, element, tf32, inputs, params, grad_output, inferred }
     }
 

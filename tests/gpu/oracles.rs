@@ -3,7 +3,7 @@
 //! edge would fall on its other side. In bf16 `layers` compares with the CPU's f32 on the values that bf16 holds.
 
 use crate::emulator;
-use crate::layers::{Case, print_errors, relative_error};
+use crate::layers::{Case, findings, print_errors, relative_error};
 use crate::operands::{Call, Given, Operands};
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
@@ -30,9 +30,9 @@ fn layers_agree_with_pytorch_in_f64() {
     let mut wrong = Vec::new();
     for (name, about) in header.metadata().as_ref().unwrap() {
         let about: About = serde_json::from_str(about).unwrap();
-        wrong.extend(check(&gpu, name, &about, false));
+        wrong.extend(findings(name, || check(&gpu, name, &about, false)));
         if ["conv2d", "linear"].contains(&&*about.r#type) {
-            wrong.extend(check(&gpu, name, &about, true));
+            wrong.extend(findings(name, || check(&gpu, name, &about, true)));
         }
     }
     assert!(wrong.is_empty(), "{} results are off:\n{}", wrong.len(), wrong.join("\n"));

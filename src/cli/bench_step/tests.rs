@@ -6,6 +6,7 @@ use crate::device::Place;
 use crate::model::net::{Net, Options};
 use crate::model::spec::NetSpec;
 use crate::model::stopwatch::LayerTime;
+use crate::train::bench::OnGpu;
 use std::time::Duration;
 
 /// 8, 8, no and 48 parameters.
@@ -147,5 +148,23 @@ fn the_table_leaves_nothing_of_a_step_out() {
         assert_eq!(row("waiting for data"), ["4.00", "8.0", "%"]);
         assert_eq!(row("loss and the rest"), ["8.00", "16.0", "%"]);
         assert_eq!(row("step"), ["50.00", "100.0", "%"]);
+    });
+}
+
+/// The host's time is not the layers', and what the device does at once may add up to more than the step.
+#[test]
+fn a_gpu_has_its_own_lines() {
+    with_measured("none", Precision::F32, |mut measured| {
+        measured.gpu = Some(OnGpu { name: "Some GPU".into(), launch: ms(2), memory_bytes: 3 << 20 });
+        measured.step = ms(30);
+        let text = text("bench", &measured, Some(2.0));
+        for words in ["none, on Some GPU, ", "TFLOP/s", " % of 2\n", "2.00 ms of the host", "3 MiB of device memory"] {
+            assert!(text.contains(words), "no {words:?} in\n{text}");
+        }
+        let rest = text.lines().find(|line| line.starts_with("loss and the rest")).unwrap();
+        assert!(rest.trim_end().ends_with("0.0 %"), "{rest}");
+        let bench = json("bench", &measured, None);
+        assert_eq!((&bench["device"], &bench["launch_ms"]), (&"Some GPU".into(), &2.0.into()));
+        assert!(bench["device_memory_mib"] == 3.0 && bench.get("mfu").is_none(), "{bench}");
     });
 }
