@@ -7,16 +7,14 @@
 //! On a GPU the host only launches a step. Steps are timed from event to event in its stream; its layers, between events of their
 //! own, which cost a little time, in further steps; and the update by itself, for it may go on beside backward.
 
+use super::feed::Feed;
 use super::gradient::Sums;
 use super::learner::{Learner, Step};
 use super::{Rank, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
-use crate::data::{
-    self,
-    queue::{DataQueue, Position},
-};
+use crate::data::{self, queue::Position};
 use crate::device::cuda::{Event, Gpu};
 use crate::device::{self, Place};
 use crate::error::{Error, Kind, Result};
@@ -93,9 +91,11 @@ pub fn run(
         Place::Cuda => Some(Gpu::of_this_rank()?),
     };
     let free_before = free(gpu.as_ref())?;
-    let learner = setup::learner(config, &plan, &parts, comm)?;
-    let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;
-    let mut bench = Bench { rank, learner, queue, clock: Clock::start(), done: 0, gpu };
+    let learner = setup::learner(config, &plan, &parts, &rank.health, comm)?;
+    let loader = parts.loader(config)?;
+    let inlet = setup::inlet(config, &plan)?;
+    let feed = setup::feed(config, &plan, &parts, rank, (loader, inlet), Position::default())?;
+    let mut bench = Bench { rank, learner, feed, clock: Clock::start(), done: 0, gpu };
 
     let Times { steps: timed, seconds, layers, parts, finish } = bench.measure(steps)?;
     let Bench { learner: Learner { net, gradient, .. }, gpu, .. } = &bench;
@@ -133,7 +133,7 @@ fn free(gpu: Option<&Gpu>) -> Result<usize> {
 struct Bench<'a> {
     rank: &'a Rank,
     learner: Learner,
-    queue: DataQueue,
+    feed: Feed,
     clock: Clock,
     done: u64,
     gpu: Option<Gpu>,
@@ -210,7 +210,7 @@ impl Bench<'_> {
         let before = *self.clock.budget();
         let step = Step {
             number: self.done,
-            queue: &mut self.queue,
+            feed: &mut self.feed,
             clock: &mut self.clock,
             health: &self.rank.health,
             flags: Sums::default(),
