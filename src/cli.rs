@@ -167,9 +167,17 @@ pub struct BenchStepArgs {
     pub experiment: Experiment,
     #[command(flatten)]
     pub steps: train::bench::Steps,
+    /// Rate of matrix products to hold the step against: what a rank could do at best
+    #[arg(long, value_name = "TFLOP/s", value_parser = positive)]
+    pub peak_tflops: Option<f64>,
     /// One JSON object: samples_per_second, step_ms, layers, phases
     #[arg(long)]
     pub json: bool,
+}
+
+fn positive(text: &str) -> std::result::Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number > 0.0);
+    number.ok_or_else(|| "give a number above 0".to_owned())
 }
 
 /// Measure all-reduce over sizes, in the manner of nccl-tests
@@ -283,8 +291,8 @@ fn bench_step(config: &Config, args: &BenchStepArgs, verbosity: i8) -> Result<()
         train::bench::run(config, args.steps, rank, comm, |measured| {
             let name = &config.run.name;
             let text = match args.json {
-                true => format!("{}\n", bench_step::json(name, measured)),
-                false => bench_step::text(name, measured),
+                true => format!("{}\n", bench_step::json(name, measured, args.peak_tflops)),
+                false => bench_step::text(name, measured, args.peak_tflops),
             };
             print(&text).map(drop)
         })

@@ -98,6 +98,28 @@ fn overlapped_and_lone_ranks_are_measured_too() {
 }
 
 #[test]
+fn the_step_is_held_against_a_rate_that_is_given() {
+    let (_folder, config) = config();
+    let bench = bench(&[], &config, &["--peak-tflops", "0.25"]);
+    assert_eq!(bench["device"], "cpu");
+    let [mfu, tflop_s] = ["mfu", "tflop_s"].map(|key| bench[key].as_f64().unwrap());
+    assert!((mfu * 0.25 - tflop_s).abs() < 1e-9 * tflop_s, "{bench}");
+    // Forward of all layers, and both parts of backward but the first layer's gradient by the data.
+    let gflop: f64 = ["forward", "backward_data", "backward_weights"]
+        .map(|phase| bench["phases"][phase]["gflop"].as_f64().unwrap())
+        .iter()
+        .sum();
+    let rate = gflop / bench["step_ms"].as_f64().unwrap();
+    assert!((rate - tflop_s).abs() < 1e-6 * rate, "{rate}: {bench}");
+    for wrong in ["0", "inf", "fast"] {
+        let mut command = program();
+        let output = command.args(["bench-step", "--peak-tflops", wrong, "--config"]).arg(&config).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("give a number above 0"), "{wrong}");
+    }
+}
+
+#[test]
 fn a_stopwatch_changes_no_gradient() {
     let (_folder, path) = config();
     let spec = NetSpec::new(&config::load(&path, &[]).unwrap().model).unwrap();
@@ -123,16 +145,16 @@ fn a_stopwatch_changes_no_gradient() {
         unsafe { grads.slice(0..grads.bytes()) }.f32().to_vec()
     };
     let plain = gradient(&mut net);
-    let mut stopwatch = Stopwatch::new(5);
+    let mut stopwatch = Stopwatch::new(5, Place::Host).unwrap();
     stopwatch.apart = true;
     *net.stopwatch_mut() = Some(stopwatch);
     assert!(plain.iter().any(|value| *value != 0.0) && gradient(&mut net) == plain);
 
-    let times = net.stopwatch_mut().as_mut().unwrap().take();
+    let times = net.stopwatch_mut().as_mut().unwrap().take().unwrap();
     let alone: Vec<bool> = times.iter().map(|time| time.weights_alone > Duration::ZERO).collect();
     assert_eq!(alone, [false, false, true, false, true], "conv1 has one gradient, pool and flat have no weights");
     assert!(times.iter().all(|time| time.forward > Duration::ZERO && time.backward > Duration::ZERO), "{times:?}");
-    let again = net.stopwatch_mut().as_mut().unwrap().take();
+    let again = net.stopwatch_mut().as_mut().unwrap().take().unwrap();
     assert!(again.iter().all(|time| *time == Default::default()), "taken times start again from zero");
 }
 

@@ -26,8 +26,9 @@ def provenance():
 
 
 def show(header, *rows):
-    """A table."""
-    print("\n| " + " | ".join(header) + " |")
-    print("| " + " | ".join("---" for _ in header) + " |")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+    print("\n" + table(header, *rows))
+
+
+def table(header, *rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

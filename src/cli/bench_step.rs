@@ -27,15 +27,18 @@ impl Phase {
     }
 }
 
-/// For people: times, then rates.
-pub fn text(run: &str, measured: &Measured<'_>) -> String {
+/// For people: times, then rates. `peak_tflops`: the rate of matrix products to hold the step against.
+pub fn text(run: &str, measured: &Measured<'_>, peak_tflops: Option<f64>) -> String {
     let layers = LayerCost::of_all(measured);
     let plan = measured.plan;
     let mut text = format!(
-        "{run}: {} over {}, {} each, {} samples a rank and step, {}\n\n",
+        "{run}: {} over {}, {}, {} samples a rank and step, {}\n\n",
         count(plan.ranks, "rank"),
         measured.transport,
-        count(plan.threads, "thread"),
+        match &measured.gpu {
+            None => format!("{} each", count(plan.threads, "thread")),
+            Some(gpu) => format!("on {}", gpu.name),
+        },
         plan.local_batch,
         match measured.precision {
             Precision::F32 => "f32",
@@ -49,12 +52,26 @@ pub fn text(run: &str, measured: &Measured<'_>) -> String {
             "reduce update: what is left of it after backward; --set parallel.overlap=false shows it whole\n\n",
         );
     }
-    let _ = write!(text, "{}\n\n", rates(&layers));
+    if measured.gpu.is_some() {
+        text.push_str(
+            "reduce update: the update by itself, after these steps, in which it may go on beside backward\n\n",
+        );
+    }
+    let _ = write!(text, "{}\n\n", rates(&layers, measured.gpu.is_some()));
     let _ = writeln!(
         text,
         "{:.1} samples/s over these steps, {} samples a step",
         measured.samples_per_second, plan.global_batch
     );
+    let tflop_s = tflop_s(measured, &layers);
+    if let Some(peak) = peak_tflops {
+        let _ = writeln!(text, "{tflop_s:.2} TFLOP/s, {:.1} % of {peak}", 100.0 * tflop_s / peak);
+    }
+    if let Some(gpu) = &measured.gpu {
+        let (launch, memory) = (milliseconds(gpu.launch.as_secs_f64()), mib(gpu.memory_bytes));
+        let _ =
+            writeln!(text, "{launch} ms of the host to launch the layers of a step, {memory:.0} MiB of device memory");
+    }
     text
 }
 
@@ -76,17 +93,20 @@ fn times(measured: &Measured<'_>, layers: &[LayerCost<'_>]) -> Table {
     let data = measured.data.as_secs_f64();
     table.add_row(row("all layers", "", &phases, sum));
     table.add_row(row("waiting for data", "", &[], data));
-    table.add_row(row("loss and the rest", "", &[], whole - sum - data));
+    // What goes on beside other work counts twice on a GPU.
+    table.add_row(row("loss and the rest", "", &[], (whole - sum - data).max(0.0)));
     table.add_row(row("step", "", &[], whole));
     align(&mut table, 2);
     table
 }
 
-fn rates(layers: &[LayerCost<'_>]) -> Table {
+/// Operations in TFLOP/s where a GPU does them, else in GFLOP/s.
+fn rates(layers: &[LayerCost<'_>], on_gpu: bool) -> Table {
+    let (unit, gflop) = if on_gpu { ("TFLOP/s", 1e3) } else { ("GFLOP/s", 1.0) };
     let row = |name: &str, phases: &[Cost; PHASES.len()]| {
         let mut cells = vec![name.to_owned()];
         for (phase, cost) in PHASES.iter().zip(phases) {
-            cells.extend(phase.computes().then(|| rate(cost.gflop_s())));
+            cells.extend(phase.computes().then(|| rate(cost.gflop_s().map(|rate| rate / gflop))));
             cells.push(rate(cost.gb_s()));
         }
         cells
@@ -95,7 +115,7 @@ fn rates(layers: &[LayerCost<'_>]) -> Table {
     for phase in PHASES {
         let name = phase.name();
         match phase.computes() {
-            true => header.extend([format!("{name}\nGFLOP/s"), "\nGB/s".to_owned()]),
+            true => header.extend([format!("{name}\n{unit}"), "\nGB/s".to_owned()]),
             false => header.push(format!("{name}\nGB/s")),
         }
     }
@@ -109,13 +129,15 @@ fn rates(layers: &[LayerCost<'_>]) -> Table {
 }
 
 /// For programs: one object. `--help` and README say what is in it.
-pub fn json(run: &str, measured: &Measured<'_>) -> Value {
+pub fn json(run: &str, measured: &Measured<'_>, peak_tflops: Option<f64>) -> Value {
     let layers = LayerCost::of_all(measured);
     let plan = measured.plan;
     let phases = totals(&layers);
     let sum: f64 = phases.iter().map(|phase| phase.seconds).sum();
-    json!({
+    let tflop_s = tflop_s(measured, &layers);
+    let mut object = json!({
         "run": run,
+        "device": measured.gpu.as_ref().map_or("cpu", |gpu| &gpu.name),
         "ranks": plan.ranks,
         "threads": plan.threads,
         "transport": measured.transport,
@@ -128,6 +150,7 @@ pub fn json(run: &str, measured: &Measured<'_>) -> Value {
         "step_ms": 1e3 * measured.step.as_secs_f64(),
         "layers_ms": 1e3 * sum,
         "data_ms": 1e3 * measured.data.as_secs_f64(),
+        "tflop_s": tflop_s,
         "phases": by_phase(&phases),
         "layers": layers.iter().map(|layer| json!({
             "name": layer.node.name,
@@ -135,7 +158,21 @@ pub fn json(run: &str, measured: &Measured<'_>) -> Value {
             "ms": 1e3 * layer.seconds(),
             "phases": by_phase(&layer.phases),
         })).collect::<Vec<_>>(),
-    })
+    });
+    if let Some(peak) = peak_tflops {
+        object["mfu"] = json!(tflop_s / peak);
+    }
+    if let Some(gpu) = &measured.gpu {
+        object["launch_ms"] = json!(1e3 * gpu.launch.as_secs_f64());
+        object["device_memory_mib"] = json!(mib(gpu.memory_bytes));
+    }
+    object
+}
+
+/// Of the layers' forward and backward in the time of the whole step, on one rank.
+fn tflop_s(measured: &Measured<'_>, layers: &[LayerCost<'_>]) -> f64 {
+    let flops: f64 = totals(layers).iter().map(|phase| phase.flops).sum();
+    flops / measured.step.as_secs_f64() / 1e12
 }
 
 /// The phases in which something is done.
@@ -162,6 +199,10 @@ fn totals(layers: &[LayerCost<'_>]) -> [Cost; PHASES.len()] {
 
 fn count(number: usize, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
+fn mib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 fn milliseconds(seconds: f64) -> String {

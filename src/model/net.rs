@@ -288,12 +288,11 @@ impl Net {
     }
 
     fn timed(&mut self, node: usize, part: Part, work: impl FnOnce(&mut Net) -> Result<()>) -> Result<()> {
-        let start = self.stopwatch.is_some().then(Instant::now);
+        let Some(stopwatch) = &self.stopwatch else { return work(self) };
+        let (mark, start) = (stopwatch.mark()?, Instant::now());
         work(self)?;
-        if let (Some(stopwatch), Some(start)) = (&mut self.stopwatch, start) {
-            stopwatch.add(node, part, start);
-        }
-        Ok(())
+        let host = start.elapsed();
+        self.stopwatch.as_mut().map_or(Ok(()), |stopwatch| stopwatch.add(node, part, host, mark))
     }
 
     fn forward_node(&mut self, node: usize, pass: &Pass, images: Slice<'_>) -> Result<()> {

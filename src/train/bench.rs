@@ -3,6 +3,9 @@
 //!
 //! A layer's backward computes its two gradients in one call, for they share what they read. What each costs is found in
 //! more steps after the timed ones, in which each such layer is first asked for the gradient by its parameters alone.
+//!
+//! On a GPU the host only launches a step. Steps are timed from event to event in its stream; its layers, between events of their
+//! own, which cost a little time, in further steps; and the update by itself, for it may go on beside backward.
 
 use super::feed::Feed;
 use super::gradient::Sums;
@@ -13,18 +16,22 @@ use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
 use crate::data::{self, queue::Position};
+use crate::device::cuda::{Event, Gpu};
+use crate::device::{self, Place};
 use crate::error::{Error, Kind, Result};
 use crate::model::net::Net;
 use crate::model::precision::Precision;
 use crate::model::stopwatch::{LayerTime, Stopwatch};
+use crate::optim::At;
 use crate::report::budget::{Category, Clock};
 use std::ops::Range;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// How long to measure.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Steps {
-    /// Steps to time; a third as many more find the gradients' shares
+    /// Steps to time; a third as many more find the gradients' shares, and on a GPU as many again the layers' times
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
     /// Steps before them, not timed
@@ -51,10 +58,20 @@ pub struct Measured<'a> {
     pub data: Duration,
     /// By node; `weights_alone` is of the steps after the timed ones.
     pub layers: Vec<LayerTime>,
-    /// Reducing and updating: the elements of each bucket and of the tail.
+    /// Reducing and updating: the elements of each bucket and of the tail; on a GPU all of them, by themselves.
     pub parts: Vec<(Range<usize>, Duration)>,
     /// What of the update had to wait for all gradients.
     pub finish: Duration,
+    pub gpu: Option<OnGpu>,
+}
+
+/// What is measured where the rank has a GPU.
+pub struct OnGpu {
+    pub name: String,
+    /// The host's time in the layers' calls, which is that of their launches.
+    pub launch: Duration,
+    /// Taken of its memory since this rank began to build its net, by whom ever.
+    pub memory_bytes: usize,
 }
 
 /// Measures, and has rank 0 say what came of it. Collective.
@@ -70,43 +87,48 @@ pub fn run(
     let plan = setup::plan(config, &parts, &rank.world)?;
     gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
+    let gpu = match device::choose(config.run.device) {
+        Place::Host => None,
+        Place::Cuda => Some(Gpu::of_this_rank()?),
+    };
+    let free_before = free(gpu.as_ref())?;
     let learner = setup::learner(config, &plan, &parts, rank, comm)?;
     let loader = parts.loader(config)?;
     let inlet = setup::inlet(config, &plan)?;
     let feed = setup::feed(config, &plan, &parts, rank, (loader, inlet), Position::default())?;
-    let mut bench = Bench { rank, learner, feed, clock: Clock::start(), done: 0 };
+    let mut bench = Bench { rank, learner, feed, clock: Clock::start(), done: 0, gpu };
 
-    bench.steps(steps.warmup)?;
-    *bench.learner.net.stopwatch_mut() = Some(Stopwatch::new(bench.learner.net.spec().nodes.len()));
-    let start = bench.meet()?;
-    let timed = bench.steps(steps.steps)?;
-    let seconds = (bench.meet()? - start).as_secs_f64();
-    bench.learner.net.stopwatch_mut().as_mut().expect("it was put there").apart = true;
-    let apart = bench.steps(steps.steps.div_ceil(3))?;
-
-    let Learner { net, gradient, .. } = &bench.learner;
-    let layer = |layer: usize| LayerTime {
-        forward: median(timed.iter().map(|step| step.layers[layer].forward)),
-        backward: median(timed.iter().map(|step| step.layers[layer].backward)),
-        weights_alone: median(apart.iter().map(|step| step.layers[layer].weights_alone)),
-    };
-    let part = |part: usize| median(timed.iter().map(|step| step.parts[part]));
+    let Times { steps: timed, seconds, layers, parts, finish } = bench.measure(steps)?;
+    let Bench { learner: Learner { net, gradient, .. }, gpu, .. } = &bench;
     let measured = Measured {
         net,
         plan: &plan,
         transport,
         precision: config.run.precision,
-        overlap: config.parallel.overlap && plan.ranks > 1,
+        overlap: gpu.is_none() && config.parallel.overlap && plan.ranks > 1,
         steps: steps.steps,
         state_tensors: gradient.reducer().with(|_, updater| updater.state_tensors()),
         samples_per_second: timed.iter().map(|step| step.samples).sum::<f64>() / seconds,
         step: median(timed.iter().map(|step| step.whole)),
         data: median(timed.iter().map(|step| step.data)),
-        layers: (0..net.spec().nodes.len()).map(layer).collect(),
-        parts: (0..gradient.parts()).map(|number| (gradient.range(number), part(number))).collect(),
-        finish: part(gradient.parts()),
+        parts,
+        finish,
+        gpu: match gpu {
+            None => None,
+            Some(gpu) => Some(OnGpu {
+                name: gpu.device().name.clone(),
+                launch: layers.iter().map(|layer| layer.host).sum(),
+                memory_bytes: free_before.saturating_sub(free(Some(gpu))?),
+            }),
+        },
+        layers,
     };
     if rank.world.rank == 0 { say(&measured) } else { Ok(()) }
+}
+
+/// Bytes of device memory.
+fn free(gpu: Option<&Gpu>) -> Result<usize> {
+    gpu.map_or(Ok(0), |gpu| gpu.memory().map(|memory| memory.free))
 }
 
 struct Bench<'a> {
@@ -115,6 +137,18 @@ struct Bench<'a> {
     feed: Feed,
     clock: Clock,
     done: u64,
+    gpu: Option<Gpu>,
+}
+
+/// What was timed.
+struct Times {
+    steps: Vec<Timed>,
+    /// All of them.
+    seconds: f64,
+    /// As in `Measured`.
+    layers: Vec<LayerTime>,
+    parts: Vec<(Range<usize>, Duration)>,
+    finish: Duration,
 }
 
 /// Times of one step.
@@ -128,13 +162,53 @@ struct Timed {
 }
 
 impl Bench<'_> {
+    fn measure(&mut self, Steps { steps, warmup }: Steps) -> Result<Times> {
+        let few = steps.div_ceil(3);
+        self.steps(warmup)?;
+        if self.gpu.is_none() {
+            self.time_layers()?;
+        }
+        let start = self.meet()?;
+        let timed = self.steps(steps)?;
+        let seconds = (self.meet()? - start).as_secs_f64();
+        let in_layers = match self.gpu {
+            None => None,
+            Some(_) => {
+                self.time_layers()?;
+                Some(self.steps(few)?)
+            }
+        };
+        self.learner.net.stopwatch_mut().as_mut().expect("it was put there").apart = true;
+        let apart = self.steps(few)?;
+        let layers = layer_times(in_layers.as_ref().unwrap_or(&timed), &apart);
+        let (parts, finish) = match self.gpu.clone() {
+            None => self.parts(&timed),
+            Some(gpu) => (vec![self.update_alone(&gpu, few)?], Duration::ZERO),
+        };
+        Ok(Times { steps: timed, seconds, layers, parts, finish })
+    }
+
+    fn time_layers(&mut self) -> Result<()> {
+        let net = &mut self.learner.net;
+        *net.stopwatch_mut() = Some(Stopwatch::new(net.spec().nodes.len(), net.place())?);
+        Ok(())
+    }
+
     fn steps(&mut self, count: u32) -> Result<Vec<Timed>> {
-        (0..count).map(|_| self.step()).collect()
+        let mut timed = Vec::new();
+        let mut start = self.now()?;
+        for _ in 0..count {
+            let step = self.step()?;
+            let end = self.now()?;
+            timed.push((step, start, end.clone()));
+            start = end;
+        }
+        (timed.into_iter()).map(|(step, start, end)| Ok(Timed { whole: end.since(&start)?, ..step })).collect()
     }
 
     fn step(&mut self) -> Result<Timed> {
         self.clock.lap(Category::Other);
-        let (start, before) = (Instant::now(), *self.clock.budget());
+        let before = *self.clock.budget();
         let step = Step {
             number: self.done,
             feed: &mut self.feed,
@@ -143,7 +217,6 @@ impl Bench<'_> {
             flags: Sums::default(),
         };
         let done = self.learner.step(step)?;
-        let whole = start.elapsed();
         self.done += 1;
         if !done.sums.loss.is_finite() {
             return Err(Error::new(
@@ -156,18 +229,86 @@ impl Bench<'_> {
         }
         let data = self.clock.budget().since(&before).seconds(Category::Data);
         Ok(Timed {
-            whole,
+            whole: Duration::ZERO,
             data: Duration::from_secs_f64(data),
             samples: f64::from(done.sums.samples),
-            layers: self.learner.net.stopwatch_mut().as_mut().map(Stopwatch::take).unwrap_or_default(),
+            layers: self.learner.net.stopwatch_mut().as_mut().map_or(Ok(Vec::new()), Stopwatch::take)?,
             parts: self.learner.part_times.clone(),
         })
     }
 
-    /// When all ranks have come.
+    /// The medians of what followed backward, by part, and of what had to wait for all of them.
+    fn parts(&self, timed: &[Timed]) -> (Vec<(Range<usize>, Duration)>, Duration) {
+        let gradient = &self.learner.gradient;
+        let part = |part: usize| median(timed.iter().map(|step| step.parts[part]));
+        let parts = (0..gradient.parts()).map(|number| (gradient.range(number), part(number))).collect();
+        (parts, part(gradient.parts()))
+    }
+
+    /// The update of all parameters from the gradients that the last step has left, with their way to the other ranks.
+    fn update_alone(&mut self, gpu: &Gpu, times: u32) -> Result<(Range<usize>, Duration)> {
+        let Learner { net, gradient, schedule, .. } = &self.learner;
+        let at = At { lr: schedule.lr(self.done), step: self.done };
+        let update = |_| {
+            gpu.wait()?;
+            let start = Instant::now();
+            gradient.reducer().with(|comm, updater| {
+                updater.begin(at)?;
+                (0..gradient.parts()).try_for_each(|part| updater.run(part, comm).map(drop))?;
+                updater.finish(comm)
+            })?;
+            gpu.wait()?;
+            Ok(start.elapsed())
+        };
+        let updates = (0..times).map(update).collect::<Result<Vec<Duration>>>()?;
+        Ok((0..net.table().len_with_tail(), median(updates.into_iter())))
+    }
+
+    /// When all ranks have come, and their GPUs are done.
     fn meet(&mut self) -> Result<Instant> {
+        self.gpu.as_ref().map_or(Ok(()), Gpu::wait)?;
         self.learner.gradient.reducer().with(|comm, _| comm.barrier())?;
         Ok(Instant::now())
+    }
+
+    fn now(&self) -> Result<Moment> {
+        let Some(gpu) = &self.gpu else { return Ok(Moment::OfHost(Instant::now())) };
+        let event = gpu.timer()?;
+        gpu.compute().record(&event)?;
+        Ok(Moment::InStream(Rc::new(event)))
+    }
+}
+
+/// The medians of the layers' times; in the steps `apart` each was first asked for the gradients by its parameters alone.
+fn layer_times(steps: &[Timed], apart: &[Timed]) -> Vec<LayerTime> {
+    let layer = |layer: usize| {
+        let of = |steps: &[Timed], time: fn(&LayerTime) -> Duration| {
+            median(steps.iter().map(|step| time(&step.layers[layer])))
+        };
+        LayerTime {
+            forward: of(steps, |time| time.forward),
+            backward: of(steps, |time| time.backward),
+            weights_alone: of(apart, |time| time.weights_alone),
+            host: of(steps, |time| time.host),
+        }
+    };
+    (0..steps[0].layers.len()).map(layer).collect()
+}
+
+/// A moment where the work of a step begins or ends.
+#[derive(Clone)]
+enum Moment {
+    OfHost(Instant),
+    InStream(Rc<Event>),
+}
+
+impl Moment {
+    fn since(&self, earlier: &Moment) -> Result<Duration> {
+        match (self, earlier) {
+            (Moment::InStream(end), Moment::InStream(start)) => end.since(start),
+            (Moment::OfHost(end), Moment::OfHost(start)) => Ok(*end - *start),
+            _ => unreachable!("moments of one rank are all of one kind"),
+        }
     }
 }
 

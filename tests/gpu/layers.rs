@@ -5,6 +5,7 @@ use crate::operands::{Call, Operands, Results};
 use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::Element;
 use lockstep::model::{Shape, layers};
+use std::panic::{self, AssertUnwindSafe};
 
 /// Samples that layers are built for; calls have as many, and fewer.
 const BATCH: usize = 3;
@@ -19,10 +20,18 @@ fn layers_agree_with_those_of_the_cpu() {
     }
     for case in cases {
         for element in [Element::F32, Element::Bf16] {
-            wrong.extend(check(&gpu, &case, element));
+            wrong.extend(findings(case.kind, || check(&gpu, &case, element, false)));
+        }
+        if ["conv2d", "linear"].contains(&case.kind) {
+            wrong.extend(findings(case.kind, || check(&gpu, &case, Element::F32, true)));
         }
     }
     assert!(wrong.is_empty(), "{} results are off:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// What a check finds. A panic is one more finding, so that a GPU, which is not always at hand, shows all that is wrong at once.
+pub fn findings(what: &str, check: impl FnOnce() -> Vec<String>) -> Vec<String> {
+    panic::catch_unwind(AssertUnwindSafe(check)).unwrap_or_else(|_| vec![format!("{what}: a panic, see above")])
 }
 
 /// A layer as `[[model.layers]]` describes it.
@@ -167,8 +176,9 @@ fn convolutions() -> Vec<Case> {
 }
 
 /// Prints a line a direction; returns those that are off.
-fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
+fn check(gpu: &Gpu, case: &Case, element: Element, tf32: bool) -> Vec<String> {
     let (precision, limit) = match element {
+        Element::F32 if tf32 => ("tf32", 1e-3),
         Element::F32 => ("f32", 1e-5),
         Element::Bf16 => ("bf16", 1e-2),
         Element::F16 => ("f16", 1e-3),
@@ -176,7 +186,7 @@ fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
     let kind = layers::find(case.kind).expect("a layer's type");
     let table = toml::from_str(case.keys).expect("keys");
     let spec = (kind.parse)(table).unwrap_or_else(|error| panic!("{case:?}: {error}")).spec;
-    let operands = Operands::new(case, &*spec, BATCH, element);
+    let operands = Operands::new(case, &*spec, BATCH, element, tf32);
     let mut errors = [0f64; 2];
     for call in [Call::training(BATCH), Call::training(BATCH - 1), Call::evaluation(BATCH)] {
         let (found, expected) = (operands.on_gpu(gpu, &*spec, call), operands.on_cpu(&*spec, call));
@@ -197,6 +207,11 @@ fn check(gpu: &Gpu, case: &Case, element: Element) -> Vec<String> {
     let masks = if case.masks_input { " behind a relu" } else { "" };
     let sums = if case.sums_input { " with sums" } else { "" };
     let name = format!("{} {}{masks}{sums} on {}", case.kind, case.keys.replace('\n', " "), shapes.join(", "));
+    print_errors(&name, precision, limit, errors)
+}
+
+/// A line for forward and one for backward; returns those that are not below the limit.
+pub fn print_errors(name: &str, precision: &str, limit: f64, errors: [f64; 2]) -> Vec<String> {
     let lines = ["forward", "backward"].into_iter().zip(errors).map(|(direction, error)| {
         let line = format!("{name:<90} {precision:>9} {direction:>9} {error:>14.2e}");
         println!("{line}");

@@ -3,6 +3,7 @@
 
 mod allocations;
 mod augment;
+mod bench_step;
 mod conv2d;
 mod devices;
 #[path = "../emulator/mod.rs"]
@@ -11,6 +12,7 @@ mod graphs;
 mod layers;
 mod memory;
 mod operands;
+mod oracles;
 mod products;
 mod rounding;
 #[path = "../common/runs.rs"]

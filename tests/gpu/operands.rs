@@ -16,6 +16,7 @@ pub struct Operands<'a> {
     case: &'a Case,
     batch: usize,
     element: Element,
+    tf32: bool,
     inferred: Inferred,
     inputs: Vec<Vec<f32>>,
     /// In canonical order.
@@ -46,24 +47,47 @@ pub struct Results {
     pub allocations: usize,
 }
 
+/// Canonical values of a layer's operands.
+pub struct Given {
+    pub inputs: Vec<Vec<f32>>,
+    pub params: Vec<Vec<f32>>,
+    pub grad_output: Vec<f32>,
+}
+
+impl Given {
+    fn map(mut self, of: impl Fn(f32) -> f32) -> Given {
+        let all = self.inputs.iter_mut().chain(&mut self.params).chain([&mut self.grad_output]);
+        all.flatten().for_each(|value| *value = of(*value));
+        self
+    }
+}
+
 impl<'a> Operands<'a> {
-    pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element) -> Self {
+    pub fn new(case: &'a Case, spec: &dyn LayerSpec, batch: usize, element: Element, tf32: bool) -> Self {
         let inferred = spec.infer(&case.inputs).unwrap_or_else(|error| panic!("{case:?}: {error}"));
         let mut number = 0;
         let mut normal = |len: usize| {
             number += 1;
             let mut values = vec![0.0; len];
             Rng::new(5, Purpose::Test, number, 0).fill_normal(1.0, &mut values);
-            values.iter_mut().for_each(|value| *value = round(element, *value));
             values
         };
         let mut inputs: Vec<Vec<f32>> = case.inputs.iter().map(|shape| normal(batch * shape.len())).collect();
         if case.masks_input {
             inputs[0].iter_mut().for_each(|value| *value = value.max(0.0));
         }
-        let params = inferred.params.iter().map(|spec| param(spec, normal(spec.len()), element)).collect();
+        let params = inferred.params.iter().map(|spec| param(spec, normal(spec.len()))).collect();
         let grad_output = normal(batch * inferred.output.len());
-        Operands { case, batch, element, inputs, params, grad_output, inferred }
+        let given = Given { inputs, params, grad_output };
+        // Values that TF32 holds, so that none falls on the other side of a ReLU's edge; `oracles` has others.
+        let given = if tf32 { given.map(|value| f32::from_bits(value.to_bits() & !0x1FFF)) } else { given };
+        Operands::of(case, inferred, given, batch, element, tf32)
+    }
+
+    /// Of these values, rounded as the layer's type holds them.
+    pub fn of(case: &'a Case, inferred: Inferred, given: Given, batch: usize, element: Element, tf32: bool) -> Self {
+        let Given { inputs, params, grad_output } = given.map(|value| round(element, value));
+        Operands { case, batch, element, tf32, inputs, params, grad_output, inferred }
     }
 
     pub fn on_cpu(&self, spec: &dyn LayerSpec, call: Call) -> Results {
@@ -93,6 +117,7 @@ impl<'a> Operands<'a> {
             inputs: &self.case.inputs,
             batch: self.batch,
             place,
+            tf32: self.tf32,
             threads: rayon::current_num_threads(),
             seed: 0x1234_5678_9abc_def0,
             layer: 3,
@@ -211,14 +236,13 @@ struct Buffers {
     scratch: Arena,
 }
 
-/// A parameter as the layer's type holds it: the weight of a product such that sums stay around 1, others around 1 themselves, as
-/// a running variance is not below 0.
-fn param(spec: &ParamSpec, normal: Vec<f32>, element: Element) -> Vec<f32> {
+/// The weight of a product such that sums stay around 1; others around 1 themselves, as a running variance is not below 0.
+fn param(spec: &ParamSpec, normal: Vec<f32>) -> Vec<f32> {
     let value = |normal: f32| match &spec.shape[..] {
         [_, inputs @ ..] if !inputs.is_empty() => normal / (inputs.iter().product::<usize>() as f32).sqrt(),
         _ => 1.0 + 0.2 * normal.clamp(-2.0, 2.0),
     };
-    normal.into_iter().map(|normal| round(element, value(normal))).collect()
+    normal.into_iter().map(value).collect()
 }
 
 /// As it lies in the arena.

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! The output is read once more where an activation is fused into the layer; in bf16 an update also writes the parameters'
-//! rounded copy. Over tcp the bytes of reduce update are those sent, (N - 1)/N of the gradients and of the parameters.
+//! rounded copy. Over tcp the bytes of reduce update are those sent, (N - 1)/N of the gradients and of the parameters. A GPU
+//! updates all parameters, from one gradient.
 
 use crate::model::params::Param;
 use crate::model::precision::Precision;
@@ -143,8 +144,8 @@ fn after_backward(measured: &Measured<'_>, params: &[Param]) -> Cost {
     let rounded = if measured.precision == Precision::Bf16 { bytes / 2.0 } else { 0.0 };
     let ranks = measured.plan.ranks as f64;
     let moved = match measured.transport {
-        // The time does not say how fast bytes went that were moved behind backward.
-        _ if measured.overlap => 0.0,
+        // The time does not say how fast bytes went that were moved behind backward, or also to the other ranks.
+        _ if measured.overlap || (measured.gpu.is_some() && ranks > 1.0) => 0.0,
         "tcp" => 2.0 * bytes * (ranks - 1.0) / ranks,
         _ => (bytes * (ranks + 2.0 + 2.0 * measured.state_tensors as f64) + rounded) / ranks,
     };

@@ -6,6 +6,7 @@ use crate::device::Place;
 use crate::model::net::{Net, Options};
 use crate::model::spec::NetSpec;
 use crate::model::stopwatch::LayerTime;
+use crate::train::bench::OnGpu;
 use std::time::Duration;
 
 /// 8, 8, no and 48 parameters.
@@ -52,6 +53,7 @@ fn with_measured(transport: &'static str, precision: Precision, check: impl FnOn
         forward: ms(forward),
         backward: ms(backward),
         weights_alone: ms(weights_alone),
+        host: ms(forward + backward),
     };
     let (linear, all) = (net.table().of_node(3)[0].range.end, net.table().len());
     check(Measured {
@@ -68,13 +70,14 @@ fn with_measured(transport: &'static str, precision: Precision, check: impl FnOn
         layers: vec![layer(1, 2, 0), layer(2, 5, 1), layer(1, 1, 0), layer(3, 7, 2)],
         parts: vec![(0..linear, ms(6)), (linear..all, ms(2)), (net.table().tail.clone(), ms(1))],
         finish: ms(8),
+        gpu: None,
     });
 }
 
 #[test]
 fn times_are_those_of_layers_and_phases() {
     with_measured("shm", Precision::F32, |measured| {
-        let bench = json("bench", &measured);
+        let bench = json("bench", &measured, None);
         let close = |found: &Value, expected: f64| (found.as_f64().unwrap_or(0.0) - expected).abs() <= 1e-9 * expected;
         let layers = bench["layers"].as_array().unwrap();
         for (object, expected) in [
@@ -103,7 +106,7 @@ fn times_are_those_of_layers_and_phases() {
 fn what_was_too_short_to_be_measured_is_there_all_the_same() {
     with_measured("shm", Precision::F32, |mut measured| {
         measured.layers[3].weights_alone = ms(9);
-        let bench = json("bench", &measured);
+        let bench = json("bench", &measured, None);
         let phases = &bench["layers"][3]["phases"];
         assert_eq!((&phases["backward_data"]["ms"], &phases["backward_weights"]["ms"]), (&0.0.into(), &7.0.into()));
         assert_eq!(phases["backward_data"]["gflop"].as_f64().map(|gflop| (1e9 * gflop).round()), Some(384.0));
@@ -122,7 +125,7 @@ fn bytes_are_those_of_precision_and_transport() {
         ("tcp", Precision::F32, [4 * 172, 4 * 172, 4 * 172, 2 * 4 * 48 / 2]),
     ] {
         with_measured(transport, precision, |measured| {
-            let bench = json("bench", &measured);
+            let bench = json("bench", &measured, None);
             for (phase, expected) in PHASES_IN_JSON.into_iter().zip(expected) {
                 let bytes = 1e9 * bench["layers"][3]["phases"][phase]["gb"].as_f64().unwrap();
                 assert_eq!(bytes.round(), f64::from(expected), "{phase} over {transport} in {precision:?}");
@@ -134,7 +137,7 @@ fn bytes_are_those_of_precision_and_transport() {
 #[test]
 fn the_table_leaves_nothing_of_a_step_out() {
     with_measured("shm", Precision::F32, |measured| {
-        let text = text("bench", &measured);
+        let text = text("bench", &measured, None);
         let row = |name: &str| {
             let line = text.lines().find(|line| line.starts_with(name));
             let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
@@ -145,5 +148,23 @@ fn the_table_leaves_nothing_of_a_step_out() {
         assert_eq!(row("waiting for data"), ["4.00", "8.0", "%"]);
         assert_eq!(row("loss and the rest"), ["8.00", "16.0", "%"]);
         assert_eq!(row("step"), ["50.00", "100.0", "%"]);
+    });
+}
+
+/// The host's time is not the layers', and what the device does at once may add up to more than the step.
+#[test]
+fn a_gpu_has_its_own_lines() {
+    with_measured("none", Precision::F32, |mut measured| {
+        measured.gpu = Some(OnGpu { name: "Some GPU".into(), launch: ms(2), memory_bytes: 3 << 20 });
+        measured.step = ms(30);
+        let text = text("bench", &measured, Some(2.0));
+        for words in ["none, on Some GPU, ", "TFLOP/s", " % of 2\n", "2.00 ms of the host", "3 MiB of device memory"] {
+            assert!(text.contains(words), "no {words:?} in\n{text}");
+        }
+        let rest = text.lines().find(|line| line.starts_with("loss and the rest")).unwrap();
+        assert!(rest.trim_end().ends_with("0.0 %"), "{rest}");
+        let bench = json("bench", &measured, None);
+        assert_eq!((&bench["device"], &bench["launch_ms"]), (&"Some GPU".into(), &2.0.into()));
+        assert!(bench["device_memory_mib"] == 3.0 && bench.get("mfu").is_none(), "{bench}");
     });
 }

@@ -163,6 +163,13 @@ impl Gpu {
         Ok(Memory { free, total })
     }
 
+    /// The host waits until all streams are empty.
+    pub fn wait(&self) -> Result<()> {
+        self.0.context.bind()?;
+        // SAFETY: the context lives.
+        unsafe { call!(cuCtxSynchronize()) }
+    }
+
     /// An event for order between streams.
     pub fn event(&self) -> Result<Event> {
         Event::new(&self.0.context, CUevent_flags::CU_EVENT_DISABLE_TIMING)

@@ -81,6 +81,7 @@ static DRIVER: Wanted = Wanted {
                from the host, as by docker run --gpus all",
     functions: &[
         "cuCtxSetCurrent",
+        "cuCtxSynchronize",
         "cuDeviceGet",
         "cuDeviceGetAttribute",
         "cuDeviceGetCount",

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult, CUstream, CUstream_flags};
 use std::ptr;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What is put into a stream happens in order, after the call has returned. Two streams know of each other only by events.
 pub struct Stream {
@@ -157,6 +158,12 @@ impl Event {
         self.context.bind()?;
         // SAFETY: the event lives.
         is_ready("cuEventQuery", unsafe { cudarc::driver::sys::cuEventQuery(self.handle) })
+    }
+
+    /// From an earlier timer to this one, by the GPU's clock. The host waits until both are done.
+    pub fn since(&self, earlier: &Event) -> Result<Duration> {
+        self.wait()?;
+        Ok(Duration::from_secs_f64(f64::from(self.ms_since(earlier)?) / 1e3))
     }
 
     /// Milliseconds of the GPU's clock between two timers (`Gpu::timer`) that are both done.

@@ -30,6 +30,11 @@ extern "C" fn cuStreamDestroy_v2(_stream: usize) -> Code {
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn cuCtxSynchronize() -> Code {
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn cuStreamSynchronize(_stream: usize) -> Code {
     SUCCESS
 }

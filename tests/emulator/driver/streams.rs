@@ -277,6 +277,16 @@ pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxSynchronize() -> Code {
+    let code = in_context(|_| Ok(()));
+    if code != SUCCESS {
+        return code;
+    }
+    run_everything();
+    failure()
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: c_uint) -> Code {
     let code = in_context(|driver| {
         require(flags <= 1, INVALID_VALUE)?;

@@ -1,0 +1,254 @@
+"""How fast a step is on this GPU, beside PyTorch on the same, in turns."""
+
+import re
+import statistics
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "peers"))
+import rows  # noqa: E402
+
+from session import Failed, Skipped, sets  # noqa: E402
+
+# The sets are small enough to be kept in device memory. A low rate keeps the loss of noise finite, and costs the same.
+ALEXNET = ["run.device=cuda", "run.precision=bf16", "data.format=synthetic", "data.test=8", "optimizer.lr=1e-4"]
+AUGMENT = (
+    '["horizontal_flip", { type = "random_crop", padding = 4 }, { type = "lighting", std = 0.1 }, '
+    '{ type = "normalize", mean = [0.485, 0.456, 0.406], std = [0.00392157, 0.00392157, 0.00392157] }]'
+)
+
+
+@dataclass
+class Cell:
+    """One net at one batch: the rates of each program, in pairs."""
+
+    name: str
+    config: str
+    precision: str
+    batch: int
+    steps: int
+    settings: list
+    ours: list = field(default_factory=list)
+    # By mode: ours and theirs of the same pairs.
+    theirs: dict = field(default_factory=dict)
+    # Of our last run, and of the peer's first eager one.
+    bench: dict = field(default_factory=dict)
+    peer: dict = field(default_factory=dict)
+
+
+def cells(session):
+    """All that is measured, in the order of its worth."""
+    alexnet = [alexnet_cell(session, lrn, batch) for batch in session.sizes.batches for lrn in (True, False)]
+    fashion = [fashion_cell(session, precision) for precision in ("tf32", "bf16")]
+    return alexnet[:2] + fashion + alexnet[2:]
+
+
+def foremost(cells):
+    main, second, *_ = cells
+    return [
+        ("peaks of this GPU", 25, peaks),
+        part_of(main, cells),
+        ("device memory", 5, lambda session: memory(session, main)),
+        ("layers of AlexNet", 10, lambda session: by_layer(session, main)),
+        part_of(second, cells),
+    ]
+
+
+def others(cells):
+    augment = ("augmented bytes on the device", 15, lambda session: augmented(session, cells[0]))
+    _, _, *more = [part_of(cell, cells) for cell in cells]
+    return [*more[:2], augment, *more[2:]]
+
+
+def compiled(cells):
+    """This takes minutes."""
+    part = lambda cell: (f"{cell.name}, compiled", 150, lambda session: compare_compiled(session, cell, cells))  # noqa: E731
+    return [part(cell) for cell in cells[:4]]
+
+
+def part_of(cell, cells):
+    return (cell.name, 25, lambda session: pairs(session, cell, cells))
+
+
+def alexnet_cell(session, lrn, batch):
+    config = net(session, session.sizes.alexnet, lrn)
+    settings = [*ALEXNET, "data.augment=[]", f"data.train={4 * batch}", batch_setting(config, batch)]
+    name = f"AlexNet{'' if lrn else ' without LRN'}, batch {batch}"
+    return Cell(name, config, "bf16", batch, session.sizes.steps, settings)
+
+
+def fashion_cell(session, precision):
+    batch = session.sizes.fashion_batch
+    settings = ["run.device=cuda", "data.format=synthetic", "data.augment=[]", f"data.train={100 * batch}", "optimizer.lr=1e-4"]
+    settings.append("run.tf32=true" if precision == "tf32" else f"run.precision={precision}")
+    config = net(session, session.sizes.fashion)
+    settings.append(batch_setting(config, batch))
+    name = f"Fashion-MNIST net, {precision}, batch {batch}"
+    return Cell(name, config, precision, batch, session.sizes.fashion_steps, settings)
+
+
+def batch_setting(config, batch):
+    """With the key that the configuration has."""
+    key = "local" if "local" in tomllib.loads(Path(config).read_text())["batch"] else "global"
+    return f"batch.{key}={batch}"
+
+
+def net(session, config, lrn=True):
+    """The configuration as both sides read it: without these layers, or in a rehearsal with few channels, a file in the
+    scratch folder."""
+    text = Path(config).read_text()
+    path = session.scratch / f"{Path(config).stem}{'' if lrn else '-without-lrn'}.toml"
+    if not lrn:
+        text = "".join(line for line in text.splitlines(keepends=True) if 'type = "lrn"' not in line)
+    if session.rehearsal:
+        text = re.sub(r"units = \d{3,}", "units = 8", re.sub(r"filters = \d+", "filters = 4", text))
+    path.write_text(text)
+    return str(path)
+
+
+def peaks(session):
+    """What the benchmarks are held against: measured by PyTorch, in this run."""
+    found = session.ask_peer(120, do="peaks", matrix=session.sizes.matrix, copy_mib=session.sizes.copy_mib)
+    session.peaks = found
+    session.report.keep("peaks", found)
+    size = session.sizes.matrix
+    session.report.table(
+        "Peaks, measured in this run",
+        ["what", "rate"],
+        [f"product of bf16 matrices, {size} x {size}, of random values", f"{found['tflop_s']:.1f} TFLOP/s"],
+        ["copy on the device, bytes read and written", f"{found['copy_gb_s']:.0f} GB/s"],
+        ["copy to the device, from pinned memory", f"{found['to_device_gb_s']:.1f} GB/s"],
+        ["copy to the host, to pinned memory", f"{found['to_host_gb_s']:.1f} GB/s"],
+        note=f"{found['peer']}, medians.",
+    )
+    return f"{found['tflop_s']:.0f} TFLOP/s in bf16, {found['copy_gb_s']:.0f} GB/s"
+
+
+def pairs(session, cell, cells):
+    """Ours, and each of PyTorch's ways that needs no compiling, in turns. A way that fails leaves the others be."""
+    failures = {}
+    try:
+        session.ask_peer(60, do="forget")
+    except Failed as error:
+        failures = dict.fromkeys(session.sizes.modes, str(error))
+    for _ in range(session.sizes.pairs):
+        rate = ours(session, cell)
+        for mode in session.sizes.modes:
+            if mode in failures:
+                continue
+            try:
+                pair(session, cell, mode, rate)
+            except Failed as error:
+                failures[mode] = str(error)
+        show(session, cells)
+    if failures:
+        raise Failed(f"{rows.cell(cell.ours)} samples/s; " + "; ".join(f"{mode}: {error}" for mode, error in failures.items()))
+    return words(cell)
+
+
+def compare_compiled(session, cell, cells):
+    """Compiling is in the peer's first, untimed steps."""
+    session.ask_peer(60, do="forget")
+    request = request_of(session, cell, "compiled")
+    session.ask_peer(300, **request)
+    for _ in range(session.sizes.pairs):
+        pair(session, cell, "compiled", ours(session, cell))
+        show(session, cells)
+    return words(cell)
+
+
+def ours(session, cell):
+    cell.bench = session.bench(cell.config, cell.settings, cell.steps, 120, *peak(session))
+    cell.ours.append(cell.bench["samples_per_second"])
+    return cell.ours[-1]
+
+
+def peak(session):
+    """For `bench-step`, if it could be measured."""
+    return ["--peak-tflops", f"{session.peaks['tflop_s']:.3g}"] if session.peaks else []
+
+
+def pair(session, cell, mode, rate):
+    answer = session.ask_peer(120, **request_of(session, cell, mode))
+    if answer["parameters"] != cell.bench["parameters"]:
+        raise Failed(f"the two sides train different nets: {cell.bench['parameters']} and {answer['parameters']} parameters")
+    if mode == "eager" and not cell.peer:
+        cell.peer = answer
+    mine, theirs = cell.theirs.setdefault(mode, ([], []))
+    mine.append(rate)
+    theirs.append(answer["samples_per_second"])
+
+
+def request_of(session, cell, mode):
+    request = {"do": "step", "config": cell.config, "mode": mode, "precision": cell.precision, "batch": cell.batch}
+    return request | {"steps": cell.steps, "warmup": session.sizes.warmup}
+
+
+def show(session, cells):
+    """The table of all that was measured by now."""
+    measured = [cell for cell in cells if cell.ours]
+    modes = [mode for mode in ("eager", "graphed", "compiled") if any(mode in cell.theirs for cell in measured)]
+    header = ["net", "trainer, samples/s", "launch ms of step ms", "TFLOP/s (of the peak)"]
+    header += [f"{what}{mode}" for mode in modes for what in ("PyTorch ", "trainer / ")]
+    lines = []
+    for cell in measured:
+        bench = cell.bench
+        share = f" ({100 * bench['mfu']:.1f} %)" if "mfu" in bench else ""
+        line = [cell.name, rows.cell(cell.ours), f"{bench.get('launch_ms', 0):.2f} of {bench['step_ms']:.2f}"]
+        line.append(f"{bench['tflop_s']:.1f}{share}")
+        for mode in modes:
+            found = cell.theirs.get(mode)
+            line += [rows.cell(found[1]), rows.ratio(*found)] if found else ["", ""]
+        lines.append(line)
+    peer = next((cell.peer["peer"] for cell in measured if cell.peer), "")
+    note = f"{peer}, channels_last, autocast where bf16, fused SGD; graphed: the step captured by hand as a CUDA graph; "
+    note += "compiled: max-autotune. Whole steps with optimizer, noise on the device; medians of the pairs and their range."
+    session.report.table("Steps beside PyTorch", header, *lines, note=note)
+    session.report.keep("steps", [cell.__dict__ for cell in measured])
+
+
+def words(cell):
+    return "; ".join(f"{rows.ratio(*found)} of {mode}" for mode, found in cell.theirs.items())
+
+
+def memory(session, cell):
+    if not cell.bench or "allocated_mib" not in cell.peer:
+        raise Skipped("the step was not measured on both sides of a GPU")
+    mine, allocated, reserved = cell.bench["device_memory_mib"], cell.peer["allocated_mib"], cell.peer["reserved_mib"]
+    session.report.table(
+        "Device memory of a step",
+        ["net", "trainer, MiB", "PyTorch allocated, MiB", "PyTorch reserved, MiB", "trainer / allocated", "trainer / reserved"],
+        [cell.name, f"{mine:.0f}", f"{allocated:.0f}", f"{reserved:.0f}", f"{mine / allocated:.2f}", f"{mine / reserved:.2f}"],
+        note="The trainer's: all that was taken since it had its GPU, the set on the device and the libraries' own memory with it. "
+        "PyTorch's: the peaks of its allocator in eager mode.",
+    )
+    return f"{mine / allocated:.2f} of what PyTorch allocates, {mine / reserved:.2f} of what it reserves"
+
+
+def by_layer(session, cell):
+    """The trainer's own table."""
+    command = [session.trainer, "bench-step", "--config", cell.config, "--steps", cell.steps, "--warmup", session.sizes.warmup]
+    finished = session.run(command + peak(session) + sets(cell.settings), 90)
+    if finished.timed_out or finished.code != 0:
+        raise Failed(f"bench-step ended with code {finished.code}: {finished.last_words()}")
+    session.report.text(f"Layers of {cell.name}", finished.out)
+    return finished.out.splitlines()[-1]
+
+
+def augmented(session, cell):
+    """The same net on bytes that are cropped, mirrored, lit and normalised in the step, against noise that is not."""
+    same = Cell(f"{cell.name}, augmented", cell.config, cell.precision, cell.batch, cell.steps, list(cell.settings))
+    same.settings = [f"data.augment={AUGMENT}" if key == "data.augment=[]" else key for key in cell.settings]
+    plain, rates = [], []
+    for _ in range(session.sizes.pairs):
+        plain.append(ours(session, cell))
+        rates.append(ours(session, same))
+    session.report.table(
+        "Augmented bytes on the device",
+        ["net", "noise as it is, samples/s", "augmented, samples/s", "augmented / as it is"],
+        [cell.name, rows.cell(plain), rows.cell(rates), rows.ratio(rates, plain)],
+    )
+    session.report.keep("augmented", {"plain": plain, "augmented": rates})
+    return f"{statistics.median(rates) / statistics.median(plain):.3f} of the rate without"
