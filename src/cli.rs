@@ -48,7 +48,7 @@ pub struct Cli {
     /// The run's directory [default: runs/NAME]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Ranks to start here, or `gpus` [default: by launcher]
+    /// Ranks here, or gpus [default: by launcher]
     #[arg(short = 'n', long = "ranks", value_name = "N", global = true, value_parser = ranks_here)]
     pub ranks: Option<RanksHere>,
     #[command(flatten)]
