@@ -2,6 +2,9 @@
 //! thread of every rank: compute, communication, data workers, watch.
 
 #[allow(dead_code)]
+#[path = "emulator/mod.rs"]
+mod emulator;
+#[allow(dead_code)]
 #[path = "common/mpirun.rs"]
 mod mpirun;
 
@@ -92,7 +95,25 @@ every_steps = 1000000
 #[test]
 fn a_step_allocates_nothing() {
     for sets in ["parallel.transport=shm", "parallel.transport=tcp", "parallel.transport=shm run.precision=bf16"] {
-        check(sets, || Command::new(std::env::current_exe().unwrap()));
+        check((CONFIG, 500), sets, || Command::new(std::env::current_exe().unwrap()));
+    }
+}
+
+/// Batches that are sent, or a set that lies there; passes that are recorded, or not.
+#[test]
+fn a_step_on_a_gpu_allocates_nothing() {
+    let Some(variables) = emulator::variables() else { return };
+    let (before, layers) = CONFIG.split_once("layers = [").unwrap();
+    let (_, behind) = layers.split_once("    { type = \"flatten\" }").unwrap();
+    let config = format!("{before}layers = [\n    {{ type = \"flatten\" }}{behind}")
+        .replace("shapes", "synthetic")
+        .replace("input = [32, 32, 3]", "input = [6, 6, 3]");
+    for sets in ["data.resident=off run.cuda_graphs=false", "data.resident=on"] {
+        check((&config, 200), &format!("run.device=cuda batch.global=8 {sets}"), || {
+            let mut program = Command::new(std::env::current_exe().unwrap());
+            program.envs(variables.iter().map(|(name, value)| (name, value)));
+            program
+        });
     }
 }
 
@@ -102,7 +123,7 @@ fn a_step_over_mpi_allocates_nothing() {
     let Some(mpirun) = Mpirun::of_this_build() else { return };
     let native = "parallel.transport=mpi parallel.algorithm=native parallel.reduce_dtype=bf16";
     for sets in ["parallel.transport=mpi", native] {
-        check(sets, || {
+        check((CONFIG, 500), sets, || {
             let mut launcher = mpirun.command(2);
             launcher.arg(std::env::current_exe().unwrap());
             launcher
@@ -110,21 +131,23 @@ fn a_step_over_mpi_allocates_nothing() {
     }
 }
 
-fn check(sets: &str, launcher: impl Fn() -> Command) {
-    let (few, many) = (100, 500);
-    let [before, after] = [few, many].map(|steps| allocations(launcher(), &format!("{sets} run.steps={steps}")));
+/// A run of so many steps against one of a hundred.
+fn check((config, many): (&str, usize), sets: &str, launcher: impl Fn() -> Command) {
+    let few = 100;
+    let [before, after] =
+        [few, many].map(|steps| allocations(config, launcher(), &format!("{sets} run.steps={steps}")));
     for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
-        // One an epoch would be 50 more. The others are left to what a thread does when it first blocks or is late, and to the
-        // words about a slow rank, which are said every ten seconds.
+        // One an epoch would be 50 more, on a GPU one a step 100. The others are left to what a thread does when it first
+        // blocks or is late, and to the words about a slow rank, which are said every ten seconds.
         let more = after.saturating_sub(before);
         assert!(more < 40, "{sets}, rank {rank}: {few} steps {before} allocations, {many} steps {after}");
     }
 }
 
 /// Allocations of each of two ranks in a run with these settings.
-fn allocations(mut launcher: Command, sets: &str) -> [usize; 2] {
+fn allocations(config: &str, mut launcher: Command, sets: &str) -> [usize; 2] {
     let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
+    fs::write(folder.path().join("config.toml"), config).unwrap();
     let status = launcher
         .args(["--exact", "program", "--nocapture"])
         .env("ALLOCATIONS_FOLDER", folder.path())
