@@ -17,7 +17,8 @@ pub mod stopwatch;
 pub mod weights;
 mod widened;
 
-use crate::device::{Place, Slice, SliceMut};
+use crate::device::cuda::kernels::Element;
+use crate::device::{Slice, SliceMut};
 use crate::error::Result;
 use params::ParamSpec;
 use std::fmt;
@@ -65,13 +66,17 @@ pub trait LayerSpec: Send + Sync + fmt::Debug {
     /// the names of both layers in front.
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String>;
 
-    /// The operator for `build.place`. Called after `infer` succeeded for the same inputs.
+    /// The operator on the CPU, for activations in f32. This and those that follow are called after `infer` succeeded for the
+    /// same inputs.
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>>;
 
-    /// The operator for activations in bf16. A layer that has no kernels for them works in f32 between two conversions.
+    /// The same for activations in bf16. A layer that has no kernels for them works in f32 between two conversions.
     fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         widened::around(self, build)
     }
+
+    /// The operator on this rank's GPU, for activations of type `element`.
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>>;
 }
 
 /// What follows from a layer's input shapes.
@@ -126,7 +131,6 @@ pub struct Build<'a> {
     pub inputs: &'a [Shape],
     /// Samples at most in one call.
     pub batch: usize,
-    pub place: Place,
     /// Whether a GPU may multiply f32 values cut to TF32.
     pub tf32: bool,
     /// Whether a GPU may add in an order of chance where that is faster.
@@ -173,8 +177,8 @@ pub struct Forward<'a> {
     pub inputs: &'a [Slice<'a>],
     pub output: SliceMut<'a>,
     pub params: &'a [Slice<'a>],
-    /// `params` rounded to bf16, for layers of `build_bf16`; none for others.
-    pub params_bf16: &'a [Slice<'a>],
+    /// `params` rounded to the type of the activations where that has 16 bits; else none.
+    pub params_rounded: &'a [Slice<'a>],
     pub saved: SliceMut<'a>,
     pub scratch: SliceMut<'a>,
 }
@@ -189,7 +193,7 @@ pub struct Backward<'a> {
     pub grad_inputs: &'a mut [SliceMut<'a>],
     pub params: &'a [Slice<'a>],
     /// As in `Forward`.
-    pub params_bf16: &'a [Slice<'a>],
+    pub params_rounded: &'a [Slice<'a>],
     /// Gradient by each parameter, in f32. For a running statistic: this call's value times `pass.share`, so that the sum over
     /// micro-batches and ranks is the step's mean.
     pub grad_params: &'a mut [SliceMut<'a>],
@@ -203,6 +207,7 @@ pub struct Backward<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Place;
 
     /// `y = 2 x` on a device: it gets addresses, hands them to its "kernel", and never asks for a CPU slice.
     struct Doubling;
@@ -241,7 +246,7 @@ mod tests {
         layer
             .forward(
                 &pass,
-                Forward { inputs: &[read], output: write(3), params: &[], params_bf16: &[], saved, scratch },
+                Forward { inputs: &[read], output: write(3), params: &[], params_rounded: &[], saved, scratch },
             )
             .unwrap();
         assert_eq!(memory.each_ref().map(|value| value.get()), [1.0, 2.0, 3.0, 2.0, 4.0, 6.0]);
@@ -252,7 +257,7 @@ mod tests {
             grad_output: write(3),
             grad_inputs: &mut [write(0)],
             params: &[],
-            params_bf16: &[],
+            params_rounded: &[],
             grad_params: &mut [],
             factors: SliceMut::empty(),
             saved: Slice::empty(),

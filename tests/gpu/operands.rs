@@ -67,7 +67,7 @@ impl<'a> Operands<'a> {
     }
 
     pub fn on_cpu(&self, spec: &dyn LayerSpec, call: Call) -> Results {
-        let layer = spec.build(&self.build(Place::Host)).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
+        let layer = spec.build(&self.build()).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
         let mut results = self.run(layer, call, &Cpu);
         // What a layer of the CPU leaves to the ReLU itself.
         if self.case.masks_input && !self.inferred.can_mask_input && call.training {
@@ -78,21 +78,15 @@ impl<'a> Operands<'a> {
     }
 
     pub fn on_gpu(&self, gpu: &Gpu, spec: &dyn LayerSpec, call: Call) -> Results {
-        let build = self.build(Place::Cuda);
-        let layer = match self.element {
-            Element::F32 => spec.build(&build),
-            Element::Bf16 => spec.build_bf16(&build),
-            Element::F16 => panic!("no layer is built for f16"),
-        };
-        let layer = layer.unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
+        let build = self.build();
+        let layer = spec.build_cuda(&build, self.element).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
         self.run(layer, call, &Cuda { gpu, element: self.element })
     }
 
-    fn build(&self, place: Place) -> Build<'_> {
+    fn build(&self) -> Build<'_> {
         Build {
             inputs: &self.case.inputs,
             batch: self.batch,
-            place,
             threads: rayon::current_num_threads(),
             seed: 0x1234_5678_9abc_def0,
             layer: 3,
@@ -111,7 +105,7 @@ impl<'a> Operands<'a> {
             inputs: &slices(&buffers.inputs),
             output: whole_mut(&mut buffers.output),
             params: &slices(&buffers.params),
-            params_bf16: &slices(&buffers.rounded),
+            params_rounded: &slices(&buffers.rounded),
             saved: whole_mut(&mut buffers.saved),
             scratch: whole_mut(&mut buffers.scratch),
         };
@@ -148,7 +142,7 @@ impl<'a> Operands<'a> {
             grad_output: whole_mut(&mut grad_output),
             grad_inputs: &mut grad_inputs.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             params: &slices(&buffers.params),
-            params_bf16: &slices(&buffers.rounded),
+            params_rounded: &slices(&buffers.rounded),
             grad_params: &mut grad_params.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
             saved: whole(&buffers.saved),

@@ -14,7 +14,6 @@ use super::{Part, Update, bytes, canonical, trainable};
 use crate::comm::Communicator;
 use crate::comm::bucket::Work;
 use crate::config::raw;
-use crate::device::cuda::kernels::Element;
 use crate::device::cuda::{Event, Gpu};
 use crate::device::{Arena, Slice, SliceMut};
 use crate::error::Result;
@@ -74,13 +73,12 @@ impl GpuUpdater {
         let allocate = |what: &str| gpu.allocate(table.len() * size_of::<f32>()).map_err(|error| error.context(what));
         let buckets = table.buckets(bucket_bytes, |_| false);
         let written = buckets.iter().map(|_| gpu.event()).collect::<Result<_>>()?;
-        let element = if weights.bf16.bytes() > 0 { Element::Bf16 } else { Element::F32 };
         let names = optim::new(config).state();
         Ok(GpuUpdater {
             table: table.clone(),
             grads: Arc::new(allocate("gradients")?),
             host: Arc::new(comm.allocate(table.len_with_tail() * size_of::<f32>())?),
-            rule: optim::cuda::Update::new(config, table, element)?,
+            rule: optim::cuda::Update::new(config, table, weights.precision.element())?,
             names,
             state: names.iter().map(|_| allocate("optimizer state")).collect::<Result<_>>()?,
             waits: super::needs_norms(config),
@@ -117,7 +115,7 @@ impl GpuUpdater {
             params: whole(&self.weights.f32),
             grads: whole(&self.grads).into_shared(),
             state: &self.state,
-            rounded: if self.weights.bf16.bytes() > 0 { whole(&self.weights.bf16) } else { SliceMut::empty() },
+            rounded: if self.weights.rounded.bytes() > 0 { whole(&self.weights.rounded) } else { SliceMut::empty() },
         };
         // SAFETY: as above.
         unsafe { self.rule.update(elements.clone(), buffers) }

@@ -261,8 +261,8 @@ impl Layer for Conv2d {
         let number = self.plans_for(pass.batch)?;
         let scratch = self.lengths.split(io.scratch);
         let x = self.arranged_images(pass.batch, io.inputs[0], scratch.images)?;
-        let weight = self.arranged_filters(self.parameter(0, io.params, io.params_bf16), scratch.filters)?;
-        let bias = self.planner.bias.then(|| [io.params[1], self.parameter(1, io.params, io.params_bf16)]);
+        let weight = self.arranged_filters(self.parameter(0, io.params, io.params_rounded), scratch.filters)?;
+        let bias = self.planner.bias.then(|| [io.params[1], self.parameter(1, io.params, io.params_rounded)]);
         let plan: &mut Plan = &mut self.plans[number].forward;
         let product = plan.graph().product;
         let (y, workspace) = (io.output.address(), scratch.workspace.address());
@@ -290,7 +290,7 @@ impl Layer for Conv2d {
         if grad_input.bytes() == 0 {
             return Ok(());
         }
-        let weight = self.parameter(0, io.params, io.params_bf16);
+        let weight = self.parameter(0, io.params, io.params_rounded);
         let filters = self.arranged_filters(weight, std::mem::replace(&mut scratch.filters, SliceMut::empty()))?;
         self.backward_data(number, [x, dy, filters], grad_input.reborrow(), &mut scratch)
     }
