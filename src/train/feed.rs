@@ -8,6 +8,8 @@ use crate::error::Result;
 use crate::model::Pass;
 use crate::model::loss::{self, Loss, LossOut};
 use crate::model::net::Net;
+use crate::optim::cuda::Control;
+use std::sync::Arc;
 
 /// One for each rank.
 pub enum Feed {
@@ -19,6 +21,8 @@ pub enum Feed {
 pub struct OnGpu {
     gpu: Gpu,
     loss: loss::cuda::Loss,
+    /// Of the steps in which the net is taught.
+    control: Option<Arc<Control>>,
     images: Arena,
     labels: Arena,
     /// Of the loss, and of the samples that are right.
@@ -26,14 +30,16 @@ pub struct OnGpu {
 }
 
 impl Feed {
-    /// For a net on `place` whose batches are at most `batch` samples, of `values` each.
-    pub fn new(place: Place, loss: Loss, batch: usize, values: usize) -> Result<Feed> {
+    /// For a net on `place` whose batches are at most `batch` samples, of `values` each. To teach a net on a GPU it takes the
+    /// `control` of its updates.
+    pub fn new(place: Place, loss: Loss, batch: usize, values: usize, control: Option<Arc<Control>>) -> Result<Feed> {
         if place == Place::Host {
             return Ok(Feed::Host(loss));
         }
         let gpu = Gpu::of_this_rank()?;
         Ok(Feed::Cuda(Box::new(OnGpu {
             loss: loss::cuda::Loss::new(&loss, batch, Element::F32)?,
+            control,
             images: gpu.allocate(batch * values * size_of::<f32>()).map_err(|e| e.context("images of a batch"))?,
             labels: gpu.allocate(batch * size_of::<u32>())?,
             sums: gpu.allocate(2 * size_of::<f32>())?,
@@ -62,8 +68,9 @@ impl Feed {
         match self {
             Feed::Host(loss) => Ok(loss.forward_backward(outputs, labels, scale, gradient)),
             Feed::Cuda(on) => on.judge(labels, |labels, sums| {
+                let control = on.control.as_ref().expect("a net is taught with updates");
                 // SAFETY: the net's and this feed's memory, in the order of the stream; the data set has checked the labels.
-                unsafe { on.loss.forward_backward(outputs, labels, scale, gradient, sums) }
+                unsafe { on.loss.forward_backward(outputs, labels, scale, gradient, sums, control) }
             }),
         }
     }

@@ -90,7 +90,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
         let plan = setup::plan(config, &parts, &rank.world)?;
         setup::take_device(config, &rank.world)?;
         let mut net = setup::net(config, &plan)?;
-        let feed = setup::feed(config, &plan, net.spec(), &*parts.train)?;
+        let feed = setup::feed(config, &plan, net.spec(), &*parts.train, None)?;
         update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let evaluator = setup::evaluator(&plan, &parts, &rank.world, parts.loader(config)?);

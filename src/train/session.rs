@@ -224,6 +224,11 @@ impl Session<'_> {
             return Err(self.not_finite(&sums, by_order.or(non_finite)));
         }
         self.advance();
+        let loss_scale = match self.progress.step.is_multiple_of(self.plan.log_every_steps) {
+            true => self.learner.loss_scale()?,
+            false => None,
+        };
+        loss_scale.map_or(Ok(()), |scale| scale.check())?;
         self.rank.health.set_waiting(self.clock.budget().spent(Category::Waiting));
         if let Some(report) = &mut self.report {
             let step = report::Step {
@@ -233,6 +238,7 @@ impl Session<'_> {
                 loss_sum: f64::from(sums.loss),
                 correct: sums.correct as u64,
                 samples: sums.samples as u64,
+                loss_scale,
             };
             report.step(&step, self.clock.budget())?;
         }
@@ -302,6 +308,7 @@ impl Session<'_> {
                 samples: position.consumed as u64,
                 best_accuracy,
                 data: Some(self.fingerprint.clone()),
+                loss_scale: self.learner.loss_scale()?,
                 tensors,
             };
             let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
@@ -352,6 +359,7 @@ impl Session<'_> {
                 skipped_images: skipped as u64,
                 job_restarts: self.job.requeues(),
                 gpu_energy_joules: energy.map(f64::from),
+                loss_scale: self.learner.loss_scale()?,
             })?;
         }
         if !end.goes_on() {
@@ -432,6 +440,7 @@ impl Session<'_> {
             job_restarts: self.job.requeues(),
             // A GPU that has failed may keep whoever asks it.
             gpu_energy_joules: None,
+            loss_scale: None,
         };
         if let Err(error) = report.finish(ending) {
             tracing::warn!("{error}");

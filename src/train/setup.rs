@@ -26,6 +26,7 @@ use crate::model::net::{self, Net};
 use crate::model::params::ParamTable;
 use crate::model::spec::NetSpec;
 use crate::model::weights::Weights;
+use crate::optim::cuda::Control;
 use crate::optim::schedule::Schedule;
 use std::sync::Arc;
 use std::time::Duration;
@@ -144,10 +145,11 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
     let updater = updater(config, plan, &net, weights, &mut *comm)?;
+    let feed = feed(config, plan, net.spec(), &*parts.train, updater.control())?;
     let alone = comm.size() == 1;
     let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {
-        feed: feed(config, plan, net.spec(), &*parts.train)?,
+        feed,
         net,
         part_times: vec![Duration::ZERO; gradient.parts() + 1],
         gradient,
@@ -213,10 +215,16 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Opti
     })
 }
 
-/// What batches of this plan and their outputs go through, on the net's device.
-pub fn feed(config: &Config, plan: &Plan, net: &NetSpec, train: &dyn Dataset) -> Result<Feed> {
+/// What batches of this plan and their outputs go through, on the net's device; in training with what controls its updates there.
+pub fn feed(
+    config: &Config,
+    plan: &Plan,
+    net: &NetSpec,
+    train: &dyn Dataset,
+    control: Option<Arc<Control>>,
+) -> Result<Feed> {
     let place = device::choose(config.run.device);
-    Feed::new(place, loss(config, net, train)?, plan.micro_batch, net.input.len())
+    Feed::new(place, loss(config, net, train)?, plan.micro_batch, net.input.len(), control)
 }
 
 fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {

@@ -6,6 +6,7 @@ use crate::device::cuda::Gpu;
 use crate::device::cuda::kernels::{Element, Grid, Kernel, Read, Source, T, Write};
 use crate::device::{Arena, Place, Slice, SliceMut};
 use crate::error::Result;
+use crate::optim::cuda::Control;
 
 static SOURCE: Source = Source { name: "loss", text: include_str!("loss.cu") };
 
@@ -29,8 +30,8 @@ pub struct Loss {
     sums_of: Kernel<(Read<f32>, Write<f32>, u32)>,
 }
 
-/// Outputs, labels, weights, totals, gradient, rows; batch, classes, rule; smoothing, entropy, scale.
-type Rows = (Read<T>, Read<u32>, Read<f32>, Read<f32>, Write<T>, Write<f32>, u32, u32, u32, f32, f32, f32);
+/// Outputs, labels, weights, totals, gradient, rows; batch, classes, rule; smoothing, entropy, scale, loss scale.
+type Rows = (Read<T>, Read<u32>, Read<f32>, Read<f32>, Write<T>, Write<f32>, u32, u32, u32, f32, f32, f32, Read<f32>);
 
 impl Loss {
     /// For at most `batch` samples, whose outputs and gradients are of type `element`.
@@ -61,8 +62,9 @@ impl Loss {
         })
     }
 
-    /// Loss and gradient: outputs (batch, classes), labels (batch) as u32, grad (batch, classes) = scale * dloss/doutputs; sums
-    /// gets the loss and the number of samples whose largest output is the label's, summed over the batch, as f32.
+    /// Loss and gradient: outputs (batch, classes), labels (batch) as u32, grad (batch, classes) = scale * dloss/doutputs, times
+    /// the loss's scale that is in `control`; sums gets the loss, without it, and the number of samples whose largest output is the
+    /// label's, summed over the batch, as f32.
     ///
     /// # Safety
     /// All stay allocated, and nobody else touches them, until the compute stream has come past this. Labels are below
@@ -74,10 +76,11 @@ impl Loss {
         scale: f32,
         mut grad: SliceMut<'_>,
         sums: SliceMut<'_>,
+        control: &Control,
     ) -> Result<()> {
         assert_eq!(grad.bytes(), outputs.bytes(), "a gradient for each output");
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, scale, (&mut grad).into(), sums) }
+        unsafe { self.launch(outputs, labels, (scale, control.scale().into(), (&mut grad).into()), sums) }
     }
 
     /// The sums alone.
@@ -85,18 +88,18 @@ impl Loss {
     /// # Safety
     /// As above.
     pub unsafe fn evaluate(&self, outputs: Slice<'_>, labels: Slice<'_>, sums: SliceMut<'_>) -> Result<()> {
-        // SAFETY: no memory; the kernel asks for the address before it writes.
-        let nowhere = (&mut unsafe { SliceMut::from_raw(Place::Cuda, 0, 0) }).into();
+        // SAFETY: no memory; the kernel asks for the gradient's address before it uses either.
+        let mut nowhere = unsafe { SliceMut::from_raw(Place::Cuda, 0, 0) };
+        let gradient = (0.0, Read::from(&nowhere), (&mut nowhere).into());
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, 0.0, nowhere, sums) }
+        unsafe { self.launch(outputs, labels, gradient, sums) }
     }
 
     unsafe fn launch(
         &self,
         outputs: Slice<'_>,
         labels: Slice<'_>,
-        scale: f32,
-        grad: Write<T>,
+        (scale, loss_scale, grad): (f32, Read<f32>, Write<T>),
         mut sums: SliceMut<'_>,
     ) -> Result<()> {
         let batch = labels.bytes() / size_of::<u32>();
@@ -123,6 +126,7 @@ impl Loss {
             self.smoothing,
             self.entropy,
             scale,
+            loss_scale,
         );
         // SAFETY: lengths as the kernels' comments say; the caller vouches for the rest.
         unsafe {

@@ -21,6 +21,7 @@ use crate::model::net::Net;
 use crate::model::params::{Param, ParamTable};
 use crate::model::weights::Weights;
 use crate::optim::cuda::Control;
+use crate::optim::loss_scale::LossScale;
 use crate::optim::{self, At};
 use crate::train::checkpoint::{State, Tensor, state_name};
 use std::ops::Range;
@@ -74,14 +75,15 @@ impl GpuUpdater {
         let buckets = table.buckets(bucket_bytes, |_| false);
         let written = buckets.iter().map(|_| gpu.event()).collect::<Result<_>>()?;
         let names = optim::new(config).state();
+        let rule = optim::cuda::Update::new(config, table, weights.precision)?;
         Ok(GpuUpdater {
             table: table.clone(),
             grads: Arc::new(allocate("gradients")?),
             host: Arc::new(comm.allocate(table.len_with_tail() * size_of::<f32>())?),
-            rule: optim::cuda::Update::new(config, table, weights.precision.element())?,
+            waits: super::needs_norms(config) || rule.scales_loss(),
+            rule,
             names,
             state: names.iter().map(|_| allocate("optimizer state")).collect::<Result<_>>()?,
-            waits: super::needs_norms(config),
             marks: Arc::new(Marks { gpu: gpu.clone(), written }),
             arrived: gpu.event()?,
             alone: comm.size() == 1,
@@ -158,6 +160,10 @@ impl Update for GpuUpdater {
         Some(self.rule.control().clone())
     }
 
+    fn loss_scale(&self) -> Result<Option<LossScale>> {
+        self.rule.scales_loss().then(|| self.rule.control().loss_scale()).transpose()
+    }
+
     fn state_tensors(&self) -> usize {
         self.state.len()
     }
@@ -200,6 +206,17 @@ impl Update for GpuUpdater {
     }
 
     fn import(&mut self, found: Option<&State>, comm: &mut dyn Communicator) -> Result<()> {
+        if let Some(now) = self.loss_scale()? {
+            // One that was saved in another precision has none.
+            let found = found.and_then(|state| state.loss_scale).unwrap_or(now);
+            let LossScale { scale, good_steps, skipped, skipped_in_a_row } = found;
+            // Each f32 is 32 bits of an integer, never a number.
+            let mut words = [scale.to_bits(), good_steps, skipped, skipped_in_a_row].map(f32::from_bits);
+            comm.broadcast(SliceMut::from(&mut words[..]), 0)?;
+            let [scale, good_steps, skipped, skipped_in_a_row] = words.map(f32::to_bits);
+            let scale = f32::from_bits(scale);
+            self.rule.control().set_loss_scale(LossScale { scale, good_steps, skipped, skipped_in_a_row })?;
+        }
         for (name, arena) in self.names.iter().zip(&self.state) {
             let mut values = vec![0.0; self.table.len()];
             if let Some(found) = found {

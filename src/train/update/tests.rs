@@ -103,6 +103,7 @@ impl World {
             samples: 0,
             best_accuracy: None,
             data: None,
+            loss_scale: None,
             tensors: tensors.swap_remove(0),
         };
         (params, state)
