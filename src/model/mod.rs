@@ -99,6 +99,8 @@ pub struct Inferred {
     pub relu_output: bool,
     /// Backward can do that of a ReLU in front of the only input (`Build::masks_input`).
     pub can_mask_input: bool,
+    /// The same of its operator on a GPU.
+    pub can_mask_input_on_gpu: bool,
     /// The gradients of the parameters are products of these factors, which backward can leave instead.
     pub factors: Option<Factors>,
 }

@@ -64,6 +64,7 @@ impl Net {
     /// The same with parameters in memory that is given, as many as `ParamTable::len` says.
     pub fn with_weights(spec: NetSpec, options: &Options, weights: Arc<Weights>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
+        let spec = spec.on(options.place);
         let table = ParamTable::new(&spec).on(options.place);
         let plan = Plan::new(&spec, options);
         let allocate = |bytes| device::allocate(options.place, bytes);

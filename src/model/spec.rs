@@ -3,6 +3,7 @@
 use super::layers::{Parsed, addressable};
 use super::{Inferred, LayerSpec, Shape};
 use crate::config::raw;
+use crate::device::Place;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -55,19 +56,27 @@ impl NetSpec {
             by_name.insert(entry.name.clone(), net.nodes.len());
         }
         net.refuse_unused()?;
-        net.hand_over_relus();
+        net.hand_over_relus(|inferred| inferred.can_mask_input);
         Ok(net)
+    }
+
+    /// The same for a device: layers say what they do on the CPU, and more on a GPU.
+    pub fn on(mut self, place: Place) -> NetSpec {
+        if place == Place::Cuda {
+            self.hand_over_relus(|inferred| inferred.can_mask_input_on_gpu);
+        }
+        self
     }
 
     /// Where a ReLU's output has one reader, and that can do the ReLU's backward with its own, it does: a pass over the
     /// gradient is saved, and the output need not be kept for it.
-    fn hand_over_relus(&mut self) {
+    fn hand_over_relus(&mut self, can_mask_input: impl Fn(&Inferred) -> bool) {
         for node in 0..self.nodes.len() {
             let inputs = |reader: &Node| reader.inputs.iter().filter(|&&input| input == node + 1).count();
             let readers: Vec<usize> = (0..self.nodes.len()).filter(|&at| inputs(&self.nodes[at]) > 0).collect();
             if let [reader] = readers[..]
                 && self.nodes[node].inferred.relu_output
-                && self.nodes[reader].inferred.can_mask_input
+                && can_mask_input(&self.nodes[reader].inferred)
             {
                 self.nodes[reader].masks_input = true;
                 self.nodes[node].grad_masked = true;

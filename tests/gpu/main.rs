@@ -6,6 +6,7 @@ mod augment;
 mod conv2d;
 #[path = "../emulator/mod.rs"]
 mod emulator;
+mod fusion;
 mod layers;
 mod loss_scale;
 mod operands;

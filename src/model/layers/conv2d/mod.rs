@@ -220,6 +220,7 @@ impl LayerSpec for Conv2d {
             backward_reads_input: true,
             backward_reads_output: self.activation != Activation::None,
             relu_output: self.activation == Activation::Relu,
+            can_mask_input_on_gpu: cuda::can_mask_input(&geometry),
             ..Inferred::default()
         })
     }

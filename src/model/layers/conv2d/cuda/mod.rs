@@ -248,6 +248,11 @@ impl Conv2d {
     }
 }
 
+/// Whether the product that makes the gradient by the images can mask it: not where they are arranged.
+pub fn can_mask_input(geometry: &Geometry) -> bool {
+    Arrangement::of(geometry).is_none()
+}
+
 fn workspace(element: Element) -> usize {
     if element == Element::F32 { WORKSPACE_F32 } else { WORKSPACE_16_BITS }
 }
