@@ -186,6 +186,12 @@ template <class... T> void call(void (*kernel)(T...), void **parameters) {
     call(kernel, parameters, std::index_sequence_for<T...>());
 }
 
+// The number of a kernel's parameters; writes the bytes of each.
+template <class... T> int parameters(void (*)(T...), size_t *bytes) {
+    ((*bytes++ = sizeof(T)), ...);
+    return sizeof...(T);
+}
+
 // Shows `value` to the lanes of `mask`, and returns what `lane` shows.
 template <class T> T exchange(unsigned mask, T value, unsigned lane) {
     static_assert(sizeof(T) <= sizeof(uint64_t));

@@ -1,7 +1,7 @@
 //! libnvrtc for the emulator: hands CUDA sources to the C++ compiler of the machine (`$CXX`, or else `c++`), behind cuda.hpp.
 //!
-//! What it returns as a cubin is a shared library. It exports `emulator_launch`, which finds a kernel by its name; the names
-//! are read from the source after the preprocessor.
+//! What it returns as a cubin is a shared library. It exports `emulator_launch`, which finds a kernel by its name, and
+//! `emulator_parameters`, which says what to copy at a launch; the names are read from the source after the preprocessor.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::fs;
@@ -65,10 +65,15 @@ pub unsafe extern "C" fn nvrtcDestroyProgram(program: *mut *mut Program) -> c_in
 
 /// Of the options only definitions mean something here.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nvrtcCompileProgram(program: *mut Program, count: c_int, options: *const *const c_char) -> c_int {
+pub unsafe extern "C" fn nvrtcCompileProgram(
+    program: *mut Program,
+    count: c_int,
+    options: *const *const c_char,
+) -> c_int {
     let program = unsafe { &mut *program };
     let option = |i: usize| unsafe { CStr::from_ptr(*options.add(i)) }.to_string_lossy().into_owned();
-    let definition = |option: String| option.strip_prefix("--define-macro=").map(|definition| format!("-D{definition}"));
+    let definition =
+        |option: String| option.strip_prefix("--define-macro=").map(|definition| format!("-D{definition}"));
     let definitions: Vec<String> = (0..count as usize).map(option).filter_map(definition).collect();
     match compile(program, &definitions) {
         Ok(binary) => {
@@ -136,16 +141,28 @@ fn compile_in(folder: &Path, program: &Program, definitions: &[String]) -> Resul
     };
     // `__global__` is a plain word to the preprocessor as long as cuda.hpp is not there.
     let names = kernels(&run(&["-E", "-P", "kernels.cu"])?);
-    let known = names.iter().map(|name| format!("{{\"{name}\", [](void **p) {{ emulator::call({name}, p); }}}},"));
+    let known = names.iter().map(|name| {
+        format!(
+            "{{\"{name}\", [](void **p) {{ emulator::call({name}, p); }}, \
+             [](size_t *to) {{ return emulator::parameters({name}, to); }}}},"
+        )
+    });
     let main = format!(
         "#include \"cuda.hpp\"\n\
          #include \"kernels.cu\"\n\
-         static const struct {{ const char *name; void (*call)(void **); }} KERNELS[] = {{ {} {{nullptr, nullptr}} }};\n\
-         // An error in words, or null. With no blocks it only looks for the kernel.\n\
+         static const struct {{ const char *name; void (*call)(void **); int (*parameters)(size_t *); }} KERNELS[] = {{\n\
+             {} {{nullptr, nullptr, nullptr}} }};\n\
+         // Their number, and the bytes of each; less than 0 where there is no such kernel.\n\
+         extern \"C\" int emulator_parameters(const char *name, size_t *bytes) {{\n\
+             for (auto &kernel : KERNELS) {{\n\
+                 if (kernel.name && strcmp(kernel.name, name) == 0) return kernel.parameters(bytes);\n\
+             }}\n\
+             return -1;\n\
+         }}\n\
+         // An error in words, or null.\n\
          extern \"C\" const char *emulator_launch(const char *name, const unsigned *grid, const unsigned *block, void **p) {{\n\
              for (auto &kernel : KERNELS) {{\n\
                  if (!kernel.name || strcmp(kernel.name, name) != 0) continue;\n\
-                 if (!grid) return nullptr;\n\
                  return emulator::launch(kernel.call, {{grid[0], grid[1], grid[2]}}, {{block[0], block[1], block[2]}}, p);\n\
              }}\n\
              return \"no such kernel\";\n\
@@ -162,15 +179,16 @@ fn compile_in(folder: &Path, program: &Program, definitions: &[String]) -> Resul
 /// The names behind `__global__ void`, launch bounds or not between them.
 fn kernels(preprocessed: &str) -> Vec<String> {
     let declarations = preprocessed.split("__global__").skip(1);
-    declarations.filter_map(|text| {
-        let text = text.trim_start().strip_prefix("void").unwrap_or(text).trim_start();
-        let text = match text.strip_prefix("__launch_bounds__") {
-            Some(bounds) => bounds.split_once(')')?.1,
-            None => text,
-        };
-        let text = text.trim_start().strip_prefix("void").unwrap_or(text);
-        let name = text.split_once('(')?.0.trim();
-        Some(name.to_owned())
-    })
-    .collect()
+    declarations
+        .filter_map(|text| {
+            let text = text.trim_start().strip_prefix("void").unwrap_or(text).trim_start();
+            let text = match text.strip_prefix("__launch_bounds__") {
+                Some(bounds) => bounds.split_once(')')?.1,
+                None => text,
+            };
+            let text = text.trim_start().strip_prefix("void").unwrap_or(text);
+            let name = text.split_once('(')?.0.trim();
+            Some(name.to_owned())
+        })
+        .collect()
 }

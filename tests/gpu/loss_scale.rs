@@ -187,14 +187,14 @@ fn a_net_without_parameters_is_updated_too() {
     let update = cuda::Update::new(&raw::Optimizer { rule: lars, shared: clipped }, &table, Precision::Fp16).unwrap();
     update.begin(At { lr: 0.1, step: 0 }).unwrap();
     let nothing = gpu.allocate(0).unwrap();
-    let buffers = cuda::Buffers {
-        params: unsafe { nothing.slice_mut(0..0) },
-        grads: unsafe { nothing.slice(0..0) },
-        state: std::slice::from_ref(&nothing),
-        rounded: unsafe { nothing.slice_mut(0..0) },
-    };
     // SAFETY: there is no memory.
     unsafe {
+        let buffers = cuda::Buffers {
+            params: nothing.slice_mut(0..0),
+            grads: nothing.slice(0..0),
+            state: std::slice::from_ref(&nothing),
+            rounded: nothing.slice_mut(0..0),
+        };
         update.measure(nothing.slice(0..0), nothing.slice(0..0)).unwrap();
         update.update(0..0, buffers).unwrap();
     }

@@ -7,6 +7,7 @@ mod conv2d;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod fusion;
+mod graphs;
 mod layers;
 mod loss_scale;
 mod operands;

@@ -41,9 +41,38 @@ fn faulty(gpu: &Gpu, name: &'static str, mut x: SliceMut<'_>, n: u32) -> Result<
     let kernel: Kernel<(Write<T>, u32)> = gpu.module(&FAULTY, Element::F32)?.kernel(name)?;
     let grid = Grid { blocks: [1, 1, 1], threads: [32, 1, 1], shared_bytes: 0 };
     // SAFETY: none; the emulator is there to notice.
-    unsafe { kernel.launch(gpu.compute(), grid, ((&mut x).into(), n)) }
+    unsafe { kernel.launch(gpu.compute(), grid, ((&mut x).into(), n)) }?;
+    gpu.compute().wait()
 }
 
 fn refused(result: Result<()>, code: &str) -> bool {
     result.is_err_and(|error| error.to_string().contains(code))
+}
+
+/// A stream works as late as it may, so that one that should have waited for another comes too early.
+#[test]
+fn streams_wait_for_nobody_by_themselves() {
+    if !emulator::is_lazy() {
+        return eprintln!("skipped: only the emulator's streams are known to be late");
+    }
+    let Some(gpu) = emulator::alone("strictness::streams_wait_for_nobody_by_themselves") else { return };
+    let (mut first, second) = (gpu.allocate(8).unwrap(), gpu.allocate(8).unwrap());
+    let mut seen = gpu.allocate_pinned(8).unwrap();
+    let mut ones = gpu.allocate_pinned(8).unwrap();
+    whole_mut(&mut ones).f32().fill(1.0);
+    // SAFETY: nothing is freed before the last wait.
+    unsafe { gpu.compute().copy(whole(&ones), whole_mut(&mut first)) }.unwrap();
+    let event = gpu.event().unwrap();
+    gpu.compute().record(&event).unwrap();
+    let mut pass_on = || {
+        // SAFETY: as above; that `first` is used by two streams is the point.
+        let to = unsafe { SliceMut::from_raw(Place::Cuda, second.address(), 8) };
+        // SAFETY: as above.
+        unsafe { gpu.copies().copy(whole(&first), to) }.unwrap();
+        gpu.copies().copy_and_wait(whole(&second), whole_mut(&mut seen)).unwrap();
+        whole(&seen).f32().to_vec()
+    };
+    assert_eq!(pass_on(), [0.0; 2], "without a wait");
+    gpu.copies().wait_for(&event).unwrap();
+    assert_eq!(pass_on(), [1.0; 2], "with a wait");
 }

@@ -22,6 +22,7 @@ pub const INVALID_DEVICE: Code = 101;
 pub const INVALID_CONTEXT: Code = 201;
 pub const NOT_FOUND: Code = 500;
 pub const LAUNCH_FAILED: Code = 719;
+pub const NOT_SUPPORTED: Code = 801;
 pub const MISMATCH: Code = 803;
 
 pub fn fault_is(name: &str) -> bool {

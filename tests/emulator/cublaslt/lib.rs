@@ -7,6 +7,8 @@
 //! and one that needs matrices at multiples of 256 bytes. The sums of BGRADB are there only where rows begin at multiples of 16
 //! bytes, so that callers have to do without.
 
+#[path = "../queue.rs"]
+mod queue;
 mod values;
 
 use std::ffi::{c_int, c_void};
@@ -16,6 +18,7 @@ use values::{BF16, F16, F32, load, size, store};
 type Status = c_int;
 const SUCCESS: Status = 0;
 const INVALID_VALUE: Status = 7;
+const EXECUTION_FAILED: Status = 13;
 const NOT_SUPPORTED: Status = 15;
 
 const COMPUTE_32F: u32 = 68;
@@ -32,6 +35,7 @@ const BGRADB: u32 = 512;
 
 const WORKSPACE_ALIGNMENT: usize = 256;
 
+#[derive(Clone, Copy)]
 pub struct Description {
     compute: u32,
     scale: u32,
@@ -228,8 +232,9 @@ unsafe fn destroy<T>(made: *mut T) -> Status {
 }
 
 /// What a call computes: D (m, n) from op(A) (m, k) and op(B) (k, n).
-struct Problem<'a> {
-    description: &'a Description,
+#[derive(Clone, Copy)]
+struct Problem {
+    description: Description,
     a: Layout,
     b: Layout,
     d: Layout,
@@ -238,16 +243,13 @@ struct Problem<'a> {
     k: usize,
 }
 
-impl Problem<'_> {
+impl Problem {
     /// The problem if the library can solve it, or the status that says why not.
-    unsafe fn new<'a>(
-        description: *const Description,
-        [a, b, c, d]: [*const Layout; 4],
-    ) -> Result<Problem<'a>, Status> {
+    unsafe fn new(description: *const Description, [a, b, c, d]: [*const Layout; 4]) -> Result<Problem, Status> {
         if description.is_null() || [a, b, c, d].iter().any(|layout| layout.is_null()) {
             return Err(INVALID_VALUE);
         }
-        let (description, [a, b, c, d]) = unsafe { (&*description, [*a, *b, *c, *d]) };
+        let (description, [a, b, c, d]) = unsafe { (*description, [*a, *b, *c, *d]) };
         let turned = |layout: Layout, transposed: c_int| match transposed {
             0 => Ok((layout.rows, layout.cols)),
             1 => Ok((layout.cols, layout.rows)),
@@ -351,12 +353,12 @@ pub unsafe extern "C" fn cublasLtMatmulAlgoCheck(
     SUCCESS
 }
 
-fn heuristic(problem: &Problem<'_>, kind: u64) -> Heuristic {
+fn heuristic(problem: &Problem, kind: u64) -> Heuristic {
     let (algorithm, workspace) = (problem.algorithm(kind), problem.workspace(kind));
     Heuristic { algorithm, workspace, state: SUCCESS, waves: 1.0, reserved: [0; 4] }
 }
 
-fn is_for(algorithm: &Algorithm, problem: &Problem<'_>) -> bool {
+fn is_for(algorithm: &Algorithm, problem: &Problem) -> bool {
     let epilogue = u64::from(problem.description.epilogue);
     (algorithm.magic, algorithm.types, algorithm.epilogue) == (MAGIC, problem.types(), epilogue)
 }
@@ -378,7 +380,7 @@ pub unsafe extern "C" fn cublasLtMatmul(
     algorithm: *const Algorithm,
     workspace: *mut c_void,
     workspace_bytes: usize,
-    _stream: *mut c_void,
+    stream: usize,
 ) -> Status {
     let problem = match unsafe { Problem::new(description, [a_layout, b_layout, c_layout, d_layout]) } {
         Ok(problem) => problem,
@@ -399,27 +401,21 @@ pub unsafe extern "C" fn cublasLtMatmul(
     if has_bias && problem.description.bias == 0 {
         return INVALID_VALUE;
     }
-    unsafe {
-        if needed > 0 {
-            workspace.cast::<u8>().write_bytes(0xFF, needed);
-        }
-        multiply(&problem, algorithm.kind, (alpha, beta), (a, b, c, d));
+    let [a, b, c, d, workspace] = [a, b, c, d.cast_const(), workspace.cast_const()].map(|pointer| pointer as usize);
+    let work = move || unsafe {
+        (workspace as *mut u8).write_bytes(0xFF, needed);
+        multiply(&problem, algorithm.kind, (alpha, beta), [a, b, c, d].map(|address| address as *mut c_void));
         if problem.description.epilogue == BGRADB {
-            sum_right(&problem, b);
+            sum_right(&problem, b as *const c_void);
         }
-    }
-    SUCCESS
+    };
+    if queue::put(stream, work) { SUCCESS } else { EXECUTION_FAILED }
 }
 
 /// D = epilogue(alpha op(A) op(B) + beta C)
-unsafe fn multiply(
-    problem: &Problem<'_>,
-    kind: u64,
-    (alpha, beta): (f32, f32),
-    (a, b, c, d): (*const c_void, *const c_void, *const c_void, *mut c_void),
-) {
+unsafe fn multiply(problem: &Problem, kind: u64, (alpha, beta): (f32, f32), [a, b, c, d]: [*mut c_void; 4]) {
     static CALLS: AtomicU32 = AtomicU32::new(0);
-    let &Problem { description, a: a_layout, b: b_layout, d: d_layout, m, n, k } = problem;
+    let &Problem { ref description, a: a_layout, b: b_layout, d: d_layout, m, n, k } = problem;
     let tf32 = description.compute == COMPUTE_32F_FAST_TF32;
     let [left, right] = unsafe {
         [
@@ -449,7 +445,7 @@ unsafe fn multiply(
 }
 
 /// bias (n) = the sums over k of op(B)'s columns, in the type of D.
-unsafe fn sum_right(problem: &Problem<'_>, b: *const c_void) {
+unsafe fn sum_right(problem: &Problem, b: *const c_void) {
     let right = unsafe { matrix(b, problem.b, problem.description.transposed[1] == 1, false) };
     for (j, column) in right.chunks_exact(problem.k).enumerate() {
         let sum = column.iter().sum::<f64>() as f32;

@@ -2,21 +2,38 @@
 
 use super::engines::{Engine, Flaw};
 use super::rules::{self, BF16, F16, F32, Product, Tensor};
-use super::{Descriptor, Failure, Id, Table, bad};
+use super::{Descriptor, Failure, Id, Table, bad, queue};
 use std::collections::BTreeMap;
 
 /// Values by number of their tensor, dense, in the order of the dimensions.
 type Values = BTreeMap<i64, Vec<f64>>;
 
-pub fn execute(table: &Table, plan: Id, pack: Id) -> Result<(), Failure> {
+/// Checks the call and puts the work into the stream, with the descriptors as they are now.
+pub fn execute(table: &Table, stream: usize, plan: Id, pack: Id) -> Result<(), Failure> {
     let engine = table.finalized(plan, rules::PLAN)?.engine.clone().expect("a plan has an engine");
     let pack = table.finalized(pack, rules::PACK)?;
     let operations = rules::operations(table, table.finalized(engine.graph, rules::GRAPH)?)?;
     let pointers: BTreeMap<i64, usize> =
         pack.i64s(1000).into_iter().zip(pack.i64s(1001).into_iter().map(|pointer| pointer as usize)).collect();
     check_pointers(table, &operations, &pointers)?;
-    spoil_workspace(&engine, pack)?;
+    let workspace = workspace(&engine, pack)?;
 
+    let table = table.clone();
+    let work = move || {
+        // The engine may write all that it asked for.
+        unsafe { std::ptr::write_bytes(workspace as *mut u8, 0xff, engine.workspace as usize) };
+        if let Err((_, message)) = run(&table, &engine, &pointers) {
+            eprintln!("emulator: cuDNN: {message}");
+        }
+    };
+    match queue::put(stream, work) {
+        true => Ok(()),
+        false => bad(format!("the handle has no stream of the emulator's driver, but {stream:#x}")),
+    }
+}
+
+fn run(table: &Table, engine: &Engine, pointers: &BTreeMap<i64, usize>) -> Result<(), Failure> {
+    let operations = rules::operations(table, table.finalized(engine.graph, rules::GRAPH)?)?;
     let mut values = Values::new();
     for operation in operations {
         let tensors = rules::tensors(table, operation)?;
@@ -38,11 +55,7 @@ pub fn execute(table: &Table, plan: Id, pack: Id) -> Result<(), Failure> {
 }
 
 /// One pointer for each tensor in memory, aligned as the tensor says, and none beside.
-fn check_pointers(
-    table: &Table,
-    operations: &[&Descriptor],
-    pointers: &BTreeMap<i64, usize>,
-) -> Result<(), Failure> {
+fn check_pointers(table: &Table, operations: &[&Descriptor], pointers: &BTreeMap<i64, usize>) -> Result<(), Failure> {
     let mut wanted = BTreeMap::new();
     for operation in operations {
         for tensor in rules::tensors(table, operation)?.into_iter().filter(|tensor| !tensor.is_virtual) {
@@ -58,17 +71,13 @@ fn check_pointers(
     }
 }
 
-/// The engine may write all that it asked for.
-fn spoil_workspace(engine: &Engine, pack: &Descriptor) -> Result<(), Failure> {
-    if engine.workspace == 0 {
-        return Ok(());
-    }
+/// Where the engine has its workspace.
+fn workspace(engine: &Engine, pack: &Descriptor) -> Result<usize, Failure> {
     let workspace = pack.i64s(1003).first().map_or(0, |&pointer| pointer as usize);
-    if workspace == 0 || workspace % 16 != 0 {
+    if engine.workspace > 0 && (workspace == 0 || workspace % 16 != 0) {
         return bad(format!("variant pack: the workspace of {} bytes is at {workspace:#x}", engine.workspace));
     }
-    unsafe { std::ptr::write_bytes(workspace as *mut u8, 0xff, engine.workspace as usize) };
-    Ok(())
+    Ok(workspace)
 }
 
 /// One of the three products. All of them sum the same triples of elements, over another of the three.

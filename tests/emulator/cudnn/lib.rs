@@ -10,6 +10,8 @@
 
 mod compute;
 mod engines;
+#[path = "../queue.rs"]
+mod queue;
 mod rules;
 
 use std::cell::RefCell;
@@ -71,7 +73,7 @@ impl Descriptor {
 }
 
 /// All descriptors that live. A handle is its number times 16, so that it looks like an address.
-#[derive(Default)]
+#[derive(Clone)]
 pub struct Table {
     descriptors: BTreeMap<Id, Descriptor>,
     created: usize,
@@ -286,6 +288,6 @@ pub extern "C" fn cudnnBackendExecute(handle: *mut c_void, plan: Id, pack: Id) -
         if handle.is_null() {
             return bad("the handle is null");
         }
-        compute::execute(table, plan, pack)
+        compute::execute(table, unsafe { *handle.cast::<usize>() }, plan, pack)
     })
 }

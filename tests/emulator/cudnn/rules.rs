@@ -316,8 +316,7 @@ fn check_pointwise_operation(table: &Table, operation: &Descriptor) -> Result<()
         RELU => &[751, 753],
         _ => &[751, 756, 757],
     };
-    let given: Vec<c_int> =
-        [751, 752, 753, 756, 757].into_iter().filter(|&name| operation.has(name)).collect();
+    let given: Vec<c_int> = [751, 752, 753, 756, 757].into_iter().filter(|&name| operation.has(name)).collect();
     if given != needed {
         return bad(format!("pointwise mode {mode} has tensors {given:?}, expected {needed:?}"));
     }
@@ -368,7 +367,9 @@ fn check_graph(table: &Table, graph: &Descriptor) -> Result<(), Failure> {
         }
         for tensor in tensors {
             match known.iter().find(|known| known.uid == tensor.uid) {
-                Some(known) if *known != tensor => return bad(format!("graph: two tensors are numbered {}", tensor.uid)),
+                Some(known) if *known != tensor => {
+                    return bad(format!("graph: two tensors are numbered {}", tensor.uid));
+                }
                 Some(_) => {}
                 None => known.push(tensor),
             }

@@ -1,25 +1,24 @@
 //! Modules, and the launch of their kernels.
 
 use crate::{
-    Code, INVALID_HANDLE, INVALID_IMAGE, INVALID_VALUE, LAUNCH_FAILED, NOT_FOUND, NOT_SUPPORTED, Object, SUCCESS,
-    driver, give, in_context, require,
+    Code, INVALID_HANDLE, INVALID_IMAGE, INVALID_VALUE, LAUNCH_FAILED, NOT_FOUND, NOT_SUPPORTED, Object, driver, give,
+    in_context, require, streams,
 };
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::ptr::null_mut;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 
 /// `emulator_launch` of a module: says in words what is wrong, or gives null.
 pub type Launch = unsafe extern "C" fn(*const c_char, *const c_uint, *const c_uint, *mut *mut c_void) -> *const c_char;
-
-/// Kernels run one at a time, whichever thread launches them.
-static LAUNCH: Mutex<()> = Mutex::new(());
+/// `emulator_parameters` of a module: how many a kernel has, or less than 0 where there is no such kernel; writes their bytes.
+type Parameters = unsafe extern "C" fn(*const c_char, *mut usize) -> c_int;
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut usize, image: *const u8) -> Code {
     in_context(|driver| {
+        driver.outside_captures()?;
         require(!image.is_null() && !module.is_null(), INVALID_VALUE)?;
         let (library, file) = unsafe { load(image) }.map_err(|error| {
             eprintln!("emulator: a module cannot be loaded: {error}");
@@ -58,6 +57,7 @@ unsafe fn load(image: *const u8) -> Result<(usize, File), String> {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleUnload(module: usize) -> Code {
+    streams::run_everything();
     in_context(|driver| {
         let Some(Object::Module { library, .. }) = driver.objects.get(&module) else { return Err(INVALID_HANDLE) };
         unsafe { dlclose(*library as *mut c_void) };
@@ -74,15 +74,17 @@ pub unsafe extern "C" fn cuModuleGetFunction(kernel: *mut usize, module: usize, 
     in_context(|driver| {
         let Some(Object::Module { library, .. }) = driver.objects.get(&module) else { return Err(INVALID_HANDLE) };
         require(!name.is_null(), INVALID_VALUE)?;
-        let (name, launch) = unsafe {
-            let function = dlsym(*library as *mut c_void, c"emulator_launch".as_ptr());
-            require(!function.is_null(), INVALID_IMAGE)?;
-            (CStr::from_ptr(name).to_owned(), std::mem::transmute::<*mut c_void, Launch>(function))
+        let mut bytes = vec![0; MOST_PARAMETERS];
+        let (name, launch, count) = unsafe {
+            let functions =
+                [c"emulator_launch", c"emulator_parameters"].map(|f| dlsym(*library as *mut c_void, f.as_ptr()));
+            require(functions.iter().all(|function| !function.is_null()), INVALID_IMAGE)?;
+            let launch = std::mem::transmute::<*mut c_void, Launch>(functions[0]);
+            let parameters = std::mem::transmute::<*mut c_void, Parameters>(functions[1]);
+            (CStr::from_ptr(name).to_owned(), launch, parameters(name, bytes.as_mut_ptr()))
         };
-        // Without a grid it only looks for the kernel.
-        let missing = unsafe { launch(name.as_ptr(), std::ptr::null(), std::ptr::null(), null_mut()) };
-        require(missing.is_null(), NOT_FOUND)?;
-        unsafe { give(kernel, driver.add(Object::Kernel { module, launch, name })) }
+        bytes.truncate(usize::try_from(count).map_err(|_| NOT_FOUND)?);
+        unsafe { give(kernel, driver.add(Object::Kernel { module, launch, name, parameters: bytes })) }
     })
 }
 
@@ -105,31 +107,51 @@ pub unsafe extern "C" fn cuLaunchKernel(
     let mut found = None;
     let code = in_context(|driver| {
         driver.stream(stream)?;
-        let Some(Object::Kernel { launch, name, .. }) = driver.objects.get(&kernel) else { return Err(INVALID_HANDLE) };
+        let Some(Object::Kernel { launch, name, parameters: bytes, .. }) = driver.objects.get(&kernel) else {
+            return Err(INVALID_HANDLE);
+        };
         let fits = |lengths: [c_uint; 3], most: [c_uint; 3]| (0..3).all(|i| (1..=most[i]).contains(&lengths[i]));
         let threads = block.iter().map(|&length| u64::from(length)).product::<u64>();
         require(fits(grid, [i32::MAX as c_uint, 65535, 65535]) && fits(block, [1024, 1024, 64]), INVALID_VALUE)?;
         require(threads <= 1024 && extra.is_null(), INVALID_VALUE)?;
         require(shared_bytes == 0, NOT_SUPPORTED)?;
-        found = Some((*launch, name.clone()));
+        found = Some((*launch, name.clone(), unsafe { values(parameters, bytes) }));
         Ok(())
     });
-    let Some((launch, name)) = found else { return code };
-    let _alone = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
-    let error = unsafe { launch(name.as_ptr(), grid.as_ptr(), block.as_ptr(), parameters) };
+    let Some((launch, name, values)) = found else { return code };
+    streams::put(stream, Arc::new(move || unsafe { run(launch, &name, grid, block, &values) }))
+}
+
+/// What the parameters are at the launch: the caller's memory is only good until it returns.
+unsafe fn values(parameters: *mut *mut c_void, bytes: &[usize]) -> Vec<Vec<u64>> {
+    let value = |(i, &bytes): (usize, &usize)| unsafe {
+        let mut value = vec![0u64; bytes.div_ceil(8)];
+        value.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping((*parameters.add(i)).cast::<u8>(), bytes);
+        value
+    };
+    bytes.iter().enumerate().map(value).collect()
+}
+
+unsafe fn run(
+    launch: Launch,
+    name: &CStr,
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    values: &[Vec<u64>],
+) -> Result<(), Code> {
+    let mut pointers: Vec<*mut c_void> = values.iter().map(|value| value.as_ptr().cast_mut().cast()).collect();
+    let error = unsafe { launch(name.as_ptr(), grid.as_ptr(), block.as_ptr(), pointers.as_mut_ptr()) };
     let error = match error.is_null() {
         true => driver().overrun(),
         false => Some(unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned()),
     };
-    match error {
-        None => SUCCESS,
-        Some(error) => {
-            eprintln!("emulator: kernel {} over {grid:?} blocks of {block:?} threads: {error}", name.to_string_lossy());
-            LAUNCH_FAILED
-        }
-    }
+    let Some(error) = error else { return Ok(()) };
+    eprintln!("emulator: kernel {} over {grid:?} blocks of {block:?} threads: {error}", name.to_string_lossy());
+    Err(LAUNCH_FAILED)
 }
 
+/// More than any kernel has.
+const MOST_PARAMETERS: usize = 64;
 const RTLD_NOW: c_int = 2;
 
 unsafe extern "C" {

@@ -1,22 +1,26 @@
-//! libcuda for the emulator: one GPU whose memory is host memory, whose streams work at once, and whose modules are the shared
-//! libraries that nvrtc.rs makes.
+//! libcuda for the emulator: one GPU whose memory is host memory, whose streams work as late as they may, and whose modules are
+//! the shared libraries that nvrtc.rs makes.
 //!
 //! It is strict. A handle that is not alive, a null pointer, a copy beyond an allocation, a call without a context are
 //! refused as the driver's reference says. Before and behind each allocation lies a page without access, so that a kernel that
 //! reads or writes there ends the test; the few bytes between its end and that page are watched for writes. Memory is full of
 //! 0xFF, NaNs, until it is written.
 
+mod graphs;
 mod kernels;
 mod memory;
+mod streams;
 
+use graphs::{Capture, Graph};
 use kernels::Launch;
 use memory::{Allocation, TOTAL_BYTES};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::fs::File;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
+use streams::{Event, Stream};
 
 /// A CUresult, by its name and number in cuda.h.
 type Code = c_int;
@@ -29,7 +33,9 @@ const INVALID_IMAGE: Code = 200;
 const INVALID_CONTEXT: Code = 201;
 const INVALID_HANDLE: Code = 400;
 const NOT_FOUND: Code = 500;
+const NOT_READY: Code = 600;
 const LAUNCH_FAILED: Code = 719;
+const CAPTURED_EVENT: Code = 907;
 const NOT_SUPPORTED: Code = 801;
 
 const DEVICE: c_int = 0;
@@ -46,15 +52,20 @@ struct Driver {
     host_memory: BTreeMap<usize, Allocation>,
     /// By handles, which are never used again.
     objects: BTreeMap<usize, Object>,
+    default_stream: Stream,
+    /// Under way, by number.
+    captures: BTreeMap<usize, Capture>,
+    /// How work of a thread has failed.
+    failed: Vec<(ThreadId, Code)>,
     next_handle: usize,
 }
 
 enum Object {
-    Stream,
-    Event {
-        timed: bool,
-        recorded: Option<Instant>,
-    },
+    Stream(Stream),
+    Event(Event),
+    Graph(Arc<Graph>),
+    /// A graph that can be launched.
+    Executable(Arc<Graph>),
     /// The file is what the library was loaded from: its path must not come to name another while it is loaded.
     Module {
         library: usize,
@@ -64,6 +75,8 @@ enum Object {
         module: usize,
         launch: Launch,
         name: CString,
+        /// The bytes of each.
+        parameters: Vec<usize>,
     },
 }
 
@@ -73,6 +86,9 @@ static DRIVER: Mutex<Driver> = Mutex::new(Driver {
     device_memory: BTreeMap::new(),
     host_memory: BTreeMap::new(),
     objects: BTreeMap::new(),
+    default_stream: Stream::new(),
+    captures: BTreeMap::new(),
+    failed: Vec::new(),
     next_handle: 0x1000,
 });
 
@@ -124,18 +140,6 @@ impl Driver {
         self.objects.insert(self.next_handle, object);
         self.next_handle
     }
-
-    /// The default stream, 0, is always there.
-    fn stream(&self, handle: usize) -> Result<(), Code> {
-        require(handle == 0 || matches!(self.objects.get(&handle), Some(Object::Stream)), INVALID_HANDLE)
-    }
-
-    fn event(&mut self, handle: usize) -> Result<(bool, &mut Option<Instant>), Code> {
-        match self.objects.get_mut(&handle) {
-            Some(Object::Event { timed, recorded }) => Ok((*timed, recorded)),
-            _ => Err(INVALID_HANDLE),
-        }
-    }
 }
 
 #[unsafe(no_mangle)]
@@ -161,7 +165,25 @@ fn words(code: Code) -> Option<[&'static CStr; 2]> {
         INVALID_CONTEXT => [c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context"],
         INVALID_HANDLE => [c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"],
         NOT_FOUND => [c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"],
+        NOT_READY => [c"CUDA_ERROR_NOT_READY", c"device not ready"],
         LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
+        graphs::UNSUPPORTED => {
+            [c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing"]
+        }
+        graphs::INVALIDATED => {
+            [c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", c"operation failed due to a previous error during capture"]
+        }
+        graphs::UNJOINED => [c"CUDA_ERROR_STREAM_CAPTURE_UNJOINED", c"capturing stream has unjoined work"],
+        graphs::ISOLATION => {
+            [c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION", c"dependency created on uncaptured work in another stream"]
+        }
+        CAPTURED_EVENT => {
+            [c"CUDA_ERROR_CAPTURED_EVENT", c"operation not permitted on an event last recorded in a capturing stream"]
+        }
+        graphs::WRONG_THREAD => [
+            c"CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
+            c"attempt to terminate a thread-local capture sequence from another thread",
+        ],
         NOT_SUPPORTED => [c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"],
         _ => return None,
     })
@@ -246,92 +268,5 @@ pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
         require(context == 0 || (context == CONTEXT && driver.retained > 0), INVALID_CONTEXT)?;
         CURRENT.set(context);
         Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(stream: *mut usize, flags: c_uint) -> Code {
-    in_context(|driver| {
-        require(flags <= 1, INVALID_VALUE)?;
-        unsafe { give(stream, driver.add(Object::Stream)) }
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
-    in_context(|driver| {
-        require(stream != 0, INVALID_HANDLE)?;
-        driver.stream(stream)?;
-        driver.objects.remove(&stream);
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
-    in_context(|driver| driver.stream(stream))
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
-    in_context(|driver| driver.stream(stream))
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: c_uint) -> Code {
-    in_context(|driver| {
-        driver.stream(stream)?;
-        driver.event(event)?;
-        require(flags <= 1, INVALID_VALUE)
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventCreate(event: *mut usize, flags: c_uint) -> Code {
-    /// CU_EVENT_DISABLE_TIMING
-    const UNTIMED: c_uint = 2;
-    in_context(|driver| {
-        require(flags <= 3, INVALID_VALUE)?;
-        unsafe { give(event, driver.add(Object::Event { timed: flags & UNTIMED == 0, recorded: None })) }
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
-    in_context(|driver| {
-        driver.event(event)?;
-        driver.objects.remove(&event);
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
-    in_context(|driver| {
-        driver.stream(stream)?;
-        *driver.event(event)?.1 = Some(Instant::now());
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventQuery(event: usize) -> Code {
-    in_context(|driver| driver.event(event).map(drop))
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventSynchronize(event: usize) -> Code {
-    in_context(|driver| driver.event(event).map(drop))
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime_v2(ms: *mut f32, start: usize, end: usize) -> Code {
-    in_context(|driver| {
-        let mut time = |event| match driver.event(event)? {
-            (true, Some(time)) => Ok(*time),
-            _ => Err(INVALID_HANDLE),
-        };
-        let (start, end) = (time(start)?, time(end)?);
-        unsafe { give(ms, end.saturating_duration_since(start).as_secs_f32() * 1e3) }
     })
 }

@@ -1,8 +1,9 @@
 //! Memory and copies.
 
-use crate::{Code, Driver, INVALID_VALUE, OUT_OF_MEMORY, give, in_context, require};
+use crate::{Code, Driver, INVALID_VALUE, OUT_OF_MEMORY, SUCCESS, give, in_context, require, streams};
 use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::ptr::null_mut;
+use std::sync::Arc;
 
 pub const TOTAL_BYTES: usize = 8 << 30;
 const PAGE: usize = 4096;
@@ -39,6 +40,12 @@ impl Driver {
             _ => {}
         }
         Ok(address)
+    }
+
+    /// Whether the GPU reads and writes this host memory by itself.
+    fn is_pinned(&self, address: usize) -> bool {
+        let before = self.host_memory.range(..=address).next_back();
+        before.is_some_and(|(start, allocation)| address - start < allocation.bytes)
     }
 
     pub fn used(&self) -> usize {
@@ -95,6 +102,7 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Code {
     in_context(|driver| {
+        driver.outside_captures()?;
         require(bytes > 0, INVALID_VALUE)?;
         require(bytes <= TOTAL_BYTES - driver.used(), OUT_OF_MEMORY)?;
         let (at, allocation) = map(bytes).ok_or(OUT_OF_MEMORY)?;
@@ -106,12 +114,17 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Code 
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> Code {
-    in_context(|driver| driver.device_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE))
+    streams::run_everything();
+    in_context(|driver| {
+        driver.outside_captures()?;
+        driver.device_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE)
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, flags: c_uint) -> Code {
     in_context(|driver| {
+        driver.outside_captures()?;
         require(bytes > 0 && flags <= 7, INVALID_VALUE)?;
         let (at, allocation) = map(bytes).ok_or(OUT_OF_MEMORY)?;
         unsafe { give(address, at as *mut c_void) }?;
@@ -122,55 +135,94 @@ pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize,
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> Code {
-    in_context(|driver| driver.host_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE))
+    streams::run_everything();
+    in_context(|driver| {
+        driver.outside_captures()?;
+        driver.host_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE)
+    })
 }
 
-unsafe fn copy(from: usize, to: usize, bytes: usize) {
-    unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+/// Puts a copy of checked ranges into the stream.
+fn put_copy(stream: usize, (from, to): (usize, usize), bytes: usize) -> Code {
+    let copy = move || {
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    };
+    streams::put(stream, Arc::new(copy))
+}
+
+/// The addresses that `find` gives, once the call's arguments are right, and whether the GPU reaches each by itself.
+fn ranges(
+    stream: usize,
+    find: impl FnOnce(&Driver) -> Result<(usize, usize), Code>,
+) -> Result<((usize, usize), [bool; 2]), Code> {
+    let mut found = Err(SUCCESS);
+    let code = in_context(|driver| {
+        let capture = driver.stream(stream)?.capture;
+        let (from, to) = find(driver)?;
+        let at_hand =
+            [from, to].map(|address| driver.is_pinned(address) || driver.device_range(address as u64, 1).is_ok());
+        if let Some(capture) = capture.filter(|_| at_hand != [true; 2]) {
+            return driver.invalidate(capture);
+        }
+        found = Ok(((from, to), at_hand));
+        Ok(())
+    });
+    found.map_err(|_| code)
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: usize) -> Code {
-    in_context(|driver| {
-        driver.stream(stream)?;
-        if bytes > 0 {
-            unsafe { copy(driver.host_range(from, bytes)?, driver.device_range(to, bytes)?, bytes) };
+    match ranges(stream, |driver| Ok((driver.host_range(from, bytes)?, driver.device_range(to, bytes)?))) {
+        Ok((addresses, [true, _])) => put_copy(stream, addresses, bytes),
+        // The driver takes what is not pinned to a place of its own before it returns.
+        Ok(((from, to), _)) => {
+            let taken = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) }.to_vec();
+            let copy = move || {
+                unsafe { (to as *mut u8).copy_from_nonoverlapping(taken.as_ptr(), taken.len()) };
+                Ok(())
+            };
+            streams::put(stream, Arc::new(copy))
         }
-        Ok(())
-    })
+        Err(code) => code,
+    }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: usize) -> Code {
-    in_context(|driver| {
-        driver.stream(stream)?;
-        if bytes > 0 {
-            unsafe { copy(driver.device_range(from, bytes)?, driver.host_range(to, bytes)?, bytes) };
-        }
-        Ok(())
-    })
+    match ranges(stream, |driver| Ok((driver.device_range(from, bytes)?, driver.host_range(to, bytes)?))) {
+        Ok((addresses, [_, pinned])) => match put_copy(stream, addresses, bytes) {
+            // To what is not pinned it copies before it returns.
+            SUCCESS if !pinned => {
+                streams::run_all(stream);
+                SUCCESS
+            }
+            code => code,
+        },
+        Err(code) => code,
+    }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) -> Code {
-    in_context(|driver| {
-        driver.stream(stream)?;
-        if bytes > 0 {
-            unsafe { copy(driver.device_range(from, bytes)?, driver.device_range(to, bytes)?, bytes) };
-        }
-        Ok(())
-    })
+    match ranges(stream, |driver| Ok((driver.device_range(from, bytes)?, driver.device_range(to, bytes)?))) {
+        Ok((addresses, _)) => put_copy(stream, addresses, bytes),
+        Err(code) => code,
+    }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: usize) -> Code {
-    in_context(|driver| {
-        driver.stream(stream)?;
-        if bytes > 0 {
-            unsafe { (driver.device_range(to, bytes)? as *mut u8).write_bytes(value, bytes) };
+    match ranges(stream, |driver| driver.device_range(to, bytes).map(|to| (to, to))) {
+        Ok(((_, to), _)) => {
+            let set = move || {
+                unsafe { (to as *mut u8).write_bytes(value, bytes) };
+                Ok(())
+            };
+            streams::put(stream, Arc::new(set))
         }
-        Ok(())
-    })
+        Err(code) => code,
+    }
 }
 
 const PROT_NONE: c_int = 0;
