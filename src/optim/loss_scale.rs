@@ -67,8 +67,8 @@ impl LossScale {
             Kind::NonFinite,
             format!(
                 "gradients were not finite in the last {skipped_in_a_row} steps, whose updates were skipped; the loss scale is \
-                 {scale:e} now. Lower optimizer.lr and begin from an earlier checkpoint, or use run.precision = \"bf16\", \
-                 which has the range of f32"
+                 {scale:e} now. Lower optimizer.lr, or an optimizer.loss_scale that does not change, and go on from an earlier \
+                 checkpoint; or use run.precision = \"bf16\", which has the range of f32"
             ),
         ))
     }
