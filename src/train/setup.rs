@@ -2,23 +2,28 @@
 
 use super::Rank;
 use super::agreement::{self, Fact};
-use super::eval::Evaluator;
+use super::eval::{Evaluator, Source};
 use super::factors::{self, Exchange};
-use super::feed::Feed;
+use super::feed::{Dock, Feed, Inlet, Way};
 use super::gradient::Gradient;
+use super::judge::Judge;
 use super::learner::Learner;
+use super::replay::Replay;
 use super::update::{self, GpuUpdater, Update, Updater};
 use crate::comm::Communicator;
 use crate::config::plan::{Plan, Ranks, Samples};
 use crate::config::raw::{self, Config};
 use crate::data::augment::{self, Augmenter};
+use crate::data::batch::{Form, Layout};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
+use crate::data::resident::{self, Resident};
 use crate::data::{self, Dataset, order};
 use crate::device::cuda::{Gpu, probe};
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::rendezvous::host;
+use crate::launch::watch::Health;
 use crate::launch::world::World;
 use crate::model::Shape;
 use crate::model::loss::Loss;
@@ -45,6 +50,7 @@ impl Parts {
         let (seed, net) = (config.run.seed, NetSpec::new(&config.model)?);
         let data::Sets { train, test } = sets(config, &net)?;
         augment::check(&config.data.shared.augment, train.shape(), net.input)?;
+        resident::check(&config.data.shared, train.shape(), net.input)?;
         if config.data.shared.validation == 0.0 {
             return Ok(Parts { train, validation: None, test });
         }
@@ -66,6 +72,7 @@ impl Parts {
         let input = Shape::new(h, w, c);
         Ok(Loader {
             augmenter: Augmenter::new(&config.data.shared.augment, &*self.train, input)?,
+            form: Form::Values,
             sampler: config.data.shared.sampler,
             seed: config.run.seed,
             workers: config.data.shared.workers,
@@ -132,7 +139,13 @@ pub fn agree(
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
-pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
+pub fn learner(
+    config: &Config,
+    plan: &Plan,
+    parts: &Parts,
+    health: &Arc<Health>,
+    mut comm: Box<dyn Communicator>,
+) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
     let place = device::choose(config.run.device);
@@ -144,12 +157,17 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = updater(config, plan, &net, weights, &mut *comm)?;
-    let feed = feed(config, plan, net.spec(), &*parts.train, updater.control())?;
+    let updater = updater(config, plan, &net, weights, health, &mut *comm)?;
+    let judge = judge(config, plan, net.spec(), &*parts.train, updater.control())?;
     let alone = comm.size() == 1;
-    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
+    let replay = match place {
+        Place::Cuda if config.run.cuda_graphs => Some(Replay::new(&Gpu::of_this_rank()?)),
+        _ => None,
+    };
+    let overlap = config.parallel.overlap && !alone;
+    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, overlap, replay)?;
     Ok(Learner {
-        feed,
+        judge,
         net,
         part_times: vec![Duration::ZERO; gradient.parts() + 1],
         gradient,
@@ -164,6 +182,7 @@ fn updater(
     plan: &Plan,
     net: &Net,
     weights: Arc<Weights>,
+    health: &Arc<Health>,
     comm: &mut dyn Communicator,
 ) -> Result<Box<dyn Update>> {
     let (optimizer, table) = (&config.optimizer, net.table());
@@ -172,7 +191,7 @@ fn updater(
             let exchanges = exchanges(config, plan, net, comm)?;
             Box::new(Updater::new(optimizer, table, plan.bucket_bytes, weights, exchanges, comm)?)
         }
-        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, comm)?),
+        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, health, comm)?),
     })
 }
 
@@ -215,16 +234,17 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Opti
     })
 }
 
-/// What batches of this plan and their outputs go through, on the net's device; in training with what controls its updates there.
-pub fn feed(
+/// What judges the outputs, on the net's device. `control` is told of a loss that is not finite.
+pub fn judge(
     config: &Config,
     plan: &Plan,
     net: &NetSpec,
     train: &dyn Dataset,
     control: Option<Arc<Control>>,
-) -> Result<Feed> {
+) -> Result<Judge> {
+    let passes = plan.micros_per_rank.max(Evaluator::PASSES);
     let place = device::choose(config.run.device);
-    Feed::new(place, loss(config, net, train)?, plan.micro_batch, net.input.len(), control)
+    Judge::new(place, loss(config, net, train)?, plan.micro_batch, passes, control)
 }
 
 fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {
@@ -248,27 +268,79 @@ fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {
     Loss::new(&config.loss, classes, weights)
 }
 
-pub fn evaluator(plan: &Plan, parts: &Parts, world: &World, loader: Loader) -> Evaluator {
-    Evaluator {
-        validation: parts.validation.clone(),
-        test: parts.test.clone(),
-        loader,
-        batch: plan.micro_batch,
-        rank: world.rank,
-        size: world.size,
+/// Where this rank's GPU, if it has one, reads samples.
+pub fn inlet(config: &Config, plan: &Plan) -> Result<Option<Arc<Inlet>>> {
+    match device::choose(config.run.device) {
+        Place::Host => Ok(None),
+        Place::Cuda => {
+            let values = config.model.input.iter().product();
+            Ok(Some(Arc::new(Inlet::new(&Gpu::of_this_rank()?, plan.micro_batch, values)?)))
+        }
     }
 }
 
 /// This rank's batches from `start` on, without end: the loop knows when the run is over.
-pub fn queue(
+pub fn feed(
     config: &Config,
     plan: &Plan,
     parts: &Parts,
-    world: &World,
-    loader: Loader,
+    rank: &Rank,
+    (loader, inlet): (Loader, Option<Arc<Inlet>>),
     start: Position,
-) -> Result<DataQueue> {
+) -> Result<Feed> {
+    let Rank { world, health } = rank;
     let batching =
         Batching { global: plan.global_batch, micro: config.batch.micro, rank: world.rank, size: world.size };
-    DataQueue::train(parts.train.clone(), loader, batching, start, u32::MAX)
+    let way = ways(config, plan, &loader.augmenter, inlet, &[(&parts.train, "training")])?.remove(0);
+    let loader = Loader { form: Way::form(&way), ..loader };
+    let queue = DataQueue::train(parts.train.clone(), loader, batching, start, u32::MAX)?;
+    Ok(Feed::new(queue, way, health.clone()))
+}
+
+pub fn evaluator(
+    config: &Config,
+    plan: &Plan,
+    parts: &Parts,
+    rank: &Rank,
+    (loader, inlet): (Loader, Option<Arc<Inlet>>),
+) -> Result<Evaluator> {
+    let named = parts.validation.iter().map(|set| (set, "validation")).chain([(&parts.test, "test")]);
+    let named: Vec<(&Arc<dyn Dataset>, &str)> = named.collect();
+    let ways = ways(config, plan, &loader.augmenter.without_randomness(), inlet, &named)?;
+    let mut sources = named.into_iter().zip(ways).map(|((set, _), way)| Source { set: set.clone(), way });
+    Ok(Evaluator {
+        validation: parts.validation.as_ref().and_then(|_| sources.next()),
+        test: sources.next().expect("there is a test set"),
+        loader,
+        batch: plan.micro_batch,
+        rank: rank.world.rank,
+        size: rank.world.size,
+        health: rank.health.clone(),
+    })
+}
+
+/// How sets that are fed one after the other get to the inlet on the GPU; none where there is none.
+fn ways(
+    config: &Config,
+    plan: &Plan,
+    augmenter: &Augmenter,
+    inlet: Option<Arc<Inlet>>,
+    sets: &[(&Arc<dyn Dataset>, &str)],
+) -> Result<Vec<Option<Arc<Way>>>> {
+    let Some(inlet) = inlet else { return Ok(vec![None; sets.len()]) };
+    let gpu = Gpu::of_this_rank()?;
+    let choice = config.data.shared.resident;
+    let resident = |(set, name): &(&Arc<dyn Dataset>, &str)| Resident::new(choice, &gpu, &***set, augmenter, name);
+    let residents: Vec<Option<Resident>> = sets.iter().map(resident).collect::<Result<_>>()?;
+    let layout = |resident: &Option<Resident>| {
+        let pixels = if resident.is_some() { 0 } else { augmenter.output().len() };
+        Layout { samples: plan.micro_batch, pixels }
+    };
+    let layouts: Vec<Layout> = residents.iter().map(layout).collect();
+    let dock = Arc::new(Dock::new(&gpu, &layouts)?);
+    let way = |(resident, layout)| {
+        let way = Way::new(&gpu, (inlet.clone(), dock.clone(), layout), augmenter, resident)?;
+        Ok(Some(Arc::new(way)))
+    };
+    residents.into_iter().zip(layouts).map(way).collect()
 }

@@ -56,8 +56,8 @@ impl<'a> Subject<'a> {
         };
         // SAFETY: all live until `download` has waited.
         unsafe {
-            self.update.measure(grads.slice(), self.params.slice()).unwrap();
-            self.update.update(0..self.table.len(), buffers).unwrap();
+            self.update.measure(self.gpu.compute(), grads.slice(), self.params.slice()).unwrap();
+            self.update.update(self.gpu.compute(), 0..self.table.len(), buffers).unwrap();
         }
         self.gpu.compute().wait().unwrap();
     }
@@ -195,7 +195,7 @@ fn a_net_without_parameters_is_updated_too() {
             state: std::slice::from_ref(&nothing),
             rounded: nothing.slice_mut(0..0),
         };
-        update.measure(nothing.slice(0..0), nothing.slice(0..0)).unwrap();
-        update.update(0..0, buffers).unwrap();
+        update.measure(gpu.compute(), nothing.slice(0..0), nothing.slice(0..0)).unwrap();
+        update.update(gpu.compute(), 0..0, buffers).unwrap();
     }
 }

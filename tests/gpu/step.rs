@@ -119,7 +119,7 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, precision: Precision) {
                 gpu.compute().copy_and_wait(Slice::from(&[1.0][..]), update.control().halt()).unwrap();
             }
             // SAFETY: all live until `download` has waited.
-            unsafe { update.measure(on_gpu.slice(), params.slice()) }.unwrap();
+            unsafe { update.measure(gpu.compute(), on_gpu.slice(), params.slice()) }.unwrap();
             for elements in [0..16 * 300, 16 * 300..table.len()] {
                 let buffers = optim::cuda::Buffers {
                     params: params.slice_mut(),
@@ -128,7 +128,7 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, precision: Precision) {
                     rounded: rounded.slice_mut(),
                 };
                 // SAFETY: as above.
-                unsafe { update.update(elements, buffers) }.unwrap();
+                unsafe { update.update(gpu.compute(), elements, buffers) }.unwrap();
             }
         };
         launch(true);

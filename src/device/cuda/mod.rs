@@ -19,10 +19,12 @@ pub mod kernels;
 pub mod libraries;
 pub mod nvml;
 pub mod probe;
+mod registered;
 mod search;
 mod stream;
 
 pub use elementwise::Elementwise;
 pub use gpu::{Gpu, Memory};
 pub use graph::{Capture, Graph};
+pub use registered::Registered;
 pub use stream::{Event, Stream};

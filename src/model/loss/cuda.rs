@@ -27,11 +27,14 @@ pub struct Loss {
     /// (2, batch): what each sample adds to the sums.
     rows: Arena,
     rows_of: Kernel<Rows>,
-    sums_of: Kernel<(Read<f32>, Write<f32>, u32)>,
+    sums_of: Kernel<SumsOf>,
 }
 
 /// Outputs, labels, weights, totals, gradient, rows; batch, classes, rule; smoothing, entropy, scale, loss scale.
 type Rows = (Read<T>, Read<u32>, Read<f32>, Read<f32>, Write<T>, Write<f32>, u32, u32, u32, f32, f32, f32, Read<f32>);
+
+/// Rows, sums, the word that halts an update; batch.
+type SumsOf = (Read<f32>, Write<f32>, Write<u32>, u32);
 
 impl Loss {
     /// For at most `batch` samples, whose outputs and gradients are of type `element`.
@@ -64,7 +67,7 @@ impl Loss {
 
     /// Loss and gradient: outputs (batch, classes), labels (batch) as u32, grad (batch, classes) = scale * dloss/doutputs, times
     /// the loss's scale that is in `control`; sums gets the loss, without it, and the number of samples whose largest output is the
-    /// label's, summed over the batch, as f32.
+    /// label's, summed over the batch, as f32. If the loss is not finite, the step is halted.
     ///
     /// # Safety
     /// All stay allocated, and nobody else touches them, until the compute stream has come past this. Labels are below
@@ -79,8 +82,9 @@ impl Loss {
         control: &Control,
     ) -> Result<()> {
         assert_eq!(grad.bytes(), outputs.bytes(), "a gradient for each output");
+        let gradient = (scale, control.scale().into(), (&mut grad).into());
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, (scale, control.scale().into(), (&mut grad).into()), sums) }
+        unsafe { self.launch(outputs, labels, gradient, sums, control.halt()) }
     }
 
     /// The sums alone.
@@ -88,11 +92,9 @@ impl Loss {
     /// # Safety
     /// As above.
     pub unsafe fn evaluate(&self, outputs: Slice<'_>, labels: Slice<'_>, sums: SliceMut<'_>) -> Result<()> {
-        // SAFETY: no memory; the kernel asks for the gradient's address before it uses either.
-        let mut nowhere = unsafe { SliceMut::from_raw(Place::Cuda, 0, 0) };
-        let gradient = (0.0, Read::from(&nowhere), (&mut nowhere).into());
+        let gradient = (0.0, Read::from(&nowhere()), (&mut nowhere()).into());
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, gradient, sums) }
+        unsafe { self.launch(outputs, labels, gradient, sums, nowhere()) }
     }
 
     unsafe fn launch(
@@ -101,6 +103,7 @@ impl Loss {
         labels: Slice<'_>,
         (scale, loss_scale, grad): (f32, Read<f32>, Write<T>),
         mut sums: SliceMut<'_>,
+        mut halt: SliceMut<'_>,
     ) -> Result<()> {
         let batch = labels.bytes() / size_of::<u32>();
         assert_eq!(outputs.bytes(), batch * self.classes * self.element.bytes(), "outputs for {batch} labels");
@@ -131,7 +134,17 @@ impl Loss {
         // SAFETY: lengths as the kernels' comments say; the caller vouches for the rest.
         unsafe {
             self.rows_of.launch(self.gpu.compute(), grid, arguments)?;
-            self.sums_of.launch(self.gpu.compute(), one, ((&rows).into(), (&mut sums).into(), samples))
+            self.sums_of.launch(
+                self.gpu.compute(),
+                one,
+                ((&rows).into(), (&mut sums).into(), (&mut halt).into(), samples),
+            )
         }
     }
+}
+
+/// Not wanted: kernels ask for the address before they write.
+fn nowhere<'a>() -> SliceMut<'a> {
+    // SAFETY: no memory.
+    unsafe { SliceMut::from_raw(Place::Cuda, 0, 0) }
 }

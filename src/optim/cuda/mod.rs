@@ -19,8 +19,8 @@ pub use control::Control;
 use super::loss_scale::{LossScale, Scaling};
 use super::{At, Optimizer};
 use crate::config::raw::{self, Rule};
-use crate::device::cuda::Gpu;
 use crate::device::cuda::kernels::{Argument, Grid, Kernel, Module, Read, Source, Value, Write};
+use crate::device::cuda::{Gpu, Stream};
 use crate::device::{Arena, Place, Slice, SliceMut};
 use crate::error::Result;
 use crate::model::params::{ParamTable, Role};
@@ -147,12 +147,12 @@ impl Update {
         self.overflow.is_some()
     }
 
-    /// A step begins, which nothing halts yet: its learning rate and number go to the GPU.
+    /// A step begins, which nothing halts yet: its learning rate and number go to the GPU, in the compute stream.
     pub fn begin(&self, at: At) -> Result<()> {
         let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
         let numbers = Numbers::new(&self.config, at);
         let arguments = ((&mut whole_mut(&self.numbers)).into(), numbers, (&mut self.control.words()).into());
-        // SAFETY: this memory is used by the compute stream alone.
+        // SAFETY: whoever uses this memory waits for the compute stream, and is waited for by it.
         unsafe { self.begin.launch(self.gpu.compute(), one, arguments) }
     }
 
@@ -160,8 +160,9 @@ impl Update {
     /// loss, clips by norm, and sets rates.
     ///
     /// # Safety
-    /// All elements of both arenas stay allocated, and nobody else writes them, until the compute stream has come past this.
-    pub unsafe fn measure(&self, grads: Slice<'_>, params: Slice<'_>) -> Result<()> {
+    /// The stream has waited for `begin`. All elements of both arenas stay allocated, and nobody else writes them, until the
+    /// stream has come past this.
+    pub unsafe fn measure(&self, stream: &Stream, grads: Slice<'_>, params: Slice<'_>) -> Result<()> {
         // A net without parameters.
         if self.starts.len() == 1 {
             return Ok(());
@@ -169,29 +170,30 @@ impl Update {
         let of = |values| Measured { values, chunks: &self.chunks, running: &self.running, numbers: &self.numbers };
         if let Some(overflow) = &self.overflow {
             // SAFETY: the caller's promise.
-            unsafe { overflow.judge(&self.gpu, of(grads), &self.control) }?;
+            unsafe { overflow.judge(stream, of(grads), &self.control) }?;
         }
         let Some(norms) = &self.norms else { return Ok(()) };
         if self.config.shared.clip_norm.is_some() {
             // SAFETY: the caller's promise.
-            unsafe { norms.squares(&self.gpu, of(grads), Stage::Unscaled, &norms.gradients) }?;
-            norms.clip(&self.gpu, &self.numbers)?;
+            unsafe { norms.squares(stream, of(grads), Stage::Unscaled, &norms.gradients) }?;
+            norms.clip(stream, &self.numbers)?;
         }
         let Some(rates) = &norms.rates else { return Ok(()) };
         // SAFETY: the caller's promise.
         unsafe {
-            norms.squares(&self.gpu, of(grads), Stage::Clipped, &norms.gradients)?;
-            norms.squares(&self.gpu, of(params), Stage::AsIs, &norms.weights)?;
+            norms.squares(stream, of(grads), Stage::Clipped, &norms.gradients)?;
+            norms.squares(stream, of(params), Stage::AsIs, &norms.weights)?;
         }
-        norms.set_rates(&self.gpu, &self.numbers, rates)
+        norms.set_rates(stream, &self.numbers, rates)
     }
 
     /// Updates the parameters, the state and the rounded weights at `elements`, which begin at a multiple of 16; if the step
     /// was halted, none of it changes.
     ///
     /// # Safety
-    /// All stay allocated, and nobody else touches these elements, until the compute stream has come past this.
-    pub unsafe fn update(&self, elements: Range<usize>, buffers: Buffers<'_>) -> Result<()> {
+    /// The stream has waited for `begin`. All stay allocated, and nobody else touches these elements, until the stream has come
+    /// past this.
+    pub unsafe fn update(&self, stream: &Stream, elements: Range<usize>, buffers: Buffers<'_>) -> Result<()> {
         assert!(elements.start.is_multiple_of(16), "an update from element {} on", elements.start);
         assert_eq!(buffers.state.len(), self.states, "tensors of state");
         let bytes = elements.end * size_of::<f32>();
@@ -220,7 +222,7 @@ impl Update {
             end: elements.end as u64,
         };
         // SAFETY: the chunks that the elements are in, and arenas that reach so far; the caller vouches for the rest.
-        unsafe { self.rule.launch(self.gpu.compute(), blocks(last - first), (arenas,)) }
+        unsafe { self.rule.launch(stream, blocks(last - first), (arenas,)) }
     }
 }
 
@@ -311,8 +313,8 @@ impl Norms {
     /// The squares of each tensor.
     ///
     /// # Safety
-    /// The values stay allocated, and nobody else writes them, until the compute stream has come past this.
-    unsafe fn squares(&self, gpu: &Gpu, of: Measured<'_>, stage: Stage, to: &Arena) -> Result<()> {
+    /// The values stay allocated, and nobody else writes them, until the stream has come past this.
+    unsafe fn squares(&self, stream: &Stream, of: Measured<'_>, stage: Stage, to: &Arena) -> Result<()> {
         let (mut sums, mut squares) = (whole_mut(&self.sums), whole_mut(to));
         let by_chunk =
             (of.values.into(), whole(of.chunks).into(), whole(of.numbers).into(), stage as u32, (&mut sums).into());
@@ -326,20 +328,20 @@ impl Norms {
         let chunks = self.sums.bytes() / size_of::<f64>();
         // SAFETY: lengths as the kernels' comments say; the caller vouches for the values.
         unsafe {
-            self.chunk_squares.launch(gpu.compute(), blocks(chunks), by_chunk)?;
-            self.tensor_squares.launch(gpu.compute(), blocks(self.tensors), by_tensor)
+            self.chunk_squares.launch(stream, blocks(chunks), by_chunk)?;
+            self.tensor_squares.launch(stream, blocks(self.tensors), by_tensor)
         }
     }
 
     /// Sets the factor of all gradients.
-    fn clip(&self, gpu: &Gpu, numbers: &Arena) -> Result<()> {
+    fn clip(&self, stream: &Stream, numbers: &Arena) -> Result<()> {
         let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
         let arguments = (whole(&self.gradients).into(), (&mut whole_mut(numbers)).into(), self.tensors as u32);
         // SAFETY: a square for each tensor.
-        unsafe { self.clip_by_norm.launch(gpu.compute(), one, arguments) }
+        unsafe { self.clip_by_norm.launch(stream, one, arguments) }
     }
 
-    fn set_rates(&self, gpu: &Gpu, numbers: &Arena, rates: &Arena) -> Result<()> {
+    fn set_rates(&self, stream: &Stream, numbers: &Arena, rates: &Arena) -> Result<()> {
         let arguments = (
             whole(&self.gradients).into(),
             whole(&self.weights).into(),
@@ -348,7 +350,7 @@ impl Norms {
             self.tensors as u32,
         );
         // SAFETY: a square of each kind and a rate for each tensor.
-        unsafe { self.lars_rates.launch(gpu.compute(), gpu.grid_over(self.tensors), arguments) }
+        unsafe { self.lars_rates.launch(stream, blocks(self.tensors.div_ceil(THREADS as usize)), arguments) }
     }
 }
 
@@ -365,7 +367,7 @@ fn uploaded<V: bytemuck::Pod>(gpu: &Gpu, values: &[V]) -> Result<Arena> {
     Ok(arena)
 }
 
-/// Memory that only the compute stream uses, in order.
+/// Memory that is used by work of one step after the other.
 fn whole(arena: &Arena) -> Slice<'_> {
     // SAFETY: as the comment says.
     unsafe { arena.slice(0..arena.bytes()) }

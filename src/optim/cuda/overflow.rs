@@ -2,7 +2,7 @@
 
 use super::control::{Control, Words};
 use super::{Chunk, Measured, blocks, whole};
-use crate::device::cuda::Gpu;
+use crate::device::cuda::Stream;
 use crate::device::cuda::kernels::{Grid, Kernel, Module, Read, Write};
 use crate::error::Result;
 use crate::optim::loss_scale::Scaling;
@@ -25,8 +25,8 @@ impl Overflow {
     /// Halts the step if a gradient is not finite, and settles the scale of the next one.
     ///
     /// # Safety
-    /// The gradients stay allocated, and nobody else writes them, until the compute stream has come past this.
-    pub unsafe fn judge(&self, gpu: &Gpu, grads: Measured<'_>, control: &Control) -> Result<()> {
+    /// The gradients stay allocated, and nobody else writes them, until the stream has come past this.
+    pub unsafe fn judge(&self, stream: &Stream, grads: Measured<'_>, control: &Control) -> Result<()> {
         let chunks = grads.chunks.bytes() / size_of::<Chunk>();
         let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
         let found = (
@@ -37,8 +37,8 @@ impl Overflow {
         );
         // SAFETY: gradients of all chunks; the caller vouches for them.
         unsafe {
-            self.find.launch(gpu.compute(), blocks(chunks), found)?;
-            self.settle.launch(gpu.compute(), one, ((&mut control.words()).into(), self.scaling.growth_every))
+            self.find.launch(stream, blocks(chunks), found)?;
+            self.settle.launch(stream, one, ((&mut control.words()).into(), self.scaling.growth_every))
         }
     }
 }
