@@ -175,7 +175,7 @@ impl Bench {
             inputs: &read(&self.x),
             output: self.y.write(),
             params: &read(&self.params),
-            params_bf16: &[],
+            params_rounded: &[],
             saved: self.saved.write(),
             scratch: self.scratch.write(),
         };
@@ -192,7 +192,7 @@ impl Bench {
                 .map(|dx| if data { dx.write() } else { SliceMut::empty() })
                 .collect::<Vec<_>>(),
             params: &read(&self.params),
-            params_bf16: &[],
+            params_rounded: &[],
             grad_params: &mut self.grads.iter_mut().map(Buffer::write).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),

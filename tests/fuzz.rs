@@ -15,6 +15,7 @@ use lockstep::data::image::Image;
 use lockstep::data::{self, Target};
 use lockstep::error::{Error, Kind, Result};
 use lockstep::model::Shape;
+use lockstep::optim::loss_scale::LossScale;
 use lockstep::rng::{Purpose, Rng};
 use lockstep::train::checkpoint::{self, State, Tensor};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -440,6 +441,7 @@ fn checkpoint() -> Corpus {
         samples: 96,
         best_accuracy: None,
         data: None,
+        loss_scale: Some(LossScale { scale: 1024.0, good_steps: 5, skipped: 2, skipped_in_a_row: 0 }),
         tensors: vec![tensor("conv1.weight", &[4, 3, 3, 3]), tensor("conv1.bias", &[4]), tensor("scale", &[])],
     };
     let folder = tempfile::tempdir().unwrap();

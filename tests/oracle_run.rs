@@ -160,11 +160,8 @@ fn optimizer(about: &Json) -> raw::Optimizer {
     raw::Optimizer {
         rule: raw::Rule::Sgd { momentum: value("momentum"), nesterov: false },
         shared: raw::OptimizerShared {
-            lr: value("lr"),
             weight_decay: value("weight_decay"),
-            l1: 0.0,
-            clip_norm: None,
-            clip_value: None,
+            ..raw::OptimizerShared::with_lr(value("lr"))
         },
     }
 }

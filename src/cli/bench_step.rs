@@ -43,6 +43,7 @@ pub fn text(run: &str, measured: &Measured<'_>, peak_tflops: Option<f64>) -> Str
         match measured.precision {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
+            Precision::Fp16 => "fp16",
         },
     );
     let _ = write!(text, "milliseconds of a step on rank 0, medians of {}\n\n", count(measured.steps as usize, "step"));

@@ -286,8 +286,23 @@ fn example(key: &str, schema: &Json, section: bool) -> String {
     format!("{key} = {sample}")
 }
 
-/// The allowed word that `found` was probably meant to be: a few letters differ, or one is part of the other.
+/// Words of other programs, and ours.
+const SYNONYMS: [(&str, &str); 7] = [
+    ("gpu", "cuda"),
+    ("float32", "f32"),
+    ("fp32", "f32"),
+    ("bfloat16", "bf16"),
+    ("float16", "fp16"),
+    ("f16", "fp16"),
+    ("half", "fp16"),
+];
+
+/// The allowed word that `found` was probably meant to be: it means the same, a few letters differ, or one is part of the other.
 fn nearest<'a>(found: &str, allowed: &[&'a str]) -> Option<&'a str> {
+    let synonym = SYNONYMS.iter().find(|(word, _)| *word == found).map(|(_, ours)| *ours);
+    if let Some(word) = allowed.iter().copied().find(|word| synonym == Some(word)) {
+        return Some(word);
+    }
     let distance = |word: &str| strsim::damerau_levenshtein(found, word);
     let near = allowed.iter().copied().min_by_key(|word| distance(word))?;
     if distance(near) <= near.len().div_ceil(3) {

@@ -46,9 +46,9 @@ impl Config {
 
 /// The dotted keys in which two resolved configurations differ so that one cannot go on from the other's checkpoint
 /// unnoticed. Left out is what may change between two parts of one run: its end, its parallelism, its precision (a
-/// checkpoint is f32 in any), its device, its housekeeping, and where the data lies.
+/// checkpoint is f32 in any) with the loss's scale, its device, its housekeeping, and where the data lies.
 pub fn difference(a: &Table, b: &Table) -> Vec<String> {
-    const FREE: [&str; 21] = [
+    const FREE: [&str; 23] = [
         "run.name",
         "run.precision",
         "run.device",
@@ -59,6 +59,8 @@ pub fn difference(a: &Table, b: &Table) -> Vec<String> {
         "run.steps",
         "run.target_accuracy",
         "run.max_minutes",
+        "optimizer.loss_scale",
+        "optimizer.loss_scale_growth_every",
         "data.path",
         "data.workers",
         "data.prefetch",

@@ -3,6 +3,7 @@
 use super::check::{Path, Problem};
 use super::raw::{Config, FactorExchange, LayerEntry, Rule, ScheduleShape};
 use crate::device::Choice;
+use crate::model::precision::Precision;
 
 /// All rules that the configuration breaks.
 pub(super) fn broken(config: &Config) -> Vec<Problem> {
@@ -22,6 +23,15 @@ fn run_and_batch(Config { run, batch, .. }: &Config, problems: &mut Vec<Problem>
         problems.push(
             Problem::key(&Path::dotted("run"), "the run has no end")
                 .help("give at least one of epochs, steps, target_accuracy, max_minutes; for example: epochs = 10"),
+        );
+    }
+    if run.precision == Precision::Fp16 && run.device != Choice::Cuda {
+        problems.push(
+            Problem::value(
+                &Path::dotted("run.precision"),
+                "run.precision = \"fp16\" is for GPUs: run.device = \"cuda\"",
+            )
+            .help("the CPU computes in f32 and bf16; bf16 has the range of f32, and its loss needs no scaling"),
         );
     }
     match (batch.global, batch.local) {
@@ -51,6 +61,18 @@ fn parallel(Config { run, parallel, .. }: &Config, problems: &mut Vec<Problem>) 
 }
 
 fn optimizer_and_schedule(config: &Config, problems: &mut Vec<Problem>) {
+    let shared = &config.optimizer.shared;
+    for (key, given) in [
+        ("optimizer.loss_scale", shared.loss_scale.is_some()),
+        ("optimizer.loss_scale_growth_every", shared.loss_scale_growth_every.is_some()),
+    ] {
+        if given && config.run.precision != Precision::Fp16 {
+            problems.push(
+                Problem::key(&Path::dotted(key), format!("{key} is for run.precision = \"fp16\""))
+                    .help("gradients in f32 and bf16 have range enough: take it out"),
+            );
+        }
+    }
     if let Rule::Sgd { momentum: 0.0, nesterov: true } = config.optimizer.rule {
         problems.push(
             Problem::key(&Path::dotted("optimizer.nesterov"), "optimizer.nesterov needs a momentum")

@@ -7,7 +7,7 @@ pub mod cuda;
 
 use crate::error::Result;
 pub use arena::{ALIGN, Arena};
-use half::bf16;
+use half::{bf16, f16};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::marker::PhantomData;
@@ -212,6 +212,7 @@ macro_rules! from_values {
 
 from_values!(f32);
 from_values!(bf16);
+from_values!(f16);
 
 /// `sum += term`, both f32, of the same length and place.
 pub fn add(mut sum: SliceMut<'_>, term: Slice<'_>) {

@@ -4,7 +4,7 @@ use super::precision::{self, Precision};
 use crate::device::cuda::{self, Gpu};
 use crate::device::{self, Place, Slice, SliceMut};
 use crate::error::Result;
-use half::bf16;
+use half::{bf16, f16};
 use std::borrow::Cow;
 
 /// For values of one precision. On a GPU the work is put into its compute stream; what the CPU is to see or to change is waited for.
@@ -16,7 +16,10 @@ pub enum Elementwise {
 impl Elementwise {
     pub fn new(place: Place, precision: Precision) -> Result<Elementwise> {
         match place {
-            Place::Host => Ok(Elementwise::Host(precision)),
+            Place::Host => {
+                assert_ne!(precision, Precision::Fp16, "the CPU computes in f32 and bf16");
+                Ok(Elementwise::Host(precision))
+            }
             Place::Cuda => {
                 let gpu = Gpu::of_this_rank()?;
                 let kernels = cuda::Elementwise::new(&gpu, precision.element())?;
@@ -45,7 +48,7 @@ impl Elementwise {
     pub unsafe fn add(&self, sum: SliceMut<'_>, term: Slice<'_>) -> Result<()> {
         match self {
             Elementwise::Host(Precision::F32) => device::add(sum, term),
-            Elementwise::Host(Precision::Bf16) => precision::add_bf16(sum.into_bf16(), term.bf16()),
+            Elementwise::Host(_) => precision::add_bf16(sum.into_bf16(), term.bf16()),
             // SAFETY: the caller's promise.
             Elementwise::Cuda { kernels, .. } => unsafe { kernels.add(sum, term) }?,
         }
@@ -80,13 +83,13 @@ impl Elementwise {
 
     pub fn is_finite(&self, values: Slice<'_>) -> Result<bool> {
         Ok(match self {
-            Elementwise::Host(precision) => precision.is_finite(values),
-            Elementwise::Cuda { gpu, precision: Precision::F32, .. } => {
-                copy::<f32>(gpu, values)?.iter().all(|value| value.is_finite())
-            }
-            Elementwise::Cuda { gpu, precision: Precision::Bf16, .. } => {
-                copy::<bf16>(gpu, values)?.iter().all(|value| value.is_finite())
-            }
+            Elementwise::Host(Precision::F32) => values.f32().iter().all(|value| value.is_finite()),
+            Elementwise::Host(_) => values.bf16().iter().all(|value| value.is_finite()),
+            Elementwise::Cuda { gpu, precision, .. } => match precision {
+                Precision::F32 => copy::<f32>(gpu, values)?.iter().all(|value| value.is_finite()),
+                Precision::Bf16 => copy::<bf16>(gpu, values)?.iter().all(|value| value.is_finite()),
+                Precision::Fp16 => copy::<f16>(gpu, values)?.iter().all(|value| value.is_finite()),
+            },
         })
     }
 

@@ -18,7 +18,7 @@ pub mod weights;
 mod widened;
 
 use crate::device::cuda::kernels::Element;
-use crate::device::{Place, Slice, SliceMut};
+use crate::device::{Slice, SliceMut};
 use crate::error::Result;
 use params::ParamSpec;
 use std::fmt;
@@ -66,7 +66,8 @@ pub trait LayerSpec: Send + Sync + fmt::Debug {
     /// the names of both layers in front.
     fn infer(&self, inputs: &[Shape]) -> Result<Inferred, String>;
 
-    /// The operator for `build.place`. Called after `infer` succeeded for the same inputs.
+    /// The operator on the CPU, for activations in f32. This and those that follow are called after `infer` succeeded for the
+    /// same inputs.
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>>;
 
     /// What it will work in on a GPU, for activations of type `element`.
@@ -74,10 +75,13 @@ pub trait LayerSpec: Send + Sync + fmt::Debug {
         GpuScratch::default()
     }
 
-    /// The operator for activations in bf16. A layer that has no kernels for them works in f32 between two conversions.
+    /// The same for activations in bf16. A layer that has no kernels for them works in f32 between two conversions.
     fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         widened::around(self, build)
     }
+
+    /// The operator on this rank's GPU, for activations of type `element`.
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>>;
 }
 
 /// A layer's scratch on a GPU, in bytes, before the layer is built.
@@ -108,6 +112,8 @@ pub struct Inferred {
     pub relu_output: bool,
     /// Backward can do that of a ReLU in front of the only input (`Build::masks_input`).
     pub can_mask_input: bool,
+    /// The same of its operator on a GPU.
+    pub can_mask_input_on_gpu: bool,
     /// The second parameter is a bias, added to each pixel of the output with at most a ReLU behind it. Its gradient is the sum of
     /// the output's over the pixels, which the output's only reader may make (`Build::grad_summed`).
     pub adds_bias: bool,
@@ -145,7 +151,6 @@ pub struct Build<'a> {
     pub inputs: &'a [Shape],
     /// Samples at most in one call.
     pub batch: usize,
-    pub place: Place,
     /// Whether a GPU may multiply f32 values cut to TF32.
     pub tf32: bool,
     /// Whether a GPU may add in an order of chance where that is faster.
@@ -201,8 +206,8 @@ pub struct Forward<'a> {
     pub inputs: &'a [Slice<'a>],
     pub output: SliceMut<'a>,
     pub params: &'a [Slice<'a>],
-    /// `params` rounded to bf16, for layers of `build_bf16`; none for others.
-    pub params_bf16: &'a [Slice<'a>],
+    /// `params` rounded to the type of the activations where that has 16 bits; else none.
+    pub params_rounded: &'a [Slice<'a>],
     pub saved: SliceMut<'a>,
     pub scratch: SliceMut<'a>,
 }
@@ -217,7 +222,7 @@ pub struct Backward<'a> {
     pub grad_inputs: &'a mut [SliceMut<'a>],
     pub params: &'a [Slice<'a>],
     /// As in `Forward`.
-    pub params_bf16: &'a [Slice<'a>],
+    pub params_rounded: &'a [Slice<'a>],
     /// Gradient by each parameter, in f32. For a running statistic: this call's value times `pass.share`, so that the sum over
     /// micro-batches and ranks is the step's mean.
     pub grad_params: &'a mut [SliceMut<'a>],
@@ -233,6 +238,7 @@ pub struct Backward<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Place;
 
     /// `y = 2 x` on a device: it gets addresses, hands them to its "kernel", and never asks for a CPU slice.
     struct Doubling;
@@ -271,7 +277,7 @@ mod tests {
         layer
             .forward(
                 &pass,
-                Forward { inputs: &[read], output: write(3), params: &[], params_bf16: &[], saved, scratch },
+                Forward { inputs: &[read], output: write(3), params: &[], params_rounded: &[], saved, scratch },
             )
             .unwrap();
         assert_eq!(memory.each_ref().map(|value| value.get()), [1.0, 2.0, 3.0, 2.0, 4.0, 6.0]);
@@ -282,7 +288,7 @@ mod tests {
             grad_output: write(3),
             grad_inputs: &mut [write(0)],
             params: &[],
-            params_bf16: &[],
+            params_rounded: &[],
             grad_params: &mut [],
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),

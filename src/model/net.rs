@@ -42,7 +42,6 @@ impl Options {
         Build {
             inputs,
             batch: self.batch,
-            place: self.place,
             tf32: self.tf32,
             nondeterministic: self.nondeterministic,
             training: self.training,
@@ -99,6 +98,7 @@ impl Net {
     /// The same with parameters in memory that is given, as many as `ParamTable::len` says.
     pub fn with_weights(spec: NetSpec, options: &Options, weights: Arc<Weights>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
+        let spec = spec.on(options.place);
         let table = ParamTable::new(&spec).on(options.place);
         let activations = |error: Error| error.context(format!("activations of {} samples", options.batch));
         // Asked for before layers make tables of its size, and on a GPU time algorithms in as much again; taken when they say
@@ -110,9 +110,10 @@ impl Net {
         for (number, node) in spec.nodes.iter().enumerate() {
             let inputs = spec.input_shapes(number);
             let build = options.build(&spec, number, &inputs);
-            let layer = match options.precision {
-                Precision::F32 => node.spec.build(&build),
-                Precision::Bf16 => node.spec.build_bf16(&build),
+            let layer = match (options.place, options.precision) {
+                (Place::Cuda, precision) => node.spec.build_cuda(&build, precision.element()),
+                (Place::Host, Precision::F32) => node.spec.build(&build),
+                (Place::Host, _) => node.spec.build_bf16(&build),
             };
             layers.push(layer.map_err(|e| e.context(format!("layer `{}`", node.name)))?);
         }
@@ -188,7 +189,7 @@ impl Net {
         self.take_images(pass, images)?;
         (0..self.layers.len())
             .try_for_each(|node| self.timed(node, Part::Forward, |net| net.forward_node(node, pass, images)))?;
-        if self.precision == Precision::Bf16 {
+        if self.precision != Precision::F32 {
             let output = self.activation(self.spec.nodes.len(), pass, Slice::empty());
             // SAFETY: the net's own memory, in the order of its stream.
             unsafe { self.elementwise.widen(output, self.cut(&self.plan.output, self.output_bytes(pass))) }?;
@@ -217,7 +218,7 @@ impl Net {
         factors: impl Fn(usize) -> SliceMut<'a>,
         mut done: impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        if self.precision == Precision::Bf16 {
+        if self.precision != Precision::F32 {
             let gradient = self.cut(&self.plan.output_gradient, self.output_bytes(pass)).into_shared();
             // SAFETY: the net's own memory, in the order of its stream.
             unsafe { self.elementwise.narrow(gradient, self.gradient(self.spec.nodes.len(), pass)) }?;
@@ -277,7 +278,7 @@ impl Net {
         })
     }
 
-    /// In bf16 the layers read a copy of the images.
+    /// In 16 bits the layers read a copy of the images.
     fn take_images(&mut self, pass: &Pass, images: Slice<'_>) -> Result<()> {
         if self.precision == Precision::F32 {
             return Ok(());
@@ -299,13 +300,13 @@ impl Net {
         let entry = &self.spec.nodes[node];
         let inputs: [Slice; MAX_INPUTS] =
             array::from_fn(|i| entry.inputs.get(i).map_or(Slice::empty(), |&a| self.activation(a, pass, images)));
-        let (params, params_bf16) = self.node_params(node);
+        let (params, params_rounded) = self.node_params(node);
         let count = entry.inferred.params.len();
         let io = Forward {
             inputs: &inputs[..entry.inputs.len()],
             output: self.cut(&self.plan.activations[node + 1], self.activation_bytes(node + 1, pass)),
             params: &params[..count],
-            params_bf16: &params_bf16[..count],
+            params_rounded: &params_rounded[..count],
             saved: self.whole(&self.plan.saved[node]),
             scratch: self.whole(&self.plan.scratch[node][0]),
         };
@@ -334,7 +335,7 @@ impl Net {
             },
             _ => SliceMut::empty(),
         });
-        let (params, params_bf16) = self.node_params(node);
+        let (params, params_rounded) = self.node_params(node);
         let tensors = self.table.of_node(node);
         // SAFETY: tensors do not overlap, and the caller lent `grads` to this backward.
         let grad_of = |param: &Param| unsafe { grads.slice_mut(Precision::F32.bytes_of(&param.range)) };
@@ -353,7 +354,7 @@ impl Net {
             grad_output: self.gradient(node + 1, pass),
             grad_inputs: &mut grad_inputs[..entry.inputs.len()],
             params: &params[..tensors.len()],
-            params_bf16: &params_bf16[..tensors.len()],
+            params_rounded: &params_rounded[..tensors.len()],
             grad_params: &mut grad_params[..tensors.len()],
             factors,
             input_sums,
@@ -374,7 +375,7 @@ impl Net {
         Ok(())
     }
 
-    /// A node's parameters in f32 and, if layers read them so, in bf16.
+    /// A node's parameters in f32 and, if layers read them so, rounded.
     fn node_params(&self, node: usize) -> ([Slice<'static>; MAX_PARAMS], [Slice<'static>; MAX_PARAMS]) {
         let tensors = self.table.of_node(node);
         let of = |arena: &Arena, precision: Precision| {
@@ -384,7 +385,7 @@ impl Net {
                 _ => Slice::empty(),
             })
         };
-        (of(&self.weights.f32, Precision::F32), of(&self.weights.bf16, Precision::Bf16))
+        (of(&self.weights.f32, Precision::F32), of(&self.weights.rounded, self.precision))
     }
 
     fn activation_bytes(&self, activation: Activation, pass: &Pass) -> usize {

@@ -3,11 +3,12 @@
 //! bf16 is the upper half of an f32: the same range, 8 significant bits instead of 24. Activations and their gradients
 //! are kept in it, and matrices are multiplied in it, into sums in f32; parameters, their gradients and the optimizer's
 //! state stay f32 ("mixed precision", Micikevicius et al. 2018; bf16 needs no scaling of the loss, Kalamkar et al. 2019).
+//! fp16 has 11 significant bits and ends at 65504 above and 6e-8 below, so that gradients want scaling
+//! (`optim::cuda::Control`); only GPUs compute in it.
 //! Kernels compute in f32 registers and round once, to nearest even, when they store.
 
 use super::kernels::convert::{self, nearest};
 use super::simd::vectorized;
-use crate::device::Slice;
 use crate::device::cuda::kernels::Element;
 use half::bf16;
 use rayon::prelude::*;
@@ -23,6 +24,8 @@ pub enum Precision {
     F32,
     /// Activations and matrix work in bfloat16, sums and parameters in 32 bits.
     Bf16,
+    /// The same in IEEE half precision, with the loss scaled; on GPUs.
+    Fp16,
 }
 
 impl Precision {
@@ -30,28 +33,22 @@ impl Precision {
     pub const fn bytes(self) -> usize {
         match self {
             Precision::F32 => size_of::<f32>(),
-            Precision::Bf16 => size_of::<bf16>(),
+            Precision::Bf16 | Precision::Fp16 => size_of::<bf16>(),
         }
     }
 
-    /// What a GPU's kernels call it.
+    /// The type of an activation's value in kernels.
     pub const fn element(self) -> Element {
         match self {
             Precision::F32 => Element::F32,
             Precision::Bf16 => Element::Bf16,
+            Precision::Fp16 => Element::F16,
         }
     }
 
     /// Where elements of an arena lie.
     pub const fn bytes_of(self, elements: &Range<usize>) -> Range<usize> {
         elements.start * self.bytes()..elements.end * self.bytes()
-    }
-
-    pub fn is_finite(self, activation: Slice<'_>) -> bool {
-        match self {
-            Precision::F32 => activation.f32().iter().all(|value| value.is_finite()),
-            Precision::Bf16 => activation.bf16().iter().all(|value| value.is_finite()),
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 use super::layers::{Parsed, addressable};
 use super::{Inferred, LayerSpec, Shape};
 use crate::config::raw;
+use crate::device::Place;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -57,19 +58,27 @@ impl NetSpec {
             by_name.insert(entry.name.clone(), net.nodes.len());
         }
         net.refuse_unused()?;
-        net.hand_over();
+        net.hand_over(|inferred| inferred.can_mask_input);
         Ok(net)
+    }
+
+    /// The same for a device: layers say what they do on the CPU, and more on a GPU.
+    pub fn on(mut self, place: Place) -> NetSpec {
+        if place == Place::Cuda {
+            self.hand_over(|inferred| inferred.can_mask_input || inferred.can_mask_input_on_gpu);
+        }
+        self
     }
 
     /// What the only reader of an output can do for the layer in front with its own backward, it does: the backward of a ReLU,
     /// and then the gradient of a bias. Passes over the gradient are saved, and the output need not be kept for the ReLU's.
-    fn hand_over(&mut self) {
+    fn hand_over(&mut self, can_mask_input: impl Fn(&Inferred) -> bool) {
         for node in 0..self.nodes.len() {
             let inputs = |reader: &Node| reader.inputs.iter().filter(|&&input| input == node + 1).count();
             let readers: Vec<usize> = (0..self.nodes.len()).filter(|&at| inputs(&self.nodes[at]) > 0).collect();
             let &[reader] = &readers[..] else { continue };
             let (own, other) = (&self.nodes[node].inferred, &self.nodes[reader].inferred);
-            let masks = own.relu_output && other.can_mask_input;
+            let masks = own.relu_output && can_mask_input(other);
             let sums = own.adds_bias && other.can_sum_input && (masks || !own.relu_output);
             (self.nodes[node].grad_masked, self.nodes[reader].masks_input) = (masks, masks);
             (self.nodes[node].grad_summed, self.nodes[reader].sums_input) = (sums, sums);

@@ -1,4 +1,4 @@
-//! The parameters in memory: in f32, as the optimizer trains them and checkpoints hold them, and for nets in bf16 a copy
+//! The parameters in memory: in f32, as the optimizer trains them and checkpoints hold them, and for nets in 16 bits a copy
 //! that is rounded, which the matrix work reads. Whoever writes parameters brings the copy up to date: the optimizer block
 //! by block, while what it wrote is in the cache, so that the copy costs memory its own 2 bytes a parameter and no more.
 
@@ -13,7 +13,9 @@ use std::ops::Range;
 pub struct Weights {
     pub f32: Arena,
     /// `f32` rounded, element for element; nothing where layers read f32.
-    pub bf16: Arena,
+    pub rounded: Arena,
+    /// Of the copy, or f32.
+    pub precision: Precision,
     elementwise: Elementwise,
 }
 
@@ -25,12 +27,12 @@ impl Weights {
             allocate(len * precision.bytes()).map_err(|e| e.context(what))
         };
         let f32 = of(Precision::F32)?;
-        let bf16 = match precision {
+        let rounded = match precision {
             Precision::F32 => Arena::host(0)?,
-            Precision::Bf16 => of(Precision::Bf16)?,
+            precision => of(precision)?,
         };
         let elementwise = Elementwise::new(f32.place(), precision)?;
-        Ok(Weights { f32, bf16, elementwise })
+        Ok(Weights { f32, rounded, precision, elementwise })
     }
 
     /// All parameters in f32, for the CPU to read.
@@ -60,7 +62,7 @@ impl Weights {
     /// # Safety
     /// Nobody else touches the copy there meanwhile.
     pub unsafe fn round(&self, start: usize, values: &[f32]) {
-        if self.bf16.bytes() > 0 {
+        if self.rounded.bytes() > 0 {
             // SAFETY: the caller's promise.
             convert::narrow(values, unsafe { self.bf16_mut(start..start + values.len()) });
         }
@@ -71,13 +73,13 @@ impl Weights {
     /// # Safety
     /// Nobody else touches the copy there, or writes these elements, meanwhile.
     pub unsafe fn round_all(&self, elements: Range<usize>) -> Result<()> {
-        if self.bf16.bytes() == 0 {
+        if self.rounded.bytes() == 0 {
             return Ok(());
         }
         // SAFETY: the caller's promise.
         unsafe {
             let values = self.f32.slice(Precision::F32.bytes_of(&elements));
-            self.elementwise.narrow(values, self.bf16.slice_mut(Precision::Bf16.bytes_of(&elements)))
+            self.elementwise.narrow(values, self.rounded.slice_mut(self.precision.bytes_of(&elements)))
         }
     }
 
@@ -85,7 +87,7 @@ impl Weights {
     /// Nobody else touches the copy there during the returned lifetime.
     unsafe fn bf16_mut<'a>(&self, elements: Range<usize>) -> &'a mut [half::bf16] {
         // SAFETY: the caller's promise.
-        unsafe { self.bf16.slice_mut(Precision::Bf16.bytes_of(&elements)) }.into_bf16()
+        unsafe { self.rounded.slice_mut(Precision::Bf16.bytes_of(&elements)) }.into_bf16()
     }
 }
 
@@ -107,14 +109,14 @@ mod tests {
         {
             // SAFETY: as above.
             unsafe {
-                weights.bf16.slice_mut(0..weights.bf16.bytes()).into_bf16().fill(bf16::NAN);
+                weights.rounded.slice_mut(0..weights.rounded.bytes()).into_bf16().fill(bf16::NAN);
                 match in_one_piece {
                     true => weights.round(range.start, &values[range.clone()]),
                     false => weights.round_all(range.clone()).unwrap(),
                 }
             }
             // SAFETY: as above.
-            let copy = unsafe { weights.bf16.slice(0..weights.bf16.bytes()) }.bf16();
+            let copy = unsafe { weights.rounded.slice(0..weights.rounded.bytes()) }.bf16();
             for (i, (found, value)) in copy.iter().zip(&values).enumerate() {
                 let right = if range.contains(&i) { *found == bf16::from_f32(*value) } else { found.is_nan() };
                 assert!(right, "{i} of {range:?}: {found}");

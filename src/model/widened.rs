@@ -70,7 +70,7 @@ impl Layer for Widened {
                 inputs: &inputs[..self.inputs.len()],
                 output: SliceMut::from(&mut *output),
                 params: io.params,
-                params_bf16: &[],
+                params_rounded: &[],
                 saved: io.saved.cut(saved),
                 scratch: SliceMut::from(scratch.0),
             };
@@ -101,7 +101,7 @@ impl Layer for Widened {
                 grad_output,
                 grad_inputs: &mut grad_inputs[..self.inputs.len()],
                 params: io.params,
-                params_bf16: &[],
+                params_rounded: &[],
                 grad_params: &mut grad_params[..io.params.len()],
                 factors: io.factors.reborrow(),
                 input_sums: SliceMut::empty(),

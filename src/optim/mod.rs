@@ -11,6 +11,7 @@ pub mod clip;
 pub mod cuda;
 mod elementwise;
 mod lars;
+pub mod loss_scale;
 pub mod norm;
 pub mod schedule;
 mod sgd;

@@ -31,6 +31,11 @@ pub(super) struct Train {
     pub gpu_utilization_percent: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu_power_watts: Option<f64>,
+    /// Of fp16; the updates that were skipped are those of the whole run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped_updates: Option<u32>,
 }
 
 /// One pass over a set.

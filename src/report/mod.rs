@@ -15,6 +15,7 @@ pub use summary::{Ending, StoppedBy, Summary};
 
 use crate::device::cuda::nvml::Gauge;
 use crate::error::Result;
+use crate::optim::loss_scale::LossScale;
 use budget::{Budget, Category};
 use meter::Meter;
 use metrics::Metrics;
@@ -55,6 +56,8 @@ pub struct Step {
     pub loss_sum: f64,
     pub correct: u64,
     pub samples: u64,
+    /// At log steps, where the loss is scaled.
+    pub loss_scale: Option<LossScale>,
 }
 
 /// Which samples were evaluated.
@@ -120,7 +123,8 @@ impl Report {
         let show = !setup.quiet && progress::is_terminal();
         let bar = show.then(|| Bar::show(setup.first_step, setup.total_steps));
         let window = Window::new(&Budget::default());
-        let last = Step { step: setup.first_step, epoch: 0, lr: 0.0, loss_sum: 0.0, correct: 0, samples: 0 };
+        let last =
+            Step { step: setup.first_step, epoch: 0, lr: 0.0, loss_sum: 0.0, correct: 0, samples: 0, loss_scale: None };
         Ok(Report {
             setup,
             metrics,
@@ -185,6 +189,8 @@ impl Report {
             gpu_memory_mib: gpu.memory_mib,
             gpu_utilization_percent: gpu.utilization_percent,
             gpu_power_watts: gpu.power_watts,
+            loss_scale: step.loss_scale.map(|now| now.scale),
+            skipped_updates: step.loss_scale.map(|now| now.skipped),
         })
     }
 

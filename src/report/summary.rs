@@ -4,6 +4,7 @@ use super::budget::{Category, Merged};
 use super::{Evaluation, Report, Scores};
 use crate::atomic_file;
 use crate::error::{Context, Kind, Result};
+use crate::optim::loss_scale::LossScale;
 use indicatif::HumanCount;
 use serde::Serialize;
 use serde_json::Value;
@@ -48,6 +49,8 @@ pub struct Ending {
     pub job_restarts: u64,
     /// Of all ranks' GPUs since training started, if each has one that tells; not after an error.
     pub gpu_energy_joules: Option<f64>,
+    /// Where the loss is scaled; not after an error.
+    pub loss_scale: Option<LossScale>,
 }
 
 /// The fields of `summary.json`. Losses and accuracies are null where nothing was measured; times and rates are of this
@@ -86,6 +89,11 @@ pub struct Summary {
     /// Of all ranks' GPUs; left out where one of them does not tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu_energy_joules: Option<f64>,
+    /// The loss's at the end, and how many updates were skipped for it, in the whole run; left out where it is not scaled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped_updates: Option<u32>,
 }
 
 impl Summary {
@@ -118,6 +126,8 @@ impl Summary {
             skipped_images: ending.skipped_images,
             job_restarts: ending.job_restarts,
             gpu_energy_joules: ending.gpu_energy_joules,
+            loss_scale: ending.loss_scale.map(|end| end.scale),
+            skipped_updates: ending.loss_scale.map(|end| end.skipped),
         }
     }
 
@@ -165,6 +175,9 @@ impl fmt::Display for Summary {
                 "damaged images were wanted and skipped {} times; the warnings name them",
                 self.skipped_images
             )?;
+        }
+        if let (Some(scale), Some(skipped)) = (self.loss_scale, self.skipped_updates) {
+            writeln!(f, "{skipped} updates were skipped for an overflow in fp16; the loss scale is {scale}")?;
         }
         write!(f, "{}; weights {:.16}", self.exit_reason, self.weights_digest)
     }

@@ -20,7 +20,15 @@ fn setup(directory: &Path, first_step: u64) -> Setup {
 }
 
 fn step(number: u64) -> Step {
-    Step { step: number, epoch: (number - 1) / 4, lr: 0.1, loss_sum: 64.0 * number as f64, correct: 32, samples: 64 }
+    Step {
+        step: number,
+        epoch: (number - 1) / 4,
+        lr: 0.1,
+        loss_sum: 64.0 * number as f64,
+        correct: 32,
+        samples: 64,
+        loss_scale: None,
+    }
 }
 
 fn evaluation(set: Set, step: u64) -> Evaluation {
@@ -37,6 +45,7 @@ fn ending(clock: &Clock) -> Ending {
         skipped_images: 3,
         job_restarts: 1,
         gpu_energy_joules: Some(2.5),
+        loss_scale: None,
     }
 }
 

@@ -10,6 +10,7 @@
 
 use crate::atomic_file;
 use crate::error::{Context, Error, Kind, Result};
+use crate::optim::loss_scale::LossScale;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::{BTreeMap, HashMap};
@@ -53,6 +54,8 @@ pub struct State {
     pub best_accuracy: Option<f64>,
     /// `data::fingerprint` of the training set; none in checkpoints of versions that did not keep it.
     pub data: Option<String>,
+    /// Where the loss is scaled.
+    pub loss_scale: Option<LossScale>,
     /// All parameters with their running statistics, and all of the optimizer's state; in the order of names once loaded.
     pub tensors: Vec<Tensor>,
 }
@@ -184,6 +187,9 @@ fn metadata_of(state: &State) -> HashMap<String, String> {
     if let Some(data) = &state.data {
         metadata.insert("data", data.clone());
     }
+    if let Some(scale) = &state.loss_scale {
+        metadata.insert("loss_scale", serde_json::to_string(scale).expect("numbers can be written as JSON"));
+    }
     let said = metadata.iter().map(|(key, value)| (*key, value.as_str())).collect();
     let hash = hash_file(said, state.tensors.iter().map(Tensor::parts).collect());
     metadata.insert(HASH_KEY, hash);
@@ -225,6 +231,7 @@ fn decode(bytes: &[u8]) -> Result<State> {
         samples: field(&metadata, "samples")?,
         best_accuracy: metadata.get("best_accuracy").map(|_| field(&metadata, "best_accuracy")).transpose()?,
         data: metadata.get("data").cloned(),
+        loss_scale: metadata.get("loss_scale").map(|text| decode_loss_scale(text)).transpose()?,
         tensors: views.iter().map(|(name, view)| decode_tensor(name, view)).collect::<Result<_>>()?,
     })
 }
@@ -232,6 +239,12 @@ fn decode(bytes: &[u8]) -> Result<State> {
 fn field<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<T> {
     let value = metadata.get(key).and_then(|value| value.parse().ok());
     value.ok_or_else(|| Error::data(format!("has no valid {key} in its metadata")))
+}
+
+fn decode_loss_scale(text: &str) -> Result<LossScale> {
+    let found = serde_json::from_str(text).ok();
+    let found = found.filter(|found: &LossScale| found.scale.is_normal() && found.scale > 0.0);
+    found.ok_or_else(|| Error::data("has no valid loss_scale in its metadata"))
 }
 
 fn decode_tensor(name: &str, view: &TensorView) -> Result<Tensor> {

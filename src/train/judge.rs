@@ -62,10 +62,10 @@ impl Judge {
                 Ok(())
             }
             Judge::Cuda(on) => on.compute(number, |sums| {
-                let halt = on.control.as_ref().map(|control| control.halt());
+                let control = on.control.as_ref().expect("a net is taught with updates");
                 // SAFETY: the net's, the feed's and this judge's memory, in the order of the compute stream; the data set has
                 // checked the labels.
-                unsafe { on.loss.forward_backward(outputs, fed.labels, scale, gradient, sums, halt) }
+                unsafe { on.loss.forward_backward(outputs, fed.labels, scale, gradient, sums, control) }
             }),
         }
     }

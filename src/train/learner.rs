@@ -12,6 +12,7 @@ use crate::error::{Kind, Result};
 use crate::launch::watch::{Health, Phase};
 use crate::model::net::Net;
 use crate::optim::At;
+use crate::optim::loss_scale::LossScale;
 use crate::optim::schedule::Schedule;
 use crate::report::budget::{Category, Clock};
 use std::time::Duration;
@@ -96,6 +97,11 @@ impl Learner {
             true => clock.lap(Category::Compute),
             false => clock.lap_communication(waited),
         }
+    }
+
+    /// Between steps, where the loss is scaled. Waits for the GPU.
+    pub fn loss_scale(&self) -> Result<Option<LossScale>> {
+        self.gradient.reducer().with(|_, updater| updater.loss_scale())
     }
 
     /// What the tensors of a checkpoint take.

@@ -45,7 +45,7 @@ pub struct Need<'a> {
 
 impl<'a> Need<'a> {
     pub fn new(config: &'a Config, plan: &'a Plan, samples: Samples, training: bool) -> Result<Need<'a>> {
-        Ok(Need { config, plan, net: NetSpec::new(&config.model)?, samples, training })
+        Ok(Need { config, plan, net: NetSpec::new(&config.model)?.on(Place::Cuda), samples, training })
     }
 
     pub fn bill(&self) -> Bill {

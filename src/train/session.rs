@@ -23,6 +23,7 @@ use crate::error::{Error, Kind, Result};
 use crate::launch::job::Job;
 use crate::launch::signals::{self, STOP, Signals};
 use crate::launch::watch::Phase;
+use crate::model::precision::Precision;
 use crate::report::budget::{Category, Clock, Merged};
 use crate::report::{self, Ending, Report, Set, StoppedBy};
 use std::path::{Path, PathBuf};
@@ -228,6 +229,11 @@ impl Session<'_> {
             return Err(self.not_finite(&sums, by_order.or(non_finite)));
         }
         self.advance();
+        let loss_scale = match self.progress.step.is_multiple_of(self.plan.log_every_steps) {
+            true => self.learner.loss_scale()?,
+            false => None,
+        };
+        loss_scale.map_or(Ok(()), |scale| scale.check())?;
         self.rank.health.set_waiting(self.clock.budget().spent(Category::Waiting));
         if let Some(report) = &mut self.report {
             let step = report::Step {
@@ -237,6 +243,7 @@ impl Session<'_> {
                 loss_sum: f64::from(sums.loss),
                 correct: sums.correct as u64,
                 samples: sums.samples as u64,
+                loss_scale,
             };
             report.step(&step, self.clock.budget())?;
         }
@@ -306,6 +313,7 @@ impl Session<'_> {
                 samples: position.consumed as u64,
                 best_accuracy,
                 data: Some(self.fingerprint.clone()),
+                loss_scale: self.learner.loss_scale()?,
                 tensors,
             };
             let path = checkpoint::save(&self.checkpoints, self.config.checkpoint.keep, &state)?;
@@ -356,6 +364,7 @@ impl Session<'_> {
                 skipped_images: skipped as u64,
                 job_restarts: self.job.requeues(),
                 gpu_energy_joules: energy.map(f64::from),
+                loss_scale: self.learner.loss_scale()?,
             })?;
         }
         if !end.goes_on() {
@@ -394,10 +403,15 @@ impl Session<'_> {
             None => "another rank says where".into(),
         };
         let saved = self.last_checkpoint();
+        let range = match self.config.run.precision {
+            Precision::Fp16 => " fp16 ends at 65504; run.precision = \"bf16\" has the range of f32.",
+            _ => "",
+        };
         Error::new(
             Kind::NonFinite,
             format!(
-                "the loss is {} in step {}: {place}. Lower optimizer.lr, or set optimizer.clip_norm or a warm-up.{saved}",
+                "the loss is {} in step {}: {place}. Lower optimizer.lr, or set optimizer.clip_norm or a \
+                 warm-up.{range}{saved}",
                 sums.loss,
                 self.progress.step + 1
             ),
@@ -436,6 +450,7 @@ impl Session<'_> {
             job_restarts: self.job.requeues(),
             // A GPU that has failed may keep whoever asks it.
             gpu_energy_joules: None,
+            loss_scale: None,
         };
         if let Err(error) = report.finish(ending) {
             tracing::warn!("{error}");

@@ -25,6 +25,7 @@ use crate::model::net::Net;
 use crate::model::params::{Param, ParamTable, Role};
 use crate::model::weights::Weights;
 use crate::optim::cuda::Control;
+use crate::optim::loss_scale::LossScale;
 use crate::optim::{self, At, Optimizer, clip};
 use std::ops::Range;
 use std::sync::Arc;
@@ -50,9 +51,13 @@ pub trait Update: Work {
     fn reduction(&self) -> Option<Arc<dyn Reduction>> {
         None
     }
-    /// On a GPU what halts a step.
+    /// On a GPU what halts a step and scales its loss.
     fn control(&self) -> Option<Arc<Control>> {
         None
+    }
+    /// Between steps, where the loss is scaled. Waits for the GPU.
+    fn loss_scale(&self) -> Result<Option<LossScale>> {
+        Ok(None)
     }
     /// For each parameter.
     fn state_tensors(&self) -> usize;

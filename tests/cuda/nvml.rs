@@ -114,7 +114,7 @@ fn record_of_a_step(gauge: Option<Gauge>) -> Value {
     };
     let mut clock = Clock::start();
     clock.lap(Category::Compute);
-    let step = Step { step: 1, epoch: 0, lr: 0.1, loss_sum: 1.0, correct: 1, samples: 1 };
+    let step = Step { step: 1, epoch: 0, lr: 0.1, loss_sum: 1.0, correct: 1, samples: 1, loss_scale: None };
     Report::start(setup).unwrap().step(&step, clock.budget()).unwrap();
     serde_json::from_str(&fs::read_to_string(folder.path().join("metrics.jsonl")).unwrap()).unwrap()
 }

@@ -2,7 +2,6 @@
 
 use crate::harness::under_the_stub;
 use cudarc::{driver, nvrtc};
-use half::bf16;
 use lockstep::device::cuda::kernels::{Element, Kernel, Read, Source, T, Write};
 use lockstep::device::cuda::{Elementwise, Gpu, Memory};
 use lockstep::device::{self, Arena, Place, Slice, SliceMut};
@@ -228,21 +227,20 @@ fn layers_launch_their_kernels() {
         let arenas: Vec<_> = (0..6).map(|_| gpu.allocate(bytes).unwrap()).collect();
         // SAFETY: the stub runs nothing.
         let (read, write) = unsafe { (|i: usize| arenas[i].slice(0..bytes), |i: usize| arenas[i].slice_mut(0..bytes)) };
-        let values = [(false, bytes / size_of::<f32>()), (true, bytes / size_of::<bf16>())];
         // Kernels in forward and in backward: the add of three inputs copies two of their gradients.
         let cases = [("relu", 1, "", [1, 1]), ("sigmoid", 1, "", [1, 1]), ("tanh", 1, "", [1, 1])];
         for (kind, inputs, keys, expected) in cases.into_iter().chain([("add", 3, "activation = \"relu\"", [2, 1])]) {
-            for (is_bf16, count) in values {
-                let shapes = vec![Shape::vector(count); inputs];
+            for element in Element::ALL {
+                let shapes = vec![Shape::vector(bytes / element.bytes()); inputs];
                 let spec = (layers::find(kind).unwrap().parse)(toml::from_str(keys).unwrap()).unwrap().spec;
                 spec.infer(&shapes).unwrap();
-                let build = Build { inputs: &shapes, batch: 1, place: Place::Cuda, ..Build::default() };
-                let mut layer = if is_bf16 { spec.build_bf16(&build) } else { spec.build(&build) }.unwrap();
+                let build = Build { inputs: &shapes, batch: 1, ..Build::default() };
+                let mut layer = spec.build_cuda(&build, element).unwrap();
                 let pass = Pass { batch: 1, training: true, first_sample: 0, share: 1.0 };
                 let before = launches();
                 let inputs: Vec<Slice<'_>> = (0..inputs).map(read).collect();
                 let (output, saved, scratch) = (write(3), SliceMut::empty(), SliceMut::empty());
-                let io = Forward { inputs: &inputs, output, params: &[], params_bf16: &[], saved, scratch };
+                let io = Forward { inputs: &inputs, output, params: &[], params_rounded: &[], saved, scratch };
                 layer.begin(&pass).unwrap();
                 layer.forward(&pass, io).unwrap();
                 let after_forward = launches();
@@ -253,7 +251,7 @@ fn layers_launch_their_kernels() {
                     grad_output: write(4),
                     grad_inputs: &mut grad_inputs,
                     params: &[],
-                    params_bf16: &[],
+                    params_rounded: &[],
                     grad_params: &mut [],
                     factors: SliceMut::empty(),
                     input_sums: SliceMut::empty(),
@@ -262,7 +260,7 @@ fn layers_launch_their_kernels() {
                 };
                 layer.backward(&pass, io).unwrap();
                 let counted = [after_forward - before, launches() - after_forward];
-                assert_eq!(counted, expected, "{kind}, bf16: {is_bf16}");
+                assert_eq!(counted, expected, "{kind} in {element:?}");
             }
         }
     });

@@ -65,7 +65,7 @@ impl Case {
             inputs: &[x[..].into()],
             output: (&mut y[..]).into(),
             params: &slices,
-            params_bf16: &[],
+            params_rounded: &[],
             saved: SliceMut::empty(),
             scratch: (&mut scratch[..]).into(),
         };
@@ -76,7 +76,7 @@ impl Case {
             grad_output: (&mut dy[..]).into(),
             grad_inputs: &mut [(&mut dx[..]).into()],
             params: &slices,
-            params_bf16: &[],
+            params_rounded: &[],
             grad_params: &mut grads.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),
@@ -119,12 +119,12 @@ struct Buffers {
 impl<'a> Subject<'a> {
     fn new(gpu: &'a Gpu, case: &'a Case, element: Element, with: impl Fn(&mut Build<'_>)) -> Subject<'a> {
         let inputs = [case.input];
-        let mut build = Build { inputs: &inputs, batch: BATCH, place: Place::Cuda, ..Build::default() };
+        let mut build = Build { inputs: &inputs, batch: BATCH, ..Build::default() };
         (build.training, build.grad_inputs) = (true, true);
         with(&mut build);
         let spec = case.spec();
         let inferred = spec.infer(&inputs).unwrap();
-        let layer = if element == Element::F32 { spec.build(&build) } else { spec.build_bf16(&build) };
+        let layer = spec.build_cuda(&build, element);
         Subject {
             layer: layer.unwrap_or_else(|error| panic!("{}: {error}", case.keys)),
             specs: inferred.params.into_iter().map(|param| param.on(Place::Cuda)).collect(),
@@ -175,7 +175,7 @@ impl<'a> Subject<'a> {
             inputs: &[all(x)],
             output: all_mut(y),
             params: &params[..count],
-            params_bf16: if self.element == Element::F32 { &[] } else { &rounded[..count] },
+            params_rounded: if self.element == Element::F32 { &[] } else { &rounded[..count] },
             saved: SliceMut::empty(),
             scratch: all_mut(scratch),
         };
@@ -187,7 +187,7 @@ impl<'a> Subject<'a> {
             grad_output: all_mut(dy),
             grad_inputs: &mut [all_mut(dx)],
             params: &params[..count],
-            params_bf16: if self.element == Element::F32 { &[] } else { &rounded[..count] },
+            params_rounded: if self.element == Element::F32 { &[] } else { &rounded[..count] },
             grad_params: &mut grads[..count],
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),

@@ -19,7 +19,7 @@ fn layers_agree_with_those_of_the_cpu() {
         assert!(cases.iter().any(|case| case.kind == kind.name), "no case of {}", kind.name);
     }
     for case in cases {
-        for element in [Element::F32, Element::Bf16] {
+        for element in Element::ALL {
             wrong.extend(findings(case.kind, || check(&gpu, &case, element, false)));
         }
         if ["conv2d", "linear"].contains(&case.kind) {

@@ -8,8 +8,10 @@ mod conv2d;
 mod devices;
 #[path = "../emulator/mod.rs"]
 mod emulator;
+mod fusion;
 mod graphs;
 mod layers;
+mod loss_scale;
 mod memory;
 mod operands;
 mod oracles;

@@ -91,7 +91,7 @@ impl<'a> Operands<'a> {
     }
 
     pub fn on_cpu(&self, spec: &dyn LayerSpec, call: Call) -> Results {
-        let layer = spec.build(&self.build(Place::Host)).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
+        let layer = spec.build(&self.build()).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
         let mut results = self.run(layer, call, &Cpu);
         // What a layer of the CPU leaves to the ReLU itself.
         if self.case.masks_input && !self.inferred.can_mask_input && call.training {
@@ -102,28 +102,21 @@ impl<'a> Operands<'a> {
     }
 
     pub fn on_gpu(&self, gpu: &Gpu, spec: &dyn LayerSpec, call: Call) -> Results {
-        let build = self.build(Place::Cuda);
-        let layer = match self.element {
-            Element::F32 => spec.build(&build),
-            Element::Bf16 => spec.build_bf16(&build),
-            Element::F16 => panic!("no layer is built for f16"),
-        };
-        let layer = layer.unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
+        let build = Build { sums_input: self.case.sums_input, ..self.build() };
+        let layer = spec.build_cuda(&build, self.element).unwrap_or_else(|error| panic!("{:?}: {error}", self.case));
         self.run(layer, call, &Cuda { gpu, element: self.element })
     }
 
-    fn build(&self, place: Place) -> Build<'_> {
+    fn build(&self) -> Build<'_> {
         Build {
             inputs: &self.case.inputs,
             batch: self.batch,
-            place,
             tf32: self.tf32,
             threads: rayon::current_num_threads(),
             seed: 0x1234_5678_9abc_def0,
             layer: 3,
             masks_input: self.case.masks_input,
             grad_masked: self.case.grad_masked,
-            sums_input: self.case.sums_input && place == Place::Cuda,
             training: true,
             grad_inputs: true,
             ..Build::default()
@@ -137,7 +130,7 @@ impl<'a> Operands<'a> {
             inputs: &slices(&buffers.inputs),
             output: whole_mut(&mut buffers.output),
             params: &slices(&buffers.params),
-            params_bf16: &slices(&buffers.rounded),
+            params_rounded: &slices(&buffers.rounded),
             saved: whole_mut(&mut buffers.saved),
             scratch: whole_mut(&mut buffers.scratch),
         };
@@ -178,7 +171,7 @@ impl<'a> Operands<'a> {
             grad_output: whole_mut(&mut grad_output),
             grad_inputs: &mut grad_inputs.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             params: &slices(&buffers.params),
-            params_bf16: &slices(&buffers.rounded),
+            params_rounded: &slices(&buffers.rounded),
             grad_params: &mut grad_params.iter_mut().map(whole_mut).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
             input_sums: whole_mut(&mut input_sums),

@@ -9,6 +9,8 @@ use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{Slice, SliceMut};
 use lockstep::model::loss::{self, Loss};
 use lockstep::model::params::{Init, Layout, Param, ParamSpec, ParamTable, Role};
+use lockstep::model::precision::Precision;
+use lockstep::optim::loss_scale::LossScale;
 use lockstep::optim::{self, At, Norms, clip, norm};
 
 #[test]
@@ -27,6 +29,7 @@ fn losses_agree_with_the_cpus() {
             let loss = Loss::new(&config, classes, weights).unwrap();
             check_loss(&gpu, &loss, classes, batch, Element::F32);
             check_loss(&gpu, &loss, classes, batch.min(40), Element::Bf16);
+            check_loss(&gpu, &loss, classes, batch.min(40), Element::F16);
         }
     }
 }
@@ -36,19 +39,24 @@ fn check_loss(gpu: &Gpu, loss: &Loss, classes: usize, batch: usize, element: Ele
     // Of equal values the first is the answer.
     let outputs = Values::of(gpu, &(0..batch * classes).map(|i| value(i).round()).collect::<Vec<_>>(), element);
     let labels: Vec<u32> = (0..batch).map(|i| (i * 13 % classes) as u32).collect();
-    let scale = 1.0 / batch as f32;
+    let (scale, loss_scale) = (1.0 / batch as f32, 4.0);
     let mut expected = vec![f32::NAN; batch * classes];
     let x = Slice::from(&outputs.values[..]);
-    let sums = loss.forward_backward(x, &labels, scale, SliceMut::from(&mut expected[..]));
+    let sums = loss.forward_backward(x, &labels, loss_scale * scale, SliceMut::from(&mut expected[..]));
 
     let on_gpu = loss::cuda::Loss::new(loss, 300, element).unwrap();
+    let sgd =
+        raw::Optimizer { rule: Rule::Sgd { momentum: 0.0, nesterov: false }, shared: OptimizerShared::with_lr(0.1) };
+    let update = optim::cuda::Update::new(&sgd, &table(&[1]), Precision::Fp16).unwrap();
+    let control = update.control();
+    control.set_loss_scale(LossScale { scale: loss_scale, ..control.loss_scale().unwrap() }).unwrap();
     let memory = upload(gpu, &labels);
     // SAFETY: nobody writes it.
     let labels = unsafe { memory.slice(0..memory.bytes()) };
     let (grad, found) = (Values::poisoned(gpu, batch * classes, element), Values::poisoned(gpu, 2, Element::F32));
     let launch = || {
         // SAFETY: all live until `download` has waited.
-        unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut(), None) }
+        unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut(), control) }
             .unwrap()
     };
     // The first launch of a process looks functions up.
@@ -82,24 +90,25 @@ fn updates_have_the_bits_of_the_cpus() {
         Rule::Adadelta { rho: 0.9, eps: 1e-6 },
         Rule::Lars { momentum: 0.9, trust_coefficient: 0.01, eps: 1e-8 },
     ] {
-        let plain = OptimizerShared { lr: 0.1, weight_decay: 0.0, l1: 0.0, clip_norm: None, clip_value: None };
+        let plain = OptimizerShared::with_lr(0.1);
         let decayed =
             OptimizerShared { weight_decay: 1e-2, l1: 1e-3, clip_norm: Some(3.0), clip_value: Some(0.02), ..plain };
-        for (shared, element) in [(plain, Element::F32), (decayed, Element::Bf16)] {
-            check_update(&gpu, &raw::Optimizer { rule: rule.clone(), shared }, element);
+        for (shared, precision) in [(plain, Precision::F32), (decayed, Precision::Bf16)] {
+            check_update(&gpu, &raw::Optimizer { rule: rule.clone(), shared }, precision);
         }
     }
 }
 
-fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
+fn check_update(gpu: &Gpu, config: &raw::Optimizer, precision: Precision) {
     let table = table(&[1, 4096, -100, 37, 5000, 2 * 4096 + 16 * 5 + 3, -7]);
     let states = optim::new(config).state().len();
     let mut expected = vec![vec![0.0; table.len()]; 1 + states];
     (0..).zip(&mut expected[0]).for_each(|(i, w)| *w = value(i, 1.0));
     let params = Values::of(gpu, &expected[0], Element::F32);
     let state: Vec<_> = (0..states).map(|_| gpu.allocate(4 * table.len()).unwrap()).collect();
-    let rounded = Values::poisoned(gpu, if element == Element::F32 { 0 } else { table.len() }, element);
-    let update = optim::cuda::Update::new(config, &table, element).unwrap();
+    let rounded = if precision == Precision::F32 { 0 } else { table.len() };
+    let rounded = Values::poisoned(gpu, rounded, precision.element());
+    let update = optim::cuda::Update::new(config, &table, precision).unwrap();
     for step in 0..3 {
         let at = At { lr: 0.1 / (step + 1) as f32, step };
         let grads = (0..table.len()).map(|i| value(i + 31 * step as usize, 0.1)).collect::<Vec<_>>();
@@ -166,12 +175,12 @@ fn update_on_cpu(config: &raw::Optimizer, table: &ParamTable, at: At, mut grads:
     }
 }
 
-fn value(i: usize, scale: f32) -> f32 {
+pub fn value(i: usize, scale: f32) -> f32 {
     ((i * 7919 % 1013) as f32 - 500.0) * scale * 10f32.powi((i % 7) as i32 - 5)
 }
 
 /// Tensors of these lengths, each from a cache line on; less than 0: running statistics.
-fn table(lengths: &[isize]) -> ParamTable {
+pub fn table(lengths: &[isize]) -> ParamTable {
     let mut end = 0;
     let param = |(number, length): (usize, &isize)| {
         let len = length.unsigned_abs();

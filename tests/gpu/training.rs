@@ -300,6 +300,37 @@ fn tf32_and_sums_in_any_order_are_used_if_they_are_asked_for() {
     assert_ne!(tf32["weights_digest"], exact["weights_digest"]);
 }
 
+/// The first scale overflows, whatever the number of ranks and wherever the run is interrupted; then it trains as in f32.
+#[test]
+fn fp16_lowers_its_scale_until_nothing_overflows() {
+    let Some(runs) = Runs::new() else { return };
+    let fp16 = ["run.device=cuda", "run.precision=fp16", "optimizer.loss_scale=1048576", "log.every_steps=2"];
+    let train = |out: &str, ranks: usize, more: &[&str]| runs.train(out, ranks, &[&fp16, more].concat());
+    let whole = train("whole", 1, &[]);
+    let (scale, skipped) = (whole["loss_scale"].as_f64().unwrap(), whole["skipped_updates"].as_i64().unwrap());
+    assert!((2..=6).contains(&skipped), "{whole}");
+    assert_eq!(scale, 1048576.0 / 2f64.powi(skipped as i32), "{whole}");
+    let metrics = fs::read_to_string(runs.out("whole").join("metrics.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    assert_eq!((&first["loss_scale"], &first["skipped_updates"]), (&262144.0.into(), &2.into()), "{metrics}");
+
+    let same = |other: Value| {
+        for key in ["weights_digest", "loss_scale", "skipped_updates"] {
+            assert_eq!(other[key], whole[key], "{key} in {other}");
+        }
+    };
+    same(train("two", 2, &[]));
+    same(train("four", 4, &["parallel.transport=tcp"]));
+    train("resumed", 2, &["run.steps=1"]);
+    train("resumed", 1, &["run.steps=3"]);
+    same(train("resumed", 2, &[]));
+
+    let made = format!("run.steps={}", 8 - skipped);
+    let f32 = runs.train("f32", 1, &["run.device=cuda", &made]);
+    let loss = |summary: &Value| summary["test_loss"].as_f64().unwrap();
+    assert!((loss(&f32) - loss(&whole)).abs() < 0.1 * loss(&f32), "{f32} and {whole}");
+}
+
 #[test]
 fn a_checkpoint_goes_on_on_either_device() {
     let Some(runs) = Runs::new() else { return };

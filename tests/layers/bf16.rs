@@ -139,13 +139,13 @@ impl Subject {
     fn forward(&mut self, pass: &Pass, inputs: &[Vec<f32>], params: &[Vec<f32>]) -> Vec<f32> {
         self.saved.fill(f32::NAN);
         self.scratch.fill(f32::NAN);
-        let (inputs, params_bf16) = (narrow_all(inputs), narrow_all(params));
+        let (inputs, params_rounded) = (narrow_all(inputs), narrow_all(params));
         let mut output = vec![bf16::NAN; pass.batch * self.inferred.output.len()];
         let io = Forward {
             inputs: &slices(&inputs),
             output: SliceMut::from(&mut output[..]),
             params: &slices(params),
-            params_bf16: &slices(&params_bf16),
+            params_rounded: &slices(&params_rounded),
             saved: SliceMut::from(&mut self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),
         };
@@ -165,7 +165,7 @@ impl Subject {
         let Inferred { backward_reads_input, backward_reads_output, .. } = self.inferred;
         let mut grad_inputs: Vec<_> = inputs.iter().map(|input| vec![bf16::NAN; input.len()]).collect();
         let mut grad_params: Vec<_> = params.iter().map(|param| vec![f32::NAN; param.len()]).collect();
-        let (inputs, params_bf16) = (narrow_all(inputs), narrow_all(params));
+        let (inputs, params_rounded) = (narrow_all(inputs), narrow_all(params));
         let (output, mut grad_output) = (narrow(output), narrow(grad_output));
         let io = Backward {
             inputs: &match backward_reads_input {
@@ -176,7 +176,7 @@ impl Subject {
             grad_output: SliceMut::from(&mut grad_output[..]),
             grad_inputs: &mut grad_inputs.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
             params: &slices(params),
-            params_bf16: &slices(&params_bf16),
+            params_rounded: &slices(&params_rounded),
             grad_params: &mut grad_params.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),

@@ -66,7 +66,7 @@ impl Subject {
             inputs: &slices(inputs),
             output: SliceMut::from(&mut output[..]),
             params: &slices(params),
-            params_bf16: &[],
+            params_rounded: &[],
             saved: SliceMut::from(&mut self.saved[..]),
             scratch: SliceMut::from(&mut self.scratch[..]),
         };
@@ -97,7 +97,7 @@ impl Subject {
             grad_output: SliceMut::from(&mut grad_output[..]),
             grad_inputs: &mut slices_mut(&mut grads.inputs),
             params: &slices(params),
-            params_bf16: &[],
+            params_rounded: &[],
             grad_params: &mut slices_mut(&mut grads.params),
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),

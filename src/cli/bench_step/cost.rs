@@ -141,7 +141,7 @@ fn after_backward(measured: &Measured<'_>, params: &[Param]) -> Cost {
     let share = |time: &Duration, of: usize| time.as_secs_f64() * total(params) as f64 / of as f64;
 
     let bytes = (size_of::<f32>() * total(params)) as f64;
-    let rounded = if measured.precision == Precision::Bf16 { bytes / 2.0 } else { 0.0 };
+    let rounded = if measured.precision != Precision::F32 { bytes / 2.0 } else { 0.0 };
     let ranks = measured.plan.ranks as f64;
     let moved = match measured.transport {
         // The time does not say how fast bytes went that were moved behind backward, or also to the other ranks.

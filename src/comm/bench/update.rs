@@ -25,7 +25,7 @@ impl Update {
     /// For `len` parameters at most. Collective.
     pub fn new(comm: &mut dyn Communicator, len: usize) -> Result<Update> {
         let rule = raw::Rule::Sgd { momentum: MOMENTUM, nesterov: false };
-        let shared = raw::OptimizerShared { lr: LR, weight_decay: 0.0, l1: 0.0, clip_norm: None, clip_value: None };
+        let shared = raw::OptimizerShared::with_lr(LR);
         let config = raw::Optimizer { rule, shared };
         let share = len.div_ceil(comm.size()).next_multiple_of(16) + 16;
         Ok(Update {

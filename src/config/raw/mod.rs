@@ -39,7 +39,7 @@ pub struct Run {
     /// Seed of everything random.
     #[serde(default)]
     pub seed: u64,
-    /// Of activations and of the matrix work; parameters, gradients and optimizer state are f32 in either case.
+    /// Of activations and of the matrix work; parameters, gradients and optimizer state are f32 in any case.
     #[serde(default)]
     pub precision: Precision,
     /// What each rank computes on. auto: a GPU where one can be used, else the CPU.

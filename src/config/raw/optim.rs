@@ -29,6 +29,27 @@ pub struct OptimizerShared {
     /// Clamps every gradient value to +-this.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub clip_value: Option<f32>,
+    /// With run.precision = "fp16": what the loss is multiplied by at first, and its gradients divided by in the end. Halved when
+    /// a gradient overflows. Default: 65536.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub loss_scale: Option<f32>,
+    /// It is doubled after so many steps without an overflow; 0: it is neither doubled nor halved. Default: 2000.
+    pub loss_scale_growth_every: Option<u32>,
+}
+
+impl OptimizerShared {
+    /// The defaults, with this rate.
+    pub fn with_lr(lr: f32) -> OptimizerShared {
+        OptimizerShared {
+            lr,
+            weight_decay: 0.0,
+            l1: 0.0,
+            clip_norm: None,
+            clip_value: None,
+            loss_scale: None,
+            loss_scale_growth_every: None,
+        }
+    }
 }
 
 /// `[optimizer] type = "..."`, with PyTorch's names and defaults.

@@ -82,7 +82,7 @@ impl Operands {
         batch: usize,
         x: Slice<'_>,
         [dy, mut y, dx]: [SliceMut<'_>; 3],
-        params_bf16: &[Slice<'_>],
+        params_rounded: &[Slice<'_>],
     ) -> [Vec<f32>; 2] {
         let pass = Pass { batch, training: true, first_sample: 0, share: 1.0 };
         let params: Vec<Slice> = self.params.iter().map(|param| param[..].into()).collect();
@@ -91,7 +91,7 @@ impl Operands {
             inputs: &[x],
             output: y.reborrow(),
             params: &params,
-            params_bf16,
+            params_rounded,
             saved: SliceMut::empty(),
             scratch: SliceMut::from(&mut scratch[..]),
         };
@@ -104,7 +104,7 @@ impl Operands {
             grad_output: dy,
             grad_inputs: &mut [dx],
             params: &params,
-            params_bf16,
+            params_rounded,
             grad_params: &mut grads.iter_mut().map(|grad| SliceMut::from(&mut grad[..])).collect::<Vec<_>>(),
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),

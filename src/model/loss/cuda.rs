@@ -6,6 +6,7 @@ use crate::device::cuda::Gpu;
 use crate::device::cuda::kernels::{Element, Grid, Kernel, Read, Source, T, Write};
 use crate::device::{Arena, Place, Slice, SliceMut};
 use crate::error::Result;
+use crate::optim::cuda::Control;
 
 static SOURCE: Source = Source { name: "loss", text: include_str!("loss.cu") };
 
@@ -29,8 +30,8 @@ pub struct Loss {
     sums_of: Kernel<SumsOf>,
 }
 
-/// Outputs, labels, weights, totals, gradient, rows; batch, classes, rule; smoothing, entropy, scale.
-type Rows = (Read<T>, Read<u32>, Read<f32>, Read<f32>, Write<T>, Write<f32>, u32, u32, u32, f32, f32, f32);
+/// Outputs, labels, weights, totals, gradient, rows; batch, classes, rule; smoothing, entropy, scale, loss scale.
+type Rows = (Read<T>, Read<u32>, Read<f32>, Read<f32>, Write<T>, Write<f32>, u32, u32, u32, f32, f32, f32, Read<f32>);
 
 /// Rows, sums, the word that halts an update; batch.
 type SumsOf = (Read<f32>, Write<f32>, Write<u32>, u32);
@@ -64,9 +65,9 @@ impl Loss {
         })
     }
 
-    /// Loss and gradient: outputs (batch, classes), labels (batch) as u32, grad (batch, classes) = scale * dloss/doutputs; sums
-    /// gets the loss and the number of samples whose largest output is the label's, summed over the batch, as f32. If the loss
-    /// is not finite, the word `halt` is set.
+    /// Loss and gradient: outputs (batch, classes), labels (batch) as u32, grad (batch, classes) = scale * dloss/doutputs, times
+    /// the loss's scale that is in `control`; sums gets the loss, without it, and the number of samples whose largest output is the
+    /// label's, summed over the batch, as f32. If the loss is not finite, the step is halted.
     ///
     /// # Safety
     /// All stay allocated, and nobody else touches them, until the compute stream has come past this. Labels are below
@@ -78,11 +79,12 @@ impl Loss {
         scale: f32,
         mut grad: SliceMut<'_>,
         sums: SliceMut<'_>,
-        halt: Option<SliceMut<'_>>,
+        control: &Control,
     ) -> Result<()> {
         assert_eq!(grad.bytes(), outputs.bytes(), "a gradient for each output");
+        let gradient = (scale, control.scale().into(), (&mut grad).into());
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, (scale, (&mut grad).into()), sums, halt) }
+        unsafe { self.launch(outputs, labels, gradient, sums, control.halt()) }
     }
 
     /// The sums alone.
@@ -90,17 +92,18 @@ impl Loss {
     /// # Safety
     /// As above.
     pub unsafe fn evaluate(&self, outputs: Slice<'_>, labels: Slice<'_>, sums: SliceMut<'_>) -> Result<()> {
+        let gradient = (0.0, Read::from(&nowhere()), (&mut nowhere()).into());
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, (0.0, (&mut nowhere()).into()), sums, None) }
+        unsafe { self.launch(outputs, labels, gradient, sums, nowhere()) }
     }
 
     unsafe fn launch(
         &self,
         outputs: Slice<'_>,
         labels: Slice<'_>,
-        (scale, grad): (f32, Write<T>),
+        (scale, loss_scale, grad): (f32, Read<f32>, Write<T>),
         mut sums: SliceMut<'_>,
-        halt: Option<SliceMut<'_>>,
+        mut halt: SliceMut<'_>,
     ) -> Result<()> {
         let batch = labels.bytes() / size_of::<u32>();
         assert_eq!(outputs.bytes(), batch * self.classes * self.element.bytes(), "outputs for {batch} labels");
@@ -113,7 +116,6 @@ impl Loss {
         let (samples, classes) = (batch as u32, self.classes as u32);
         let grid = Grid { blocks: [batch.div_ceil(ROWS) as u32, 1, 1], threads: [THREADS, 1, 1], shared_bytes: 0 };
         let one = Grid { blocks: [1; 3], ..grid };
-        let mut halt = halt.unwrap_or_else(nowhere);
         let arguments = (
             outputs.into(),
             labels.into(),
@@ -127,6 +129,7 @@ impl Loss {
             self.smoothing,
             self.entropy,
             scale,
+            loss_scale,
         );
         // SAFETY: lengths as the kernels' comments say; the caller vouches for the rest.
         unsafe {

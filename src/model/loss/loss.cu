@@ -62,10 +62,10 @@ __device__ inline float squared_error(const T* x, T* dx, u32 label, u32 classes,
 }
 
 // The loss of each sample, whether its largest output is the label's, and where dx is not null scale times the gradient. A warp
-// has a row. x, dx (batch, classes), labels (batch), weights, totals (classes), rows (2, batch)
+// has a row. x, dx (batch, classes), labels (batch), weights, totals (classes), rows (2, batch), loss_scale (1): read with dx
 extern "C" __global__ void __launch_bounds__(256)
     loss_rows(const T* x, const u32* labels, const float* weights, const float* totals, T* dx, float* rows, u32 batch,
-              u32 classes, u32 rule, float smoothing, float entropy, float scale) {
+              u32 classes, u32 rule, float smoothing, float entropy, float scale, const float* loss_scale) {
     const u32 row = u32(first_item() / 32), lane = threadIdx.x % 32;
     if (row >= batch) {
         return;
@@ -73,6 +73,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const u32 label = labels[row];
     const T* row_x = x + u64(row) * classes;
     T* row_dx = dx ? dx + u64(row) * classes : dx;
+    scale *= dx ? *loss_scale : 1.0f;
     // The first of the largest values is the answer.
     float largest = -__int_as_float(0x7f800000);
     for (u32 k = lane; k < classes; k += 32) {

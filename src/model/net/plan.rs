@@ -14,7 +14,7 @@ use std::ops::Range;
 /// Byte offsets in the memory arena. A range of no bytes means that the buffer does not exist.
 #[derive(Debug)]
 pub struct Plan {
-    /// Output of node i at i + 1. The data lie outside, in f32; at 0 is their copy in bf16.
+    /// Output of node i at i + 1. The data lie outside, in f32; at 0 is their copy in 16 bits.
     pub activations: Vec<Range<usize>>,
     /// Gradient of each activation.
     pub gradients: Vec<Range<usize>>,
@@ -23,7 +23,7 @@ pub struct Plan {
     pub saved: Vec<Range<usize>>,
     /// For each node: what it works in, in forward and in backward. Nothing of it outlives the call.
     pub scratch: Vec<[Range<usize>; 2]>,
-    /// What the loss reads and writes, in f32: in bf16 copies of the output and its gradient, else these themselves.
+    /// What the loss reads and writes, in f32: in 16 bits copies of the output and its gradient, else these themselves.
     pub output: Range<usize>,
     pub output_gradient: Range<usize>,
     pub bytes: usize,
@@ -59,7 +59,7 @@ impl Plan {
         let last = spec.nodes.len();
         let (output, output_gradient) = match options.precision {
             Precision::F32 => (activations[last], gradients[last]),
-            Precision::Bf16 => {
+            Precision::Bf16 | Precision::Fp16 => {
                 let bytes = options.batch * spec.output().len() * size_of::<f32>();
                 let gradient = if options.training { planner.add(bytes, last, last) } else { None };
                 (planner.add(bytes, last, last), gradient)
@@ -98,7 +98,7 @@ impl Plan {
         };
         let data = match options.precision {
             Precision::F32 => None,
-            Precision::Bf16 => planner.add_activation(spec.input, 0, last_reader(DATA, 0)),
+            Precision::Bf16 | Precision::Fp16 => planner.add_activation(spec.input, 0, last_reader(DATA, 0)),
         };
         let mut buffers = vec![data];
         for (i, node) in spec.nodes.iter().enumerate() {

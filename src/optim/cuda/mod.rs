@@ -6,23 +6,28 @@
 //! the operations of the CPU's rule in their order, each rounded by itself, and norms are summed by the CPU's tree: the
 //! results have the bits that `optim::new`'s have.
 //!
-//! What changes from step to step (learning rate, bias corrections, the factor of clipping) lies in device memory, written by
-//! `begin` and `measure`; so the launches of `update` are the same at each step, and a CUDA graph may hold them. A step that turns
-//! out to be bad is halted there too (`Control`).
+//! What changes from step to step (learning rate, bias corrections, the factor of clipping, the scale of the loss) lies in device
+//! memory, written by `begin` and `measure`; so the launches of `update` are the same at each step, and a CUDA graph may hold them.
+//! A step that turns out to be bad is halted there too (`Control`).
 
 mod control;
 mod numbers;
+mod overflow;
 
 pub use control::Control;
 
+use super::loss_scale::{LossScale, Scaling};
 use super::{At, Optimizer};
 use crate::config::raw::{self, Rule};
-use crate::device::cuda::kernels::{Argument, Element, Grid, Kernel, Module, Read, Source, Value, Write};
+use crate::device::cuda::kernels::{Argument, Grid, Kernel, Module, Read, Source, Value, Write};
 use crate::device::cuda::{Gpu, Stream};
 use crate::device::{Arena, Place, Slice, SliceMut};
 use crate::error::Result;
 use crate::model::params::{ParamTable, Role};
+use crate::model::precision::Precision;
+use control::Words;
 use numbers::Numbers;
+use overflow::Overflow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -44,8 +49,10 @@ pub struct Update {
     running: Arena,
     numbers: Arena,
     control: Arc<Control>,
-    begin: Kernel<(Write<Numbers>, Numbers, Write<u32>)>,
+    begin: Kernel<(Write<Numbers>, Numbers, Write<Words>)>,
     rule: Kernel<(Arenas,)>,
+    /// Where the loss is scaled.
+    overflow: Option<Overflow>,
     norms: Option<Norms>,
 }
 
@@ -98,8 +105,8 @@ unsafe impl Argument for Arenas {
 }
 
 impl Update {
-    /// For a net whose layers read weights of type `element`.
-    pub fn new(config: &raw::Optimizer, table: &ParamTable, element: Element) -> Result<Update> {
+    /// For a net of this precision, whose layers read weights rounded to it.
+    pub fn new(config: &raw::Optimizer, table: &ParamTable, precision: Precision) -> Result<Update> {
         let gpu = Gpu::of_this_rank()?;
         let (chunks, firsts) = cut(table);
         let running = table.params.iter().map(|param| match param.spec.role {
@@ -109,9 +116,11 @@ impl Update {
         let running: Vec<f32> = running.collect();
         let end = chunks.last().map_or(0, |last| last.first as usize + last.len as usize);
         let starts = chunks.iter().map(|chunk| chunk.first as usize).chain([end]).collect();
-        let module = gpu.module(&SOURCE, element)?;
+        let module = gpu.module(&SOURCE, precision.element())?;
         let rule = super::new(config);
         let norms = config.shared.clip_norm.is_some() || rule.needs_norms();
+        let scaling = (precision == Precision::Fp16).then(|| Scaling::new(&config.shared));
+        let scale = LossScale::at_first(scaling.unwrap_or(Scaling::NONE));
         Ok(Update {
             states: rule.state().len(),
             starts,
@@ -119,7 +128,8 @@ impl Update {
             chunks: uploaded(&gpu, &chunks)?,
             running: uploaded(&gpu, &running)?,
             numbers: gpu.allocate(size_of::<Numbers>())?,
-            control: Arc::new(Control::new(&gpu)?),
+            control: Arc::new(Control::new(&gpu, scale)?),
+            overflow: scaling.map(|scaling| Overflow::new(&module, scaling)).transpose()?,
             begin: module.kernel("begin_step")?,
             rule: module.kernel(kernel_of(&config.rule))?,
             gpu,
@@ -127,38 +137,52 @@ impl Update {
         })
     }
 
-    /// By which kernels of others halt a step.
+    /// By which kernels of others halt a step, and see the loss's scale.
     pub fn control(&self) -> &Arc<Control> {
         &self.control
+    }
+
+    /// Whether the loss is scaled: then `measure` is called in each step.
+    pub fn scales_loss(&self) -> bool {
+        self.overflow.is_some()
     }
 
     /// A step begins, which nothing halts yet: its learning rate and number go to the GPU, in the compute stream.
     pub fn begin(&self, at: At) -> Result<()> {
         let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
         let numbers = Numbers::new(&self.config, at);
-        let arguments = ((&mut whole_mut(&self.numbers)).into(), numbers, (&mut self.control.halt()).into());
+        let arguments = ((&mut whole_mut(&self.numbers)).into(), numbers, (&mut self.control.words()).into());
         // SAFETY: whoever uses this memory waits for the compute stream, and is waited for by it.
         unsafe { self.begin.launch(self.gpu.compute(), one, arguments) }
     }
 
-    /// Where the update needs norms of whole gradients, between `begin` and the first `update` of a step: clips and sets rates.
+    /// Where the update needs all gradients, between `begin` and the first `update` of a step: looks for overflows of a scaled
+    /// loss, clips by norm, and sets rates.
     ///
     /// # Safety
     /// The stream has waited for `begin`. All elements of both arenas stay allocated, and nobody else writes them, until the
     /// stream has come past this.
     pub unsafe fn measure(&self, stream: &Stream, grads: Slice<'_>, params: Slice<'_>) -> Result<()> {
-        let Some(norms) = &self.norms else { return Ok(()) };
+        // A net without parameters.
+        if self.starts.len() == 1 {
+            return Ok(());
+        }
         let of = |values| Measured { values, chunks: &self.chunks, running: &self.running, numbers: &self.numbers };
+        if let Some(overflow) = &self.overflow {
+            // SAFETY: the caller's promise.
+            unsafe { overflow.judge(stream, of(grads), &self.control) }?;
+        }
+        let Some(norms) = &self.norms else { return Ok(()) };
         if self.config.shared.clip_norm.is_some() {
             // SAFETY: the caller's promise.
-            unsafe { norms.squares(stream, of(grads), false, &norms.gradients) }?;
+            unsafe { norms.squares(stream, of(grads), Stage::Unscaled, &norms.gradients) }?;
             norms.clip(stream, &self.numbers)?;
         }
         let Some(rates) = &norms.rates else { return Ok(()) };
         // SAFETY: the caller's promise.
         unsafe {
-            norms.squares(stream, of(grads), true, &norms.gradients)?;
-            norms.squares(stream, of(params), false, &norms.weights)?;
+            norms.squares(stream, of(grads), Stage::Clipped, &norms.gradients)?;
+            norms.squares(stream, of(params), Stage::AsIs, &norms.weights)?;
         }
         norms.set_rates(stream, &self.numbers, rates)
     }
@@ -245,14 +269,22 @@ struct Norms {
     lars_rates: LarsRates,
 }
 
-/// values, chunks, numbers, clip, sums
+/// values, chunks, numbers, stage, sums
 type ChunkSquares = Kernel<(Read<f32>, Read<Chunk>, Read<Numbers>, u32, Write<f64>)>;
 /// sums, chunks, firsts, running, squares
 type TensorSquares = Kernel<(Write<f64>, Read<Chunk>, Read<u32>, Read<f32>, Write<f64>)>;
 /// gradients, weights, numbers, rates, tensors
 type LarsRates = Kernel<(Read<f64>, Read<f64>, Read<Numbers>, Write<f32>, u32)>;
 
-/// An arena whose squares are summed, and how it is cut.
+/// What is measured of the values: of gradients, what they are after so much of their way. As in optim.cu.
+#[derive(Clone, Copy)]
+enum Stage {
+    AsIs = 0,
+    Unscaled = 1,
+    Clipped = 2,
+}
+
+/// An arena that is measured, and how it is cut.
 struct Measured<'a> {
     values: Slice<'a>,
     chunks: &'a Arena,
@@ -278,14 +310,14 @@ impl Norms {
         })
     }
 
-    /// The squares of each tensor, after clipping where that is wanted.
+    /// The squares of each tensor.
     ///
     /// # Safety
     /// The values stay allocated, and nobody else writes them, until the stream has come past this.
-    unsafe fn squares(&self, stream: &Stream, of: Measured<'_>, clip: bool, to: &Arena) -> Result<()> {
+    unsafe fn squares(&self, stream: &Stream, of: Measured<'_>, stage: Stage, to: &Arena) -> Result<()> {
         let (mut sums, mut squares) = (whole_mut(&self.sums), whole_mut(to));
         let by_chunk =
-            (of.values.into(), whole(of.chunks).into(), whole(of.numbers).into(), u32::from(clip), (&mut sums).into());
+            (of.values.into(), whole(of.chunks).into(), whole(of.numbers).into(), stage as u32, (&mut sums).into());
         let by_tensor = (
             (&mut sums).into(),
             whole(of.chunks).into(),

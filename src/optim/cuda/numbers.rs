@@ -15,6 +15,8 @@ pub struct Numbers {
     pub clip_value: f32,
     /// Of all gradients, for their common norm: 1 until it is measured.
     pub factor: f32,
+    /// Of all gradients, where the loss is scaled: set by `begin_step`.
+    pub unscale: f32,
     /// The learning rate, with what the rule makes of it before it sees an element.
     pub rate: f32,
     /// Of SGD and LARS.
@@ -33,13 +35,20 @@ pub struct Numbers {
     pub trust: f32,
     /// Infinite where the norm is not clipped.
     pub max_norm: f32,
+    /// What `begin_step` makes `rate` and `correction` of, when updates were skipped: updates before this one, and what the rules
+    /// have that count them.
+    pub step: u64,
+    pub betas: [f64; 2],
+    pub lr_decay: f64,
+    pub lr: f32,
+    _padding: f32,
 }
 
 impl Value for Numbers {
     const NAME: &'static str = "Numbers";
 }
 
-// SAFETY: the same struct in optim.cu: fourteen floats.
+// SAFETY: the same struct in optim.cu: fifteen floats, four words of 64 bits behind a gap of 32 bits, two floats.
 unsafe impl Argument for Numbers {
     fn c_type() -> String {
         Self::NAME.to_owned()
@@ -54,6 +63,7 @@ impl Numbers {
             l2: shared.weight_decay,
             clip_value: shared.clip_value.unwrap_or(f32::INFINITY),
             factor: 1.0,
+            unscale: 1.0,
             rate: at.lr,
             momentum: 0.0,
             eps: 0.0,
@@ -64,15 +74,22 @@ impl Numbers {
             keep: 1.0,
             trust: 0.0,
             max_norm: shared.clip_norm.unwrap_or(f32::INFINITY),
+            step: at.step,
+            betas: [0.0; 2],
+            lr_decay: 0.0,
+            lr: at.lr,
+            _padding: 0.0,
         };
         match config.rule {
             Rule::Sgd { momentum, .. } => Numbers { momentum, ..plain },
-            Rule::Adam { betas, eps } => plain.with_moments(&Moments::new(at, betas, eps)),
+            Rule::Adam { betas, eps } => Numbers { betas, ..plain }.with_moments(&Moments::new(at, betas, eps)),
             Rule::Adamw { betas, eps } => {
                 let keep = adam::keep(at.lr, shared.weight_decay);
-                Numbers { l2: 0.0, keep, ..plain }.with_moments(&Moments::new(at, betas, eps))
+                Numbers { l2: 0.0, keep, betas, ..plain }.with_moments(&Moments::new(at, betas, eps))
             }
-            Rule::Adagrad { eps, lr_decay } => Numbers { rate: adagrad::rate(at, lr_decay), eps, ..plain },
+            Rule::Adagrad { eps, lr_decay } => {
+                Numbers { rate: adagrad::rate(at, lr_decay), eps, lr_decay: f64::from(lr_decay), ..plain }
+            }
             Rule::Adadelta { rho, eps } => Numbers { decay: rho, gain: 1.0 - rho, eps, ..plain },
             Rule::Lars { momentum, trust_coefficient, eps } => {
                 Numbers { momentum, trust: trust_coefficient, eps, ..plain }

@@ -14,12 +14,30 @@ using Four = Pack<float, 4>;
 
 // What a rule computes with, `Numbers` in mod.rs.
 struct Numbers {
-    float l1, l2, clip_value, factor, rate, momentum, eps, decay, gain, first_gain, correction, keep, trust, max_norm;
+    float l1, l2, clip_value, factor, unscale, rate, momentum, eps, decay, gain, first_gain, correction, keep, trust, max_norm;
+    u64 step;
+    double beta1, beta2, lr_decay;
+    float lr, padding;
 };
 
-extern "C" __global__ void begin_step(Numbers* to, Numbers from, u32* halt) {
+// `Words` in control.rs.
+struct Control {
+    u32 halt;
+    float scale;
+    u32 good_steps, skipped, skipped_in_a_row;
+};
+
+extern "C" __global__ void begin_step(Numbers* to, Numbers from, Control* control) {
+    from.unscale = 1.0f / control->scale;
+    // An update that was skipped is not counted, as in PyTorch. Rules that do not count have zeros here, and keep their rate.
+    if (control->skipped > 0) {
+        const double before = double(from.step - control->skipped);
+        const double slower = (1.0 - pow(from.beta1, before + 1.0)) * (1.0 + before * from.lr_decay);
+        from.rate = float(double(from.lr) / slower);
+        from.correction = float(sqrt(1.0 - pow(from.beta2, before + 1.0)));
+    }
     *to = from;
-    *halt = 0;
+    control->halt = 0;
 }
 
 // Rounded one by one, as on the CPU: what is written with operators the compiler may contract into multiply-adds.
@@ -29,9 +47,9 @@ __device__ inline float sub(float a, float b) { return __fsub_rn(a, b); }
 __device__ inline float div(float a, float b) { return __fdiv_rn(a, b); }
 __device__ inline float root(float a) { return __fsqrt_rn(a); }
 
-// The gradient after clipping by norm and by value. A NaN stays one.
+// The gradient without the loss's scale, after clipping by norm and by value. A NaN stays one.
 __device__ inline float clipped(const Numbers& n, float g) {
-    g = mul(g, n.factor);
+    g = mul(mul(g, n.unscale), n.factor);
     return g < -n.clip_value ? -n.clip_value : g > n.clip_value ? n.clip_value : g;
 }
 
@@ -160,6 +178,47 @@ extern "C" __global__ void __launch_bounds__(256) update_lars(Arenas arenas) {
     });
 }
 
+// The loss's scale, as loss_scale.rs has it.
+
+// Halts the step if a gradient that is trained with is not finite. A block a chunk; reads 4 bytes an element. Whoever finds one
+// writes the same.
+extern "C" __global__ void __launch_bounds__(256)
+    find_overflow(const float* grads, const Chunk* chunks, const float* running, Control* control) {
+    const Chunk chunk = chunks[blockIdx.x];
+    if (running[chunk.tensor] >= 0.0f) {
+        return;
+    }
+    bool overflow = false;
+    for (u32 i = threadIdx.x; i < chunk.len; i += blockDim.x) {
+        const float g = grads[chunk.first + i];
+        // Of a value that is not finite this difference is not a number.
+        overflow |= g - g != 0.0f;
+    }
+    if (overflow) {
+        control->halt = 1;
+    }
+}
+
+// The scale of the next step; growth_every of 0 leaves it. One thread.
+extern "C" __global__ void settle_scale(Control* control, u32 growth_every) {
+    Control c = *control;
+    const float smallest = 1.17549435e-38f, largest = 3.40282347e+38f;
+    if (c.halt) {
+        c.skipped++;
+        c.skipped_in_a_row++;
+        c.good_steps = 0;
+        c.scale = growth_every > 0 ? fmaxf(c.scale / 2.0f, smallest) : c.scale;
+    } else {
+        c.skipped_in_a_row = 0;
+        c.good_steps++;
+        if (growth_every > 0 && c.good_steps >= growth_every) {
+            c.good_steps = 0;
+            c.scale = fminf(c.scale * 2.0f, largest);
+        }
+    }
+    *control = c;
+}
+
 // Sums of squares, by the tree of norm.rs: over lines of 16 elements, then of two neighbours again and again. What is left over at
 // the end of a row, having no neighbour, is added from the right, the shortest first; so are a short last chunk's lines before
 // the whole chunks. Products are exact in f64.
@@ -181,9 +240,12 @@ __device__ inline void add_up(double* sums, u32 n, double right) {
     }
 }
 
-// sums (chunks) = the squares of values, after clipping where that is wanted, by chunk.
+// What is measured, `Stage` in mod.rs.
+enum Stage : u32 { AS_IS = 0, UNSCALED = 1, CLIPPED = 2 };
+
+// sums (chunks) = the squares of values by chunk.
 extern "C" __global__ void __launch_bounds__(256)
-    chunk_squares(const float* values, const Chunk* chunks, const Numbers* numbers, u32 clip, double* sums) {
+    chunk_squares(const float* values, const Chunk* chunks, const Numbers* numbers, u32 stage, double* sums) {
     __shared__ double lines[CHUNK / LINE];
     const Chunk chunk = chunks[blockIdx.x];
     const Numbers n = *numbers;
@@ -197,7 +259,8 @@ extern "C" __global__ void __launch_bounds__(256)
         for (u32 j = 0; j < 4; j++) {
             if (at + j < chunk.len) {
                 const float value = at + 4 <= chunk.len ? four.values[j] : values[chunk.first + at + j];
-                const double exact = double(clip ? clipped(n, value) : value);
+                const double exact =
+                    double(stage == CLIPPED ? clipped(n, value) : stage == UNSCALED ? mul(value, n.unscale) : value);
                 lanes[j] += exact * exact;
             }
         }

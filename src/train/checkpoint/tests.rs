@@ -17,6 +17,7 @@ fn state(step: u64) -> State {
         samples: step * 64,
         best_accuracy: Some(0.1 + 0.2),
         data: Some("fingerprint".to_string()),
+        loss_scale: Some(LossScale { scale: 0.1, good_steps: 7, skipped: u32::MAX, skipped_in_a_row: 1 }),
         tensors: vec![
             tensor("bn.running_mean", &[5]),
             tensor("conv1.weight", &[4, 3, 3, 3]),
@@ -29,7 +30,7 @@ fn state(step: u64) -> State {
 #[test]
 fn one_without_the_data_s_fingerprint_is_accepted() {
     let folder = tempfile::tempdir().unwrap();
-    let older = State { data: None, ..state(7) };
+    let older = State { data: None, loss_scale: None, ..state(7) };
     let path = save(folder.path(), 1, &older).unwrap();
     assert_eq!(load(&path).unwrap(), older);
 }

@@ -2,7 +2,7 @@ use super::*;
 use crate::comm::connect_hosts;
 use crate::config::plan::{Ranks, Samples};
 use crate::config::raw::Config;
-use crate::device::{Place, Slice};
+use crate::device::Slice;
 use crate::launch::{rendezvous::Control, watch::Health};
 use crate::model::{Backward, Build, Pass, Shape};
 use std::collections::BTreeMap;
@@ -45,7 +45,7 @@ fn gradient(config: &Config, leaf: usize) -> Vec<f32> {
         return grads;
     }
     let (inputs, spec) = ([Shape::vector(INPUTS)], NetSpec::new(&config.model).unwrap());
-    let build = Build { inputs: &inputs, batch: MICRO, place: Place::Host, threads: 1, ..Build::default() };
+    let build = Build { inputs: &inputs, batch: MICRO, threads: 1, ..Build::default() };
     let mut layer = spec.nodes[0].spec.build(&build).unwrap();
     let mut scratch = vec![0.0; layer.scratch_bytes() / 4];
     let (dweight, dbias) = grads.split_at_mut(UNITS * INPUTS);
@@ -56,7 +56,7 @@ fn gradient(config: &Config, leaf: usize) -> Vec<f32> {
         grad_output: SliceMut::from(&mut dy[..]),
         grad_inputs: &mut [SliceMut::empty()],
         params: &[weight[..].into()],
-        params_bf16: &[],
+        params_rounded: &[],
         grad_params: &mut [dweight.into(), dbias.into()],
         factors: SliceMut::empty(),
         input_sums: SliceMut::empty(),

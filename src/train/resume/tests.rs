@@ -13,6 +13,7 @@ fn progress_survives_the_broadcast() {
         samples: 0x7fc0_0001,
         best_accuracy: Some(0.75),
         data: None,
+        loss_scale: None,
         tensors: Vec::new(),
     };
     let progress = decode(&encode(Some(&state)));

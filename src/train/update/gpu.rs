@@ -24,7 +24,6 @@ use super::{Content, Part, Update, canonical, trainable};
 use crate::comm::Communicator;
 use crate::comm::bucket::{Waited, Work};
 use crate::config::raw;
-use crate::device::cuda::kernels::Element;
 use crate::device::cuda::{Event, Gpu, Stream};
 use crate::device::{Arena, Slice, SliceMut};
 use crate::error::Result;
@@ -33,6 +32,7 @@ use crate::model::net::Net;
 use crate::model::params::{Param, ParamTable, TAIL};
 use crate::model::weights::Weights;
 use crate::optim::cuda::Control;
+use crate::optim::loss_scale::LossScale;
 use crate::optim::{self, At};
 use crate::train::checkpoint::{State, Tensor, state_name};
 use reduction::{Alone, Staged};
@@ -73,20 +73,20 @@ impl GpuUpdater {
         let gpu = Gpu::of_this_rank()?;
         let allocate = |what: &str| gpu.allocate(table.len() * size_of::<f32>()).map_err(|error| error.context(what));
         let buckets = table.buckets(bucket_bytes, |_| false);
-        let element = if weights.bf16.bytes() > 0 { Element::Bf16 } else { Element::F32 };
         let names = optim::new(config).state();
         let grads = Arc::new(allocate("gradients")?);
         let reduction: Arc<dyn Reduction> = match comm.size() {
             1 => Arc::new(Alone::new(&gpu, buckets.len())?),
             _ => Arc::new(Staged::new(&gpu, health, &grads, &buckets, comm)?),
         };
+        let rule = optim::cuda::Update::new(config, table, weights.precision)?;
         Ok(GpuUpdater {
             table: table.clone(),
             tail: Arc::new(comm.allocate(TAIL * size_of::<f32>())?),
-            rule: optim::cuda::Update::new(config, table, element)?,
+            waits: super::needs_norms(config) || rule.scales_loss(),
+            rule,
             names,
             state: names.iter().map(|_| allocate("optimizer state")).collect::<Result<_>>()?,
-            waits: super::needs_norms(config),
             updates: gpu.stream()?,
             updated: gpu.event()?,
             buckets,
@@ -108,7 +108,7 @@ impl GpuUpdater {
             params: whole(&self.weights.f32),
             grads: whole(&self.grads).into_shared(),
             state: &self.state,
-            rounded: if self.weights.bf16.bytes() > 0 { whole(&self.weights.bf16) } else { SliceMut::empty() },
+            rounded: if self.weights.rounded.bytes() > 0 { whole(&self.weights.rounded) } else { SliceMut::empty() },
         };
         // SAFETY: as above.
         unsafe { self.rule.update(&self.updates, elements.clone(), buffers) }
@@ -151,6 +151,10 @@ impl Update for GpuUpdater {
 
     fn control(&self) -> Option<Arc<Control>> {
         Some(self.rule.control().clone())
+    }
+
+    fn loss_scale(&self) -> Result<Option<LossScale>> {
+        self.rule.scales_loss().then(|| self.rule.control().loss_scale()).transpose()
     }
 
     fn state_tensors(&self) -> usize {
@@ -197,6 +201,17 @@ impl Update for GpuUpdater {
     }
 
     fn import(&mut self, found: Option<&State>, comm: &mut dyn Communicator) -> Result<()> {
+        if let Some(now) = self.loss_scale()? {
+            // One that was saved in another precision has none.
+            let found = found.and_then(|state| state.loss_scale).unwrap_or(now);
+            let LossScale { scale, good_steps, skipped, skipped_in_a_row } = found;
+            // Each f32 is 32 bits of an integer, never a number.
+            let mut words = [scale.to_bits(), good_steps, skipped, skipped_in_a_row].map(f32::from_bits);
+            comm.broadcast(SliceMut::from(&mut words[..]), 0)?;
+            let [scale, good_steps, skipped, skipped_in_a_row] = words.map(f32::to_bits);
+            let scale = f32::from_bits(scale);
+            self.rule.control().set_loss_scale(LossScale { scale, good_steps, skipped, skipped_in_a_row })?;
+        }
         for (name, arena) in self.names.iter().zip(&self.state) {
             let mut values = vec![0.0; self.table.len()];
             if let Some(found) = found {

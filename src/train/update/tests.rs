@@ -103,6 +103,7 @@ impl World {
             samples: 0,
             best_accuracy: None,
             data: None,
+            loss_scale: None,
             tensors: tensors.swap_remove(0),
         };
         (params, state)
@@ -176,7 +177,7 @@ impl World {
 /// The copy in bf16 is that of all parameters.
 fn assert_rounded(net: &Net, weights: &Weights) {
     // SAFETY: between steps nobody writes.
-    let rounded = unsafe { weights.bf16.slice(0..weights.bf16.bytes()) }.bf16();
+    let rounded = unsafe { weights.rounded.slice(0..weights.rounded.bytes()) }.bf16();
     let params = net.params().unwrap();
     let stale = params.iter().zip(rounded).position(|(param, rounded)| bf16::from_f32(*param) != *rounded);
     assert_eq!((rounded.len(), stale), (params.len(), None), "the copy in bf16");

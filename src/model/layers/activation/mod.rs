@@ -7,10 +7,8 @@ pub mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::single;
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -67,17 +65,11 @@ macro_rules! activation_layer {
             }
             fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
                 let (activation, undo) = (Activation::$name, Activation::$name.to_undo(build));
-                Ok(match build.place {
-                    Place::Host => Box::new(cpu::Elementwise { activation, undo }),
-                    Place::Cuda => Box::new(cuda::Elementwise::new(activation, undo, Element::F32)?),
-                })
+                Ok(Box::new(cpu::Elementwise { activation, undo }))
             }
-            fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+            fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
                 let (activation, undo) = (Activation::$name, Activation::$name.to_undo(build));
-                match build.place {
-                    Place::Host => widened::around(self, build),
-                    Place::Cuda => Ok(Box::new(cuda::Elementwise::new(activation, undo, Element::Bf16)?)),
-                }
+                Ok(Box::new(cuda::Elementwise::new(activation, undo, element)?))
             }
         }
     };

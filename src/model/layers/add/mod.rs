@@ -5,10 +5,8 @@ mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, several};
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -40,18 +38,10 @@ impl LayerSpec for Add {
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let (activation, undo) = (self.activation, self.activation.to_undo(build));
-        Ok(match build.place {
-            Place::Host => Box::new(cpu::Add { activation, undo }),
-            Place::Cuda => Box::new(cuda::Add::new(activation, undo, Element::F32)?),
-        })
+        Ok(Box::new(cpu::Add { activation, undo }))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => {
-                let undo = self.activation.to_undo(build);
-                Ok(Box::new(cuda::Add::new(self.activation, undo, Element::Bf16)?))
-            }
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        let (activation, undo) = (self.activation, self.activation.to_undo(build));
+        Ok(Box::new(cuda::Add::new(activation, undo, element)?))
     }
 }

@@ -6,10 +6,8 @@ mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::{Padding, Window, single};
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -46,19 +44,10 @@ impl LayerSpec for AvgPool {
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let input = build.inputs[0];
         let window = self.window(input).expect("inferred before");
-        Ok(match build.place {
-            Place::Host => Box::new(cpu::AvgPool { window, channels: input.c }),
-            Place::Cuda => Box::new(cuda::AvgPool::new(window, build, Element::F32)?),
-        })
+        Ok(Box::new(cpu::AvgPool { window, channels: input.c }))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => Ok(Box::new(cuda::AvgPool::new(
-                self.window(build.inputs[0]).expect("inferred before"),
-                build,
-                Element::Bf16,
-            )?)),
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        let window = self.window(build.inputs[0]).expect("inferred before");
+        Ok(Box::new(cuda::AvgPool::new(window, build, element)?))
     }
 }

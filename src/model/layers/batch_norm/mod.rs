@@ -14,10 +14,8 @@ mod cuda;
 use super::super::params::{Init, Layout, ParamSpec, Role};
 use super::super::{Build, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, single};
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -71,15 +69,9 @@ impl LayerSpec for BatchNorm {
     }
 
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(match build.place {
-            Place::Host => Box::new(cpu::BatchNorm::new(self.epsilon, self.activation, build)),
-            Place::Cuda => Box::new(cuda::BatchNorm::new(self.epsilon, self.activation, build, Element::F32)?),
-        })
+        Ok(Box::new(cpu::BatchNorm::new(self.epsilon, self.activation, build)))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => Ok(Box::new(cuda::BatchNorm::new(self.epsilon, self.activation, build, Element::Bf16)?)),
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cuda::BatchNorm::new(self.epsilon, self.activation, build, element)?))
     }
 }

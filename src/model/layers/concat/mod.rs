@@ -5,10 +5,8 @@ mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::several;
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -30,15 +28,9 @@ impl LayerSpec for Concat {
         Ok(Inferred { output: Shape::new(first.h, first.w, c), ..Inferred::default() })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(match build.place {
-            Place::Host => Box::new(cpu::Concat { inputs: build.inputs.iter().map(|shape| shape.c).collect() }),
-            Place::Cuda => Box::new(cuda::Concat::new(build, Element::F32)?),
-        })
+        Ok(Box::new(cpu::Concat { inputs: build.inputs.iter().map(|shape| shape.c).collect() }))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => Ok(Box::new(cuda::Concat::new(build, Element::Bf16)?)),
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cuda::Concat::new(build, element)?))
     }
 }

@@ -109,7 +109,7 @@ impl Layer for Conv2d {
 
     fn forward(&mut self, pass: &Pass, io: Forward<'_>) -> Result<()> {
         let Geometry { input, output, .. } = self.geometry;
-        let (x, weight) = (io.inputs[0].bf16(), io.params_bf16[0].bf16());
+        let (x, weight) = (io.inputs[0].bf16(), io.params_rounded[0].bf16());
         let bias = self.bias.then(|| io.params[1].f32());
         let (workers, packed) = io.scratch.into_f32().split_at_mut(self.threads * self.worker_len());
         let packed = &mut packed[..self.packed_weights_len()];
@@ -136,7 +136,7 @@ impl Layer for Conv2d {
         let (packed_phases, scratch) = scratch.split_at_mut(self.packed_phases_len());
         let dx = grad_input.bf16();
         if !dx.is_empty() {
-            self.pack_phases(io.params_bf16[0].bf16(), packed_phases);
+            self.pack_phases(io.params_rounded[0].bf16(), packed_phases);
         }
         let (x, y, dy) = (io.inputs[0].bf16(), io.output.bf16(), io.grad_output.into_bf16());
         grad_bias.iter_mut().for_each(|grad| grad.f32().fill(0.0));

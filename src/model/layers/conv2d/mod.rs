@@ -19,7 +19,6 @@ use super::super::widened;
 use super::super::{Build, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::{Error, Result};
 use padded::Padded;
@@ -222,6 +221,7 @@ impl LayerSpec for Conv2d {
             backward_reads_output: self.activation != Activation::None,
             relu_output: self.activation == Activation::Relu,
             adds_bias: self.bias && self.activation.is_relu_or_none(),
+            can_mask_input_on_gpu: cuda::can_mask_input(&geometry),
             ..Inferred::default()
         })
     }
@@ -233,33 +233,27 @@ impl LayerSpec for Conv2d {
 
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let geometry = self.geometry(build.inputs).map_err(Error::usage)?;
-        match build.place {
-            Place::Host => Ok(match self.algorithm {
-                Algorithm::Auto if !winograd::pays(&geometry, build.batch) => self.direct(geometry, build),
-                Algorithm::Direct => self.direct(geometry, build),
-                _ => Box::new(winograd::Conv2d::new(geometry, self.bias, self.activation, build)),
-            }),
-            Place::Cuda => self.on_gpu(Element::F32, build),
-        }
+        Ok(match self.algorithm {
+            Algorithm::Auto if !winograd::pays(&geometry, build.batch) => self.direct(geometry, build),
+            Algorithm::Direct => self.direct(geometry, build),
+            _ => Box::new(winograd::Conv2d::new(geometry, self.bias, self.activation, build)),
+        })
     }
 
     fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        if build.place == Place::Cuda {
-            return self.on_gpu(Element::Bf16, build);
-        }
         match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
             Some(layer) => Ok(Box::new(layer)),
             None => widened::around(self, build),
         }
     }
-}
 
-impl Conv2d {
-    fn on_gpu(&self, element: Element, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
         let geometry = self.geometry(build.inputs).map_err(Error::usage)?;
         Ok(Box::new(cuda::Conv2d::new(geometry, self.bias, self.activation, self.algorithm, element, build)?))
     }
+}
 
+impl Conv2d {
     /// The operator with bf16 products, for what they are good for: a depthwise convolution is none, and of activations
     /// they know ReLU.
     fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Conv2d> {

@@ -9,10 +9,8 @@ mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::single;
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -36,16 +34,10 @@ impl LayerSpec for Dropout {
         Ok(Inferred { output, forward_flops: output.len() as u64, ..Inferred::default() })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(match build.place {
-            Place::Host => Box::new(cpu::Dropout::new(build.inputs[0], self.rate, build.seed, build.layer)),
-            Place::Cuda => Box::new(cuda::Dropout::new(self.rate, build, Element::F32)?),
-        })
+        Ok(Box::new(cpu::Dropout::new(build.inputs[0], self.rate, build.seed, build.layer)))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => Ok(Box::new(cuda::Dropout::new(self.rate, build, Element::Bf16)?)),
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cuda::Dropout::new(self.rate, build, element)?))
     }
 }
 

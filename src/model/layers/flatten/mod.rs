@@ -6,10 +6,8 @@ mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::single;
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -22,15 +20,9 @@ impl LayerSpec for Flatten {
         Ok(Inferred { output: Shape::vector(single(inputs)?.len()), ..Inferred::default() })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(match build.place {
-            Place::Host => Box::new(cpu::Flatten { input: build.inputs[0] }),
-            Place::Cuda => Box::new(cuda::Flatten::new(build, Element::F32)?),
-        })
+        Ok(Box::new(cpu::Flatten { input: build.inputs[0] }))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => Ok(Box::new(cuda::Flatten::new(build, Element::Bf16)?)),
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cuda::Flatten::new(build, element)?))
     }
 }

@@ -104,7 +104,7 @@ impl Layer for Linear {
     }
 
     fn forward(&mut self, pass: &Pass, io: Forward<'_>) -> Result<()> {
-        let (x, weight) = (io.inputs[0].bf16(), io.params_bf16[0].bf16());
+        let (x, weight) = (io.inputs[0].bf16(), io.params_rounded[0].bf16());
         let (workers, scratch) = io.scratch.into_f32().split_at_mut(self.threads * self.worker_len());
         let (packed, sums) = scratch.split_at_mut(self.packed_inputs_len());
         let sums = &mut sums[..self.output_sums_len()];
@@ -128,7 +128,7 @@ impl Layer for Linear {
     }
 
     fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()> {
-        let (x, weight, dy) = (io.inputs[0].bf16(), io.params_bf16[0].bf16(), io.grad_output.into_bf16());
+        let (x, weight, dy) = (io.inputs[0].bf16(), io.params_rounded[0].bf16(), io.grad_output.into_bf16());
         // Without an output to read, ReLU's backward is done, or there is none.
         mask(io.output.bf16(), dy);
         let (workers, scratch) = io.scratch.into_f32().split_at_mut(self.threads * self.worker_len());

@@ -124,7 +124,7 @@ impl Layer for Linear {
     }
 
     fn forward(&mut self, pass: &Pass, mut io: Forward<'_>) -> Result<()> {
-        let params = self.choose(io.params, io.params_bf16);
+        let params = self.choose(io.params, io.params_rounded);
         let operands = Operands {
             left: io.inputs[0],
             right: params[0],
@@ -139,7 +139,7 @@ impl Layer for Linear {
 
     fn backward(&mut self, pass: &Pass, mut io: Backward<'_>) -> Result<()> {
         assert_eq!(io.factors.bytes(), 0, "ranks on GPUs exchange gradients, not factors");
-        let weight = self.choose(io.params, io.params_bf16)[0];
+        let weight = self.choose(io.params, io.params_rounded)[0];
         let gradients = self.backward.as_mut().expect("a layer is built for training if it is trained");
         // SAFETY: dy and y are in the net's arenas.
         unsafe { gradients.undo.apply_in_place(io.output, io.grad_output.reborrow()) }?;

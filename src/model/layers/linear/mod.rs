@@ -13,7 +13,6 @@ use super::super::params::{Layout, ParamSpec, Role};
 use super::super::widened;
 use super::super::{Build, Factors, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
-use crate::device::Place;
 use crate::device::cuda::cublaslt;
 use crate::device::cuda::kernels::Element;
 use crate::error::{Error, Result};
@@ -82,29 +81,23 @@ impl LayerSpec for Linear {
 
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let width = self.width(build.inputs).map_err(Error::usage)?;
-        match build.place {
-            Place::Host => Ok(Box::new(cpu::Linear::new(width, self.units, self.bias, self.activation, build))),
-            Place::Cuda => self.on_gpu(Element::F32, build),
-        }
+        Ok(Box::new(cpu::Linear::new(width, self.units, self.bias, self.activation, build)))
     }
 
     fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        if build.place == Place::Cuda {
-            return self.on_gpu(Element::Bf16, build);
-        }
         match Kernel::best().is_native().then(|| self.native(Kernel::best(), build)).flatten() {
             Some(layer) => Ok(Box::new(layer)),
             None => widened::around(self, build),
         }
     }
-}
 
-impl Linear {
-    fn on_gpu(&self, element: Element, build: &Build<'_>) -> Result<Box<dyn Layer>> {
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
         let width = self.width(build.inputs).map_err(Error::usage)?;
         Ok(Box::new(cuda::Linear::new((width, self.units), self.bias, self.activation, element, build)?))
     }
+}
 
+impl Linear {
     /// The operator with bf16 products; of activations they know ReLU.
     fn native(&self, kernel: &'static Kernel, build: &Build<'_>) -> Option<bf16::Linear> {
         let width = self.width(build.inputs).ok()?;

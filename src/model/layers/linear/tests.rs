@@ -49,7 +49,7 @@ fn run(values: &Values, batch: usize, built: usize, threads: usize, activation: 
             inputs: &[values.x[..].into()],
             output: (&mut y[..]).into(),
             params: &params,
-            params_bf16: &[],
+            params_rounded: &[],
             saved: SliceMut::empty(),
             scratch: (&mut scratch[..]).into(),
         };
@@ -61,7 +61,7 @@ fn run(values: &Values, batch: usize, built: usize, threads: usize, activation: 
             grad_output: (&mut dy[..]).into(),
             grad_inputs: &mut [(&mut dx[..]).into()],
             params: &params,
-            params_bf16: &[],
+            params_rounded: &[],
             grad_params: &mut [(&mut dweight[..]).into(), (&mut dbias[..]).into()],
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),

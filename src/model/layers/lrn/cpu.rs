@@ -234,7 +234,7 @@ mod tests {
             inputs: &[x[..].into()],
             output: (&mut y[..]).into(),
             params: &[],
-            params_bf16: &[],
+            params_rounded: &[],
             saved: SliceMut::empty(),
             scratch: SliceMut::empty(),
         };
@@ -245,7 +245,7 @@ mod tests {
             grad_output: (&mut dy[..]).into(),
             grad_inputs: &mut [(&mut dx[..]).into()],
             params: &[],
-            params_bf16: &[],
+            params_rounded: &[],
             grad_params: &mut [],
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),

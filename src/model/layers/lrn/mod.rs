@@ -12,10 +12,8 @@ mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::single;
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -52,17 +50,9 @@ impl LayerSpec for Lrn {
         })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(match build.place {
-            Place::Host => {
-                Box::new(cpu::Cpu { keys: *self, channels: build.inputs[0].c, masks_input: build.masks_input })
-            }
-            Place::Cuda => Box::new(cuda::Cuda::new(*self, build, Element::F32)?),
-        })
+        Ok(Box::new(cpu::Cpu { keys: *self, channels: build.inputs[0].c, masks_input: build.masks_input }))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => Ok(Box::new(cuda::Cuda::new(*self, build, Element::Bf16)?)),
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cuda::Cuda::new(*self, build, element)?))
     }
 }

@@ -5,10 +5,8 @@ mod cuda;
 
 use super::super::{Build, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::{Padding, Window, single};
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -53,19 +51,10 @@ impl LayerSpec for MaxPool {
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         let input = build.inputs[0];
         let window = self.window(input).expect("inferred before");
-        Ok(match build.place {
-            Place::Host => Box::new(cpu::MaxPool { window, channels: input.c, masks_input: build.masks_input }),
-            Place::Cuda => Box::new(cuda::MaxPool::new(window, build, Element::F32)?),
-        })
+        Ok(Box::new(cpu::MaxPool { window, channels: input.c, masks_input: build.masks_input }))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => Ok(Box::new(cuda::MaxPool::new(
-                self.window(build.inputs[0]).expect("inferred before"),
-                build,
-                Element::Bf16,
-            )?)),
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        let window = self.window(build.inputs[0]).expect("inferred before");
+        Ok(Box::new(cuda::MaxPool::new(window, build, element)?))
     }
 }

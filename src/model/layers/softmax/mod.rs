@@ -6,10 +6,8 @@ mod cuda;
 
 use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
 use super::single;
-use crate::device::Place;
 use crate::device::cuda::kernels::Element;
 use crate::error::Result;
-use crate::model::widened;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -28,15 +26,9 @@ impl LayerSpec for Softmax {
         })
     }
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        Ok(match build.place {
-            Place::Host => Box::new(cpu::Softmax { channels: build.inputs[0].c }),
-            Place::Cuda => Box::new(cuda::Softmax::new(build, Element::F32)?),
-        })
+        Ok(Box::new(cpu::Softmax { channels: build.inputs[0].c }))
     }
-    fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
-        match build.place {
-            Place::Host => widened::around(self, build),
-            Place::Cuda => Ok(Box::new(cuda::Softmax::new(build, Element::Bf16)?)),
-        }
+    fn build_cuda(&self, build: &Build<'_>, element: Element) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(cuda::Softmax::new(build, element)?))
     }
 }

@@ -258,6 +258,11 @@ pub fn scratch(geometry: &Geometry, bias: bool, element: Element, build: &Build<
     GpuScratch { bytes: lengths.total(), workspace: workspace(element) }
 }
 
+/// Whether the product that makes the gradient by the images can mask it: not where they are arranged.
+pub fn can_mask_input(geometry: &Geometry) -> bool {
+    Arrangement::of(geometry).is_none()
+}
+
 fn workspace(element: Element) -> usize {
     if element == Element::F32 { WORKSPACE_F32 } else { WORKSPACE_16_BITS }
 }
@@ -271,8 +276,8 @@ impl Layer for Conv2d {
         let number = self.plans_for(pass.batch)?;
         let scratch = self.lengths.split(io.scratch);
         let x = self.arranged_images(pass.batch, io.inputs[0], scratch.images)?;
-        let weight = self.arranged_filters(self.parameter(0, io.params, io.params_bf16), scratch.filters)?;
-        let bias = self.planner.bias.then(|| [io.params[1], self.parameter(1, io.params, io.params_bf16)]);
+        let weight = self.arranged_filters(self.parameter(0, io.params, io.params_rounded), scratch.filters)?;
+        let bias = self.planner.bias.then(|| [io.params[1], self.parameter(1, io.params, io.params_rounded)]);
         let plan: &mut Plan = &mut self.plans[number].forward;
         let product = plan.graph().product;
         let (y, workspace) = (io.output.address(), scratch.workspace.address());
@@ -300,7 +305,7 @@ impl Layer for Conv2d {
         if grad_input.bytes() == 0 {
             return Ok(());
         }
-        let weight = self.parameter(0, io.params, io.params_bf16);
+        let weight = self.parameter(0, io.params, io.params_rounded);
         let filters = self.arranged_filters(weight, std::mem::replace(&mut scratch.filters, SliceMut::empty()))?;
         self.backward_data(number, [x, dy, filters], grad_input.reborrow(), &mut scratch)
     }
