@@ -237,6 +237,16 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> Code {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Code {
+    of_device(DEVICE, |_| unsafe { give(context, CURRENT.get()) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetDevice(device: *mut c_int) -> Code {
+    in_context(|_| unsafe { give(device, DEVICE) })
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
     of_device(DEVICE, |driver| {
         require(context == 0 || (context == CONTEXT && driver.retained > 0), INVALID_CONTEXT)?;
