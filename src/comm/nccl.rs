@@ -6,8 +6,8 @@
 //!
 //! A collective ends when all ranks have come to it. If one is lost, the others' GPUs wait for ever, and with them all that is
 //! behind it in their streams; the host does not see that. So a thread watches: it asks NCCL for errors and `Health` for lost
-//! peers, and aborts the communicator, which ends what is under way. What its stream has then is garbage. Therefore the failure
-//! is known before: whoever takes something from the GPU that others shall see asks `check` afterwards.
+//! peers, and aborts the communicator, which ends what is under way. What the GPU has then is garbage. Therefore `Health` knows of
+//! the failure before: whoever has taken something from the GPU asks it whether that may be kept.
 
 use super::Communicator;
 use super::patience::Patience;
@@ -32,6 +32,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// This rank's end of a communicator of NCCL's, with the thread that watches it.
 pub struct Nccl {
     shared: Arc<Shared>,
+    of: DataType,
     watcher: Option<Watcher>,
 }
 
@@ -56,9 +57,9 @@ struct Watcher {
 }
 
 impl Nccl {
-    /// Joins the GPUs of all ranks of `comm`. Collective; all ranks have a GPU, no two the same unless `share_gpus` was called.
-    /// Fails with the kind Device if NCCL does, with PeerLost if a rank does not come.
-    pub fn connect(gpu: &Gpu, comm: &mut dyn Communicator, health: Arc<Health>) -> Result<Nccl> {
+    /// Joins the GPUs of all ranks of `comm`, for sums of such values. Collective; no two ranks have one GPU, unless `share_gpus`
+    /// was called. Fails with the kind Device if NCCL does, with PeerLost if a rank does not come.
+    pub fn connect(gpu: &Gpu, of: DataType, comm: &mut dyn Communicator, health: &Arc<Health>) -> Result<Nccl> {
         let nccl = nccl::functions()?;
         let mut id = UniqueId([0; 32]);
         if comm.rank() == 0 {
@@ -76,10 +77,15 @@ impl Nccl {
         let code = unsafe { (nccl.ncclCommInitRankConfig)(&mut handle, size, id, rank, &mut config) };
         nccl::check(nccl, "ncclCommInitRankConfig", code)?;
         let handle = Mutex::new(Some(Communicating(handle)));
-        let shared = Arc::new(Shared { nccl, gpu: gpu.clone(), health, handle });
-        let joined = Nccl { watcher: Some(Watcher::start(shared.clone())?), shared };
+        let shared = Arc::new(Shared { nccl, gpu: gpu.clone(), health: health.clone(), handle });
+        let joined = Nccl { watcher: Some(Watcher::start(shared.clone())?), shared, of };
         joined.shared.settle("ncclCommInitRankConfig", "waiting for the other ranks to join NCCL")?;
         Ok(joined)
+    }
+
+    /// What its sums are of.
+    pub fn sums_in(&self) -> DataType {
+        self.of
     }
 
     /// Puts a sum over all ranks, in place, into the stream. All ranks give as many values, sum after sum in the same order. The
@@ -87,19 +93,15 @@ impl Nccl {
     ///
     /// # Safety
     /// Until the stream has come past it, `data` stays allocated and nobody else touches it.
-    pub unsafe fn sum(&self, data: SliceMut<'_>, of: DataType, stream: &Stream) -> Result<()> {
+    pub unsafe fn sum(&self, data: SliceMut<'_>, stream: &Stream) -> Result<()> {
         assert_eq!(data.place(), Place::Cuda, "NCCL was given memory of the CPU");
-        let (address, count, stream) = (data.address() as *mut c_void, data.bytes() / of.bytes(), stream.handle()?);
+        let (address, of, stream) = (data.address() as *mut c_void, self.of, stream.handle()?);
+        let count = data.bytes() / of.bytes();
         self.shared.call("ncclAllReduce", |nccl, handle| {
             // SAFETY: `count` values of device memory; for how long, the caller says.
             unsafe { (nccl.ncclAllReduce)(address, address, count, of, SUM, handle, stream) }
         })?;
         self.shared.settle("ncclAllReduce", "waiting for NCCL to begin an all-reduce")
-    }
-
-    /// Whether all sums that the GPU has finished are sums.
-    pub fn check(&self) -> Result<()> {
-        self.shared.health.check()
     }
 }
 
