@@ -21,8 +21,23 @@ use std::time::{Duration, Instant};
 
 /// What is to be done with buckets.
 pub trait Work: Send + 'static {
-    /// The collectives of one bucket and what else belongs to it. Gives the time spent waiting for other ranks.
-    fn run(&mut self, bucket: usize, comm: &mut dyn Communicator) -> Result<Duration>;
+    /// The collectives of one bucket and what else belongs to it.
+    fn run(&mut self, bucket: usize, comm: &mut dyn Communicator) -> Result<Waited>;
+}
+
+/// Time that went into waiting rather than into work.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Waited {
+    /// For this rank's GPU, which still computed what is to be reduced. It comes before all else.
+    pub for_gpu: Duration,
+    /// For other ranks to come.
+    pub for_peers: Duration,
+}
+
+impl Waited {
+    pub fn for_peers(for_peers: Duration) -> Waited {
+        Waited { for_gpu: Duration::ZERO, for_peers }
+    }
 }
 
 /// Works off buckets, on a thread of its own or on that of the caller.
@@ -44,7 +59,13 @@ struct Hands<W> {
     comm: Box<dyn Communicator>,
     work: W,
     /// By bucket: what became of it, from its end until `wait`.
-    outcomes: Vec<Option<Result<Duration>>>,
+    outcomes: Vec<Option<Outcome>>,
+}
+
+#[derive(Clone)]
+struct Outcome {
+    begun: Instant,
+    waited: Result<Waited>,
 }
 
 struct CommThread {
@@ -77,14 +98,13 @@ impl<W: Work> Reducer<W> {
         Ok(())
     }
 
-    /// Returns when the bucket is done, doing what is in the queue before it. Gives the part of this wait that went into
-    /// waiting for other ranks to come, rather than into work.
-    pub fn wait(&mut self, bucket: usize) -> Result<Duration> {
+    /// Returns when the bucket is done, doing what is in the queue before it. Gives what of this wait did not go into work.
+    pub fn wait(&mut self, bucket: usize) -> Result<Waited> {
         let start = Instant::now();
         let mut hands = self.desk.hands();
         loop {
             if let Some(outcome) = hands.outcomes[bucket].take() {
-                return outcome.map(|for_peers| for_peers.min(start.elapsed()));
+                return outcome.since(start);
             }
             if !self.desk.work_off_next(&mut hands) {
                 return Err(Error::internal("waiting for a bucket that was not started"));
@@ -110,8 +130,18 @@ impl<W: Work> Desk<W> {
     /// False if nothing is queued.
     fn work_off_next(&self, hands: &mut Hands<W>) -> bool {
         let Ok(bucket) = self.queue.try_recv() else { return false };
-        hands.outcomes[bucket] = Some(hands.work.run(bucket, &mut *hands.comm));
+        let begun = Instant::now();
+        hands.outcomes[bucket] = Some(Outcome { begun, waited: hands.work.run(bucket, &mut *hands.comm) });
         true
+    }
+}
+
+impl Outcome {
+    /// What of its waits lies behind `start`.
+    fn since(self, start: Instant) -> Result<Waited> {
+        let Waited { for_gpu, for_peers } = self.waited?;
+        let for_gpu = (self.begun + for_gpu).saturating_duration_since(start.max(self.begun));
+        Ok(Waited { for_gpu, for_peers: for_peers.min(start.elapsed().saturating_sub(for_gpu)) })
     }
 }
 
@@ -162,9 +192,10 @@ mod tests {
     }
 
     impl Work for AllReduce {
-        fn run(&mut self, bucket: usize, comm: &mut dyn Communicator) -> Result<Duration> {
+        fn run(&mut self, bucket: usize, comm: &mut dyn Communicator) -> Result<Waited> {
             // SAFETY: the tests keep the values, and leave a bucket alone until it is done.
-            comm.all_reduce(unsafe { SliceMut::from_raw(Place::Host, self.addresses[bucket], 4 * self.values) })
+            let data = unsafe { SliceMut::from_raw(Place::Host, self.addresses[bucket], 4 * self.values) };
+            comm.all_reduce(data).map(Waited::for_peers)
         }
     }
 

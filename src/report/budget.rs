@@ -4,6 +4,7 @@
 //! moment is counted twice or lost, and the parts add up by construction.
 
 use super::stragglers::Stragglers;
+use crate::comm::bucket::Waited;
 use comfy_table::{CellAlignment, Table, presets};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Category {
-    /// Forward and backward, and the optimizer of a rank that is alone.
+    /// Forward and backward, a GPU's too where nothing is left to do but wait for it, and the optimizer of a rank that is
+    /// alone.
     Compute,
     /// Moving and adding gradients, and the update of parameters in the same pass, while nothing else could go on.
     Communication,
@@ -56,15 +58,18 @@ impl Clock {
         spent
     }
 
-    /// Gives the time since the last lap to communication, but `waited` of it, as the Communicator returned it, to
-    /// waiting for the slowest rank, and returns the lap. Waiting that passed behind computation is not in the lap and not
-    /// counted.
-    pub fn lap_communication(&mut self, waited: Duration) -> Duration {
+    /// Gives the time since the last lap to communication, but of it what the reducer has waited: for the GPU to
+    /// computation, for other ranks to waiting for the slowest. Returns the lap without the computation. Waiting that passed
+    /// behind computation is not in the lap and not counted.
+    pub fn lap_communication(&mut self, waited: Waited) -> Duration {
         let spent = self.lap(Communication);
-        let waited = waited.min(spent);
-        self.budget.spent[Communication as usize] -= waited;
-        self.budget.spent[Waiting as usize] += waited;
-        spent
+        let for_gpu = waited.for_gpu.min(spent);
+        let exposed = spent - for_gpu;
+        let for_peers = waited.for_peers.min(exposed);
+        self.budget.spent[Communication as usize] -= for_gpu + for_peers;
+        self.budget.spent[Compute as usize] += for_gpu;
+        self.budget.spent[Waiting as usize] += for_peers;
+        exposed
     }
 
     pub fn budget(&self) -> &Budget {
@@ -215,12 +220,18 @@ mod tests {
         let first = clock.last;
         clock.lap(Compute);
         std::thread::sleep(Duration::from_millis(2));
-        clock.lap_communication(Duration::from_secs(1000));
-        clock.lap_communication(Duration::ZERO);
+        clock.lap_communication(Waited::for_peers(Duration::from_secs(1000)));
+        clock.lap_communication(Waited::default());
+        std::thread::sleep(Duration::from_millis(2));
+        let compute = clock.budget().spent(Compute);
+        let waited = Waited { for_gpu: Duration::from_millis(2), for_peers: Duration::from_secs(1000) };
+        let exposed = clock.lap_communication(waited);
         clock.lap(Other);
         let budget = *clock.budget();
         assert_eq!(budget.spent.iter().sum::<Duration>(), clock.last - first);
         assert!(budget.seconds(Waiting) >= 0.002, "waiting is cut to the lap, not dropped");
+        assert_eq!(budget.spent(Compute) - compute, waited.for_gpu, "a GPU that computes does not communicate");
+        assert!(exposed <= budget.spent(Waiting));
     }
 
     #[test]

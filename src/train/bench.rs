@@ -71,7 +71,7 @@ pub fn run(
     let plan = setup::plan(config, &parts, &rank.world)?;
     setup::take_device(config, &rank.world)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
-    let learner = setup::learner(config, &plan, &parts, comm)?;
+    let learner = setup::learner(config, &plan, &parts, &rank.health, comm)?;
     let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;
     let mut bench = Bench { rank, learner, queue, clock: Clock::start(), done: 0 };
 

@@ -13,8 +13,8 @@
 
 use super::factors::Leaves;
 use super::feed::Feed;
-use super::update::{Marks, Part, Update, bytes};
-use crate::comm::bucket::Reducer;
+use super::update::{Content, Part, Reduction, Update, bytes};
+use crate::comm::bucket::{Reducer, Waited};
 use crate::comm::{Communicator, split};
 use crate::data::queue::DataQueue;
 use crate::device::{self, Arena, SliceMut};
@@ -119,7 +119,8 @@ impl Tail {
 /// The way from a finished gradient to the other ranks and into the parameters.
 struct Outbox {
     reducer: Reducer<Box<dyn Update>>,
-    marks: Option<Arc<Marks>>,
+    /// On a GPU.
+    reduction: Option<Arc<dyn Reduction>>,
     /// The buckets, and the tail.
     parts: Vec<Part>,
     /// Parts of this step that were handed to the reducer.
@@ -135,9 +136,9 @@ impl Gradient {
         overlap: bool,
     ) -> Result<Gradient> {
         let levels = Levels::new(&*updater, micros.next_power_of_two().ilog2() as usize)?;
-        let (parts, marks, leaves) = (updater.parts(), updater.marks(), updater.leaves());
+        let (parts, reduction, leaves) = (updater.parts(), updater.reduction(), updater.leaves());
         let reducer = Reducer::new(comm, updater, parts.len(), overlap)?;
-        Ok(Gradient { levels, outbox: Outbox { reducer, marks, parts, started: 0 }, micros, done: 0, leaves })
+        Ok(Gradient { levels, outbox: Outbox { reducer, reduction, parts, started: 0 }, micros, done: 0, leaves })
     }
 
     /// The buckets, and the tail: as many `wait`s a step.
@@ -162,8 +163,8 @@ impl Gradient {
     }
 
     /// Waits until a part is reduced over all ranks and, where that needs no norms, its parameters are updated on all of
-    /// them. Returns for how long other ranks were waited for meanwhile.
-    pub fn wait(&mut self, part: usize) -> Result<Duration> {
+    /// them; on a GPU, until all of that is in its streams. Returns what of this did not go into work.
+    pub fn wait(&mut self, part: usize) -> Result<Waited> {
         self.outbox.reducer.wait(part)
     }
 
@@ -184,7 +185,7 @@ impl Gradient {
         self.tree(left, depth, false, work)?;
         self.tree(micros - left, depth + 1, last, work)?;
         if !last {
-            let mut gradients = self.outbox.parts.iter().filter(|part| !part.factors);
+            let mut gradients = self.outbox.parts.iter().filter(|part| part.content != Content::Factors);
             gradients.try_for_each(|part| self.levels.join(depth, part))?;
         }
         Ok(())
@@ -247,9 +248,11 @@ impl Outbox {
     /// sibling is complete, and starts the parts that they fill.
     fn ready(&mut self, levels: &Levels, depth: usize, elements: usize) -> Result<()> {
         while let Some(part) = self.parts.get(self.started).filter(|part| part.elements.end <= elements) {
-            let joins = if part.factors { 0 } else { depth };
+            let joins = if part.content == Content::Factors { 0 } else { depth };
             (0..joins).rev().try_for_each(|depth| levels.join(depth, part))?;
-            self.marks.iter().try_for_each(|marks| marks.mark(self.started))?;
+            if let Some(reduction) = self.reduction.as_ref().filter(|_| part.content == Content::Gradients) {
+                reduction.written(self.started)?;
+            }
             // SAFETY: this rank leaves these gradients alone until `wait` has returned; and their parameters, since their
             // layers' backward is over, and forward does not begin before.
             unsafe { self.reducer.start(self.started) }?;
@@ -275,7 +278,7 @@ impl Levels {
     fn join(&self, depth: usize, part: &Part) -> Result<()> {
         // SAFETY: two arenas, and neither is in the reducer's hands in this range; on a GPU in the order of its stream.
         unsafe {
-            if part.elements == self.tails[0].1 {
+            if part.content == Content::Tail {
                 let [sum, term] = [depth, depth + 1].map(|depth| self.tails[depth].values());
                 device::add(sum, term.into_shared());
                 return Ok(());

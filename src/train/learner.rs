@@ -5,9 +5,10 @@ use super::checkpoint::{State, Tensor};
 use super::feed::Feed;
 use super::gradient::{Gradient, Sums, Work};
 use super::update::import_params;
+use crate::comm::bucket::Waited;
 use crate::data::queue::DataQueue;
 use crate::device::SliceMut;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::launch::watch::{Health, Phase};
 use crate::model::net::Net;
 use crate::optim::At;
@@ -50,8 +51,16 @@ pub struct Done {
 
 impl Learner {
     /// Forward, backward, all-reduce, update. A bucket is reduced, and its parameters are updated, while backward goes on to
-    /// the layers before it.
+    /// the layers before it. A GPU may still be at the last updates when this returns; what fails there is noticed later.
     pub fn step(&mut self, step: Step<'_>) -> Result<Done> {
+        let number = step.number + 1;
+        self.take_step(step).map_err(|error| match error.kind() {
+            Kind::Device => error.context(format_args!("noticed in step {number}")),
+            _ => error,
+        })
+    }
+
+    fn take_step(&mut self, step: Step<'_>) -> Result<Done> {
         let Step { number, queue, clock, health, flags } = step;
         let mut work = Work {
             net: &mut self.net,
@@ -77,12 +86,12 @@ impl Learner {
         }
         health.set(number + 1, Phase::Update);
         let waited = self.gradient.reducer().with(|comm, updater| updater.finish(comm))?;
-        self.part_times[self.gradient.parts()] = self.lap(clock, waited);
+        self.part_times[self.gradient.parts()] = self.lap(clock, Waited::for_peers(waited));
         Ok(Done { sums: self.gradient.sums(), lr: at.lr, non_finite })
     }
 
     /// Reducing and updating are one pass. It counts as communication, but for a rank that has nobody to communicate with.
-    fn lap(&self, clock: &mut Clock, waited: Duration) -> Duration {
+    fn lap(&self, clock: &mut Clock, waited: Waited) -> Duration {
         match self.alone {
             true => clock.lap(Category::Compute),
             false => clock.lap_communication(waited),

@@ -85,7 +85,7 @@ pub fn train(
     {
         tracing::warn!("{warning}");
     }
-    let mut learner = setup::learner(config, &plan, &parts, comm)?;
+    let mut learner = setup::learner(config, &plan, &parts, &rank.health, comm)?;
     let found = match rank.world.rank {
         0 => resume::find(&options.resume, (&job, anew), &checkpoints, config, |state| learner.fits(state))?,
         _ => None,

@@ -19,6 +19,7 @@ use crate::device::cuda::{Gpu, probe};
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::rendezvous::host;
+use crate::launch::watch::Health;
 use crate::launch::world::World;
 use crate::model::Shape;
 use crate::model::loss::Loss;
@@ -131,7 +132,13 @@ pub fn agree(
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
-pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Communicator>) -> Result<Learner> {
+pub fn learner(
+    config: &Config,
+    plan: &Plan,
+    parts: &Parts,
+    health: &Arc<Health>,
+    mut comm: Box<dyn Communicator>,
+) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
     let len = ParamTable::new(&spec).len();
     let place = device::choose(config.run.device);
@@ -143,7 +150,7 @@ pub fn learner(config: &Config, plan: &Plan, parts: &Parts, mut comm: Box<dyn Co
     let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = updater(config, plan, &net, weights, &mut *comm)?;
+    let updater = updater(config, plan, &net, weights, health, &mut *comm)?;
     let alone = comm.size() == 1;
     let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {
@@ -162,6 +169,7 @@ fn updater(
     plan: &Plan,
     net: &Net,
     weights: Arc<Weights>,
+    health: &Arc<Health>,
     comm: &mut dyn Communicator,
 ) -> Result<Box<dyn Update>> {
     let (optimizer, table) = (&config.optimizer, net.table());
@@ -170,7 +178,7 @@ fn updater(
             let exchanges = exchanges(config, plan, net, comm)?;
             Box::new(Updater::new(optimizer, table, plan.bucket_bytes, weights, exchanges, comm)?)
         }
-        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, comm)?),
+        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, health, comm)?),
     })
 }
 

@@ -16,7 +16,7 @@
 use super::checkpoint::{State, Tensor, state_name};
 use super::factors::{Exchange, Leaves};
 use super::norms::{Norms, intersection, shift};
-use crate::comm::bucket::Work;
+use crate::comm::bucket::{Waited, Work};
 use crate::comm::{Communicator, chunk};
 use crate::config::raw;
 use crate::device::Arena;
@@ -31,7 +31,7 @@ use std::time::Duration;
 
 mod gpu;
 
-pub use gpu::{GpuUpdater, Marks};
+pub use gpu::{GpuUpdater, Reduction};
 
 /// The optimizer on one rank, and the way of its gradients to new parameters on all ranks.
 pub trait Update: Work {
@@ -45,8 +45,8 @@ pub trait Update: Work {
     fn leaves(&self) -> Vec<Option<Leaves>> {
         Vec::new()
     }
-    /// On a GPU what notes that a bucket is written.
-    fn marks(&self) -> Option<Arc<Marks>> {
+    /// On a GPU how gradients become sums; it is told of every bucket that backward has enqueued.
+    fn reduction(&self) -> Option<Arc<dyn Reduction>> {
         None
     }
     /// For each parameter.
@@ -65,7 +65,7 @@ pub trait Update: Work {
 }
 
 impl Work for Box<dyn Update> {
-    fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Duration> {
+    fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Waited> {
         (**self).run(part, comm)
     }
 }
@@ -113,8 +113,16 @@ struct Exchanged {
 pub struct Part {
     /// Elements of the arenas.
     pub elements: Range<usize>,
+    pub content: Content,
+}
+
+/// What a part is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    Gradients,
     /// The ranks exchange factors; there is no gradient to be added up.
-    pub factors: bool,
+    Factors,
+    Tail,
 }
 
 impl Updater {
@@ -274,7 +282,14 @@ impl Shard {
 }
 
 impl Work for Updater {
-    fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Duration> {
+    fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Waited> {
+        self.reduce_and_update(part, comm).map(Waited::for_peers)
+    }
+}
+
+impl Updater {
+    /// Gives the time waited.
+    fn reduce_and_update(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Duration> {
         let of = |arena: &Arena, elements| {
             // SAFETY: this rank has written these gradients, and leaves them and their parameters alone until this is done.
             unsafe { arena.slice_mut(bytes(elements)) }
@@ -312,8 +327,9 @@ impl Update for Updater {
     }
 
     fn parts(&self) -> Vec<Part> {
-        let of = |shard: &Shard| Part { elements: shard.bucket.clone(), factors: shard.exchange.is_some() };
-        let tail = Part { elements: self.table.tail.clone(), factors: false };
+        let content = |shard: &Shard| if shard.exchange.is_some() { Content::Factors } else { Content::Gradients };
+        let of = |shard: &Shard| Part { elements: shard.bucket.clone(), content: content(shard) };
+        let tail = Part { elements: self.table.tail.clone(), content: Content::Tail };
         self.shards.iter().map(of).chain([tail]).collect()
     }
 

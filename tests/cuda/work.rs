@@ -5,12 +5,13 @@ use cudarc::{driver, nvrtc};
 use half::bf16;
 use lockstep::device::cuda::kernels::{Element, Kernel, Read, Source, T, Write};
 use lockstep::device::cuda::{Elementwise, Gpu, Memory};
-use lockstep::device::{self, Place, Slice, SliceMut};
+use lockstep::device::{self, Arena, Place, Slice, SliceMut};
 use lockstep::error::Kind;
 use lockstep::model::layers;
 use lockstep::model::{Backward, Build, Forward, Pass, Shape};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::Arc;
 
 /// Counts this thread's allocations; those of the stub, a library of its own, are not among them.
 struct Counting;
@@ -75,6 +76,31 @@ fn memory_is_zeroed_copied_and_given_back() {
 
         drop((one, other, pinned));
         assert_eq!(gpu.memory().unwrap(), before);
+    });
+}
+
+#[test]
+fn host_memory_is_pinned_while_it_is_registered() {
+    under_the_stub("", || {
+        let gpu = Gpu::take(0).unwrap();
+        let [some, none] = [4000, 0].map(|bytes| Arc::new(Arena::host(bytes).unwrap()));
+        let registered = [gpu.register(&some).unwrap(), gpu.register(&none).unwrap()];
+        assert_eq!(registered_bytes(), 4000 + 1);
+        let error = gpu.register(&some).err().unwrap().to_string();
+        let expected = "pinning 4000 bytes of host memory: CUDA's cuMemHostRegister failed with";
+        assert!(error.starts_with(expected) && error.contains("(712)"), "{error}");
+        drop((some, none, registered));
+        assert_eq!(registered_bytes(), 0);
+    });
+}
+
+#[test]
+fn host_memory_that_cannot_be_pinned_is_an_error() {
+    under_the_stub("register", || {
+        let gpu = Gpu::take(0).unwrap();
+        let error = gpu.register(&Arc::new(Arena::host(64).unwrap())).err().unwrap();
+        assert!(error.to_string().starts_with("pinning 64 bytes of host memory"), "{error}");
+        assert_eq!((error.kind(), registered_bytes()), (Kind::Device, 0));
     });
 }
 
@@ -243,6 +269,12 @@ fn layers_launch_their_kernels() {
 fn launches() -> usize {
     // SAFETY: a function of the stub.
     unsafe { driver::sys::culib().get::<unsafe extern "C" fn() -> usize>("stub_launches").unwrap()() }
+}
+
+/// Of host memory.
+fn registered_bytes() -> usize {
+    // SAFETY: as above.
+    unsafe { driver::sys::culib().get::<unsafe extern "C" fn() -> usize>("stub_registered").unwrap()() }
 }
 
 fn compilations() -> usize {

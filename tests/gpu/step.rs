@@ -106,7 +106,7 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
         let launch = || {
             update.begin(at).unwrap();
             // SAFETY: all live until `download` has waited.
-            unsafe { update.measure(on_gpu.slice(), params.slice()) }.unwrap();
+            unsafe { update.measure(gpu.compute(), on_gpu.slice(), params.slice()) }.unwrap();
             for elements in [0..16 * 300, 16 * 300..table.len()] {
                 let buffers = optim::cuda::Buffers {
                     params: params.slice_mut(),
@@ -115,7 +115,7 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, element: Element) {
                     rounded: rounded.slice_mut(),
                 };
                 // SAFETY: as above.
-                unsafe { update.update(elements, buffers) }.unwrap();
+                unsafe { update.update(gpu.compute(), elements, buffers) }.unwrap();
             }
         };
         let allocated = allocations(launch);

@@ -3,6 +3,7 @@
 use super::cudnn;
 use super::kernels::{Element, Module, Source};
 use super::probe::{self, Device};
+use super::registered::Registered;
 use super::stream::{Event, Stream};
 use crate::device::{Arena, Place};
 use crate::error::{Error, Kind, Result};
@@ -62,7 +63,7 @@ impl Gpu {
         &self.0.device
     }
 
-    /// The stream of forward, backward and update.
+    /// The stream of forward and backward.
     pub fn compute(&self) -> &Stream {
         &self.0.compute
     }
@@ -70,6 +71,11 @@ impl Gpu {
     /// The stream of copies that go on beside them.
     pub fn copies(&self) -> &Stream {
         &self.0.copies
+    }
+
+    /// One more stream.
+    pub fn stream(&self) -> Result<Stream> {
+        Stream::new(&self.0.context)
     }
 
     /// Zeroed memory of the GPU.
@@ -104,6 +110,12 @@ impl Gpu {
         unsafe { ptr::write_bytes(address.cast::<u8>(), 0, bytes) };
         // SAFETY: the owner frees them; they are aligned to pages.
         Ok(unsafe { Arena::from_raw(Place::Host, address as usize, bytes, Box::new(owner)) })
+    }
+
+    /// Host memory of something else's making, pinned for as long as what is returned lives. Fails where a limit on locked
+    /// memory, or the kind of memory, forbids it.
+    pub fn register(&self, arena: &Arc<Arena>) -> Result<Registered> {
+        Registered::new(&self.0.context, arena)
     }
 
     /// What is free now, for all processes on this GPU, and what there is.

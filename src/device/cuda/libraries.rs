@@ -112,6 +112,8 @@ static DRIVER: Wanted = Wanted {
         "cuMemFree_v2",
         "cuMemGetInfo_v2",
         "cuMemHostAlloc",
+        "cuMemHostRegister_v2",
+        "cuMemHostUnregister",
         "cuMemcpyDtoDAsync_v2",
         "cuMemcpyDtoHAsync_v2",
         "cuMemcpyHtoDAsync_v2",

@@ -19,9 +19,11 @@ pub mod libraries;
 pub mod nccl;
 pub mod nvml;
 pub mod probe;
+mod registered;
 mod search;
 mod stream;
 
 pub use elementwise::Elementwise;
 pub use gpu::{Gpu, Memory};
+pub use registered::Registered;
 pub use stream::{Event, Stream};

@@ -69,6 +69,9 @@ const SLICE: Duration = Duration::from_millis(20);
 /// More than this between two polls means that this process itself did not run (Ctrl-Z, a sleeping laptop, a crowded
 /// machine): not the peers' fault, so it does not count.
 const LONGEST_SLICE: Duration = Duration::from_secs(1);
+/// Looks at a GPU before the pauses between them begin, and these: short against what a step takes, long against a look.
+const LOOKS: u32 = 100;
+const PAUSE: Duration = Duration::from_micros(20);
 /// A broken connection is often seen before the watch knows whose death it was; so long its word is waited for. When rank 0's
 /// host is cut off, nobody tells the others, and each finds out by itself: up to half a second after the first, who leaves.
 const ACCOUNT: Duration = Duration::from_secs(1);
@@ -158,6 +161,31 @@ impl Health {
                 return Ok(start.elapsed());
             }
         }
+    }
+
+    /// Waits until this rank's own GPU is done with `what`. The others are told nothing of it: it is not for them that this
+    /// rank waits. Ends as `wait` does; a GPU that does not come to an end is an error of kind `Device`.
+    pub fn wait_for_gpu(&self, what: &str, mut is_done: impl FnMut() -> Result<bool>) -> Result<()> {
+        let (mut looks, mut waited, mut last) = (0, Duration::ZERO, Instant::now());
+        while !is_done()? {
+            self.check()?;
+            let now = Instant::now();
+            waited += (now - last).min(LONGEST_SLICE);
+            last = now;
+            if waited > self.timeout {
+                let Beat { step, phase, .. } = self.beat();
+                return Err(Error::device(format!(
+                    "the GPU has spent {:.1} s {what}, in {phase} of step {step}, and is not done: see nvidia-smi for its                      state and dmesg for errors of its driver (Xid). [parallel] timeout sets how long a rank waits",
+                    waited.as_secs_f64()
+                )));
+            }
+            match looks < LOOKS {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(PAUSE),
+            }
+            looks += 1;
+        }
+        Ok(())
     }
 
     fn poll(&self, poll: &mut impl FnMut(Duration) -> Result<bool>) -> Result<bool> {
@@ -338,6 +366,30 @@ mod tests {
         health.fail(Error::data("the first"));
         health.fail(Error::data("the second"));
         assert_eq!(health.wait("waiting", never).unwrap_err().to_string(), "the first");
+    }
+
+    #[test]
+    fn a_wait_for_the_gpu_ends_too_and_is_not_one_for_peers() {
+        let health = Health::new(Duration::from_millis(50));
+        health.set(40, Phase::AllReduce);
+        let mut looks = 0;
+        let done = || {
+            looks += 1;
+            assert_eq!(health.activity(), "in all-reduce of step 40");
+            Ok(looks == LOOKS + 2)
+        };
+        health.wait_for_gpu("computing", done).unwrap();
+
+        let error = health.wait_for_gpu("computing", || Ok(false)).unwrap_err();
+        assert_eq!(error.kind(), Kind::Device);
+        assert!(error.to_string().contains("s computing, in all-reduce of step 40, and is not done"), "{error}");
+
+        let broken = || Err(Error::device("the GPU is dead"));
+        assert_eq!(health.wait_for_gpu("computing", broken).unwrap_err().to_string(), "the GPU is dead");
+
+        health.fail(Error::peer_lost("rank 1 is gone"));
+        let error = health.wait_for_gpu("computing", || Ok(false)).unwrap_err();
+        assert_eq!(error.to_string(), "rank 1 is gone");
     }
 
     #[test]

@@ -13,8 +13,8 @@ mod numbers;
 
 use super::{At, Optimizer};
 use crate::config::raw::{self, Rule};
-use crate::device::cuda::Gpu;
 use crate::device::cuda::kernels::{Argument, Element, Grid, Kernel, Module, Read, Source, Value, Write};
+use crate::device::cuda::{Gpu, Stream};
 use crate::device::{Arena, Place, Slice, SliceMut};
 use crate::error::Result;
 use crate::model::params::{ParamTable, Role};
@@ -120,40 +120,42 @@ impl Update {
         })
     }
 
-    /// A step begins: its learning rate and number go to the GPU.
+    /// A step begins: its learning rate and number go to the GPU, in the compute stream.
     pub fn begin(&self, at: At) -> Result<()> {
         let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
         let numbers = Numbers::new(&self.config, at);
-        // SAFETY: this memory is used by the compute stream alone.
+        // SAFETY: whoever uses this memory waits for the compute stream, and is waited for by it.
         unsafe { self.begin.launch(self.gpu.compute(), one, ((&mut whole_mut(&self.numbers)).into(), numbers)) }
     }
 
     /// Where the update needs norms of whole gradients, between `begin` and the first `update` of a step: clips and sets rates.
     ///
     /// # Safety
-    /// All elements of both arenas stay allocated, and nobody else writes them, until the compute stream has come past this.
-    pub unsafe fn measure(&self, grads: Slice<'_>, params: Slice<'_>) -> Result<()> {
+    /// The stream has waited for `begin`. All elements of both arenas stay allocated, and nobody else writes them, until the
+    /// stream has come past this.
+    pub unsafe fn measure(&self, stream: &Stream, grads: Slice<'_>, params: Slice<'_>) -> Result<()> {
         let Some(norms) = &self.norms else { return Ok(()) };
         let of = |values| Measured { values, chunks: &self.chunks, running: &self.running, numbers: &self.numbers };
         if self.config.shared.clip_norm.is_some() {
             // SAFETY: the caller's promise.
-            unsafe { norms.squares(&self.gpu, of(grads), false, &norms.gradients) }?;
-            norms.clip(&self.gpu, &self.numbers)?;
+            unsafe { norms.squares(stream, of(grads), false, &norms.gradients) }?;
+            norms.clip(stream, &self.numbers)?;
         }
         let Some(rates) = &norms.rates else { return Ok(()) };
         // SAFETY: the caller's promise.
         unsafe {
-            norms.squares(&self.gpu, of(grads), true, &norms.gradients)?;
-            norms.squares(&self.gpu, of(params), false, &norms.weights)?;
+            norms.squares(stream, of(grads), true, &norms.gradients)?;
+            norms.squares(stream, of(params), false, &norms.weights)?;
         }
-        norms.set_rates(&self.gpu, &self.numbers, rates)
+        norms.set_rates(stream, &self.numbers, rates)
     }
 
     /// Updates the parameters, the state and the rounded weights at `elements`, which begin at a multiple of 16.
     ///
     /// # Safety
-    /// All stay allocated, and nobody else touches these elements, until the compute stream has come past this.
-    pub unsafe fn update(&self, elements: Range<usize>, buffers: Buffers<'_>) -> Result<()> {
+    /// The stream has waited for `begin`. All stay allocated, and nobody else touches these elements, until the stream has come
+    /// past this.
+    pub unsafe fn update(&self, stream: &Stream, elements: Range<usize>, buffers: Buffers<'_>) -> Result<()> {
         assert!(elements.start.is_multiple_of(16), "an update from element {} on", elements.start);
         assert_eq!(buffers.state.len(), self.states, "tensors of state");
         let bytes = elements.end * size_of::<f32>();
@@ -181,7 +183,7 @@ impl Update {
             end: elements.end as u64,
         };
         // SAFETY: the chunks that the elements are in, and arenas that reach so far; the caller vouches for the rest.
-        unsafe { self.rule.launch(self.gpu.compute(), blocks(last - first), (arenas,)) }
+        unsafe { self.rule.launch(stream, blocks(last - first), (arenas,)) }
     }
 }
 
@@ -264,8 +266,8 @@ impl Norms {
     /// The squares of each tensor, after clipping where that is wanted.
     ///
     /// # Safety
-    /// The values stay allocated, and nobody else writes them, until the compute stream has come past this.
-    unsafe fn squares(&self, gpu: &Gpu, of: Measured<'_>, clip: bool, to: &Arena) -> Result<()> {
+    /// The values stay allocated, and nobody else writes them, until the stream has come past this.
+    unsafe fn squares(&self, stream: &Stream, of: Measured<'_>, clip: bool, to: &Arena) -> Result<()> {
         let (mut sums, mut squares) = (whole_mut(&self.sums), whole_mut(to));
         let by_chunk =
             (of.values.into(), whole(of.chunks).into(), whole(of.numbers).into(), u32::from(clip), (&mut sums).into());
@@ -279,20 +281,20 @@ impl Norms {
         let chunks = self.sums.bytes() / size_of::<f64>();
         // SAFETY: lengths as the kernels' comments say; the caller vouches for the values.
         unsafe {
-            self.chunk_squares.launch(gpu.compute(), blocks(chunks), by_chunk)?;
-            self.tensor_squares.launch(gpu.compute(), blocks(self.tensors), by_tensor)
+            self.chunk_squares.launch(stream, blocks(chunks), by_chunk)?;
+            self.tensor_squares.launch(stream, blocks(self.tensors), by_tensor)
         }
     }
 
     /// Sets the factor of all gradients.
-    fn clip(&self, gpu: &Gpu, numbers: &Arena) -> Result<()> {
+    fn clip(&self, stream: &Stream, numbers: &Arena) -> Result<()> {
         let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
         let arguments = (whole(&self.gradients).into(), (&mut whole_mut(numbers)).into(), self.tensors as u32);
         // SAFETY: a square for each tensor.
-        unsafe { self.clip_by_norm.launch(gpu.compute(), one, arguments) }
+        unsafe { self.clip_by_norm.launch(stream, one, arguments) }
     }
 
-    fn set_rates(&self, gpu: &Gpu, numbers: &Arena, rates: &Arena) -> Result<()> {
+    fn set_rates(&self, stream: &Stream, numbers: &Arena, rates: &Arena) -> Result<()> {
         let arguments = (
             whole(&self.gradients).into(),
             whole(&self.weights).into(),
@@ -301,7 +303,7 @@ impl Norms {
             self.tensors as u32,
         );
         // SAFETY: a square of each kind and a rate for each tensor.
-        unsafe { self.lars_rates.launch(gpu.compute(), gpu.grid_over(self.tensors), arguments) }
+        unsafe { self.lars_rates.launch(stream, blocks(self.tensors.div_ceil(THREADS as usize)), arguments) }
     }
 }
 
@@ -318,7 +320,7 @@ fn uploaded<V: bytemuck::Pod>(gpu: &Gpu, values: &[V]) -> Result<Arena> {
     Ok(arena)
 }
 
-/// Memory that only the compute stream uses, in order.
+/// Memory that is used by work of one step after the other.
 fn whole(arena: &Arena) -> Slice<'_> {
     // SAFETY: as the comment says.
     unsafe { arena.slice(0..arena.bytes()) }

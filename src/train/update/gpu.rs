@@ -1,28 +1,40 @@
 //! The update where the net is on a GPU. Every rank has all parameters and all state on its GPU, and takes the whole step by
-//! itself; only gradients travel, through host memory:
+//! itself; only gradients travel. No stream waits for another longer than it must, and the host waits for none:
 //!
 //! ```text
-//! compute stream   backward --event-->                                    --event--> update of the bucket
-//! copy stream                          gradients to host        sums to GPU
-//! this thread                                           all-reduce
+//! compute         ... backward of bucket 0 | of bucket 1 | of bucket 2 |               waits | forward ...
+//! downloads                                [ 0 to host ] [ 1 to host ]  [ 2 to host ]
+//! communication                                          [all-reduce 0] [all-reduce 1] [all-reduce 2]
+//! updates                                                               [ 0 to GPU, update ] [ 1 ] [ 2 ]
 //! ```
 //!
+//! A bucket's update needs its sums and that backward of its layers is over. The compute stream waits for the last update before
+//! the forward that follows, and before all else that reads parameters, which is put into the same stream. The host may be
+//! ahead by then: it learns the sums of a step (`tail`) without the GPU's updates.
+//!
 //! The sums are the transport's, in its fixed order, and the rule has the CPU's bits, so all ranks keep equal parameters.
-//! A bucket of P parameters costs the bus 8 P bytes. A rank that is alone copies nothing.
+//! A bucket of P parameters costs the bus 4 P bytes in each direction, at the same time, since it carries both. A rank that is
+//! alone copies nothing.
 
-use super::{Part, Update, bytes, canonical, trainable};
+mod reduction;
+
+pub use reduction::Reduction;
+
+use super::{Content, Part, Update, canonical, trainable};
 use crate::comm::Communicator;
-use crate::comm::bucket::Work;
+use crate::comm::bucket::{Waited, Work};
 use crate::config::raw;
 use crate::device::cuda::kernels::Element;
-use crate::device::cuda::{Event, Gpu};
+use crate::device::cuda::{Event, Gpu, Stream};
 use crate::device::{Arena, Slice, SliceMut};
 use crate::error::Result;
+use crate::launch::watch::Health;
 use crate::model::net::Net;
-use crate::model::params::{Param, ParamTable};
+use crate::model::params::{Param, ParamTable, TAIL};
 use crate::model::weights::Weights;
 use crate::optim::{self, At};
 use crate::train::checkpoint::{State, Tensor, state_name};
+use reduction::{Alone, Staged};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,31 +45,18 @@ pub struct GpuUpdater {
     buckets: Vec<Range<usize>>,
     weights: Arc<Weights>,
     grads: Arc<Arena>,
-    /// The gradients in host memory, and behind them the tail, which is nowhere else.
-    host: Arc<Arena>,
+    /// In host memory.
+    tail: Arc<Arena>,
     rule: optim::cuda::Update,
     /// For each of these names a value for every element.
     names: &'static [&'static str],
     state: Vec<Arena>,
     /// The update of any parameter waits for all gradients.
     waits: bool,
-    marks: Arc<Marks>,
-    /// The sums of a bucket have come.
-    arrived: Event,
-    alone: bool,
-}
-
-/// By bucket: the place in the compute stream where its gradients are written.
-pub struct Marks {
-    gpu: Gpu,
-    written: Vec<Event>,
-}
-
-impl Marks {
-    /// Of the tail there is nothing to mark.
-    pub fn mark(&self, part: usize) -> Result<()> {
-        self.written.get(part).map_or(Ok(()), |event| self.gpu.compute().record(event))
-    }
+    reduction: Arc<dyn Reduction>,
+    updates: Stream,
+    /// In that stream: the last update of a step is done.
+    updated: Event,
 }
 
 impl GpuUpdater {
@@ -67,49 +66,41 @@ impl GpuUpdater {
         table: &ParamTable,
         bucket_bytes: usize,
         weights: Arc<Weights>,
+        health: &Arc<Health>,
         comm: &mut dyn Communicator,
     ) -> Result<GpuUpdater> {
         let gpu = Gpu::of_this_rank()?;
         let allocate = |what: &str| gpu.allocate(table.len() * size_of::<f32>()).map_err(|error| error.context(what));
         let buckets = table.buckets(bucket_bytes, |_| false);
-        let written = buckets.iter().map(|_| gpu.event()).collect::<Result<_>>()?;
         let element = if weights.bf16.bytes() > 0 { Element::Bf16 } else { Element::F32 };
         let names = optim::new(config).state();
+        let grads = Arc::new(allocate("gradients")?);
+        let reduction: Arc<dyn Reduction> = match comm.size() {
+            1 => Arc::new(Alone::new(&gpu, buckets.len())?),
+            _ => Arc::new(Staged::new(&gpu, health, &grads, &buckets, comm)?),
+        };
         Ok(GpuUpdater {
             table: table.clone(),
-            grads: Arc::new(allocate("gradients")?),
-            host: Arc::new(comm.allocate(table.len_with_tail() * size_of::<f32>())?),
+            tail: Arc::new(comm.allocate(TAIL * size_of::<f32>())?),
             rule: optim::cuda::Update::new(config, table, element)?,
             names,
             state: names.iter().map(|_| allocate("optimizer state")).collect::<Result<_>>()?,
             waits: super::needs_norms(config),
-            marks: Arc::new(Marks { gpu: gpu.clone(), written }),
-            arrived: gpu.event()?,
-            alone: comm.size() == 1,
+            updates: gpu.stream()?,
+            updated: gpu.event()?,
             buckets,
             weights,
+            grads,
+            reduction,
             gpu,
         })
     }
 
-    /// Gradients to host memory, their sums over all ranks, and these to where the gradients were.
-    fn reduce(&self, bucket: usize, comm: &mut dyn Communicator) -> Result<Duration> {
-        let (range, copies) = (bytes(&self.buckets[bucket]), self.gpu.copies());
-        // SAFETY: this rank leaves the bucket alone until this is done; the copies are waited for, here or by the update.
-        unsafe {
-            copies.wait_for(&self.marks.written[bucket])?;
-            copies.copy_and_wait(self.grads.slice(range.clone()), self.host.slice_mut(range.clone()))?;
-            let waited = comm.all_reduce(self.host.slice_mut(range.clone()))?;
-            copies.copy_and_wait(self.host.slice(range.clone()), self.grads.slice_mut(range))?;
-            copies.record(&self.arrived)?;
-            self.gpu.compute().wait_for(&self.arrived)?;
-            Ok(waited)
-        }
-    }
-
+    /// Behind what is in the stream of updates.
     fn update(&self, elements: &Range<usize>) -> Result<()> {
         let whole = |arena: &Arena| {
-            // SAFETY: used by the compute stream, in its order; the host looks only when that is empty.
+            // SAFETY: these elements are left alone by all other streams until they have waited for this one; the host looks
+            // only when the compute stream, which waits too, is empty.
             unsafe { arena.slice_mut(0..arena.bytes()) }
         };
         let buffers = optim::cuda::Buffers {
@@ -119,19 +110,20 @@ impl GpuUpdater {
             rounded: if self.weights.bf16.bytes() > 0 { whole(&self.weights.bf16) } else { SliceMut::empty() },
         };
         // SAFETY: as above.
-        unsafe { self.rule.update(elements.clone(), buffers) }
+        unsafe { self.rule.update(&self.updates, elements.clone(), buffers) }
     }
 }
 
 impl Work for GpuUpdater {
-    fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Duration> {
-        if part == self.buckets.len() {
+    fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Waited> {
+        let Some(bucket) = self.buckets.get(part) else {
             // SAFETY: this rank has written its tail, and leaves it alone until this is done.
-            return comm.all_reduce(unsafe { self.host.slice_mut(bytes(&self.table.tail)) });
-        }
-        let waited = if self.alone { Duration::ZERO } else { self.reduce(part, comm)? };
+            let tail = unsafe { self.tail.slice_mut(0..self.tail.bytes()) };
+            return comm.all_reduce(tail).map(Waited::for_peers);
+        };
+        let waited = self.reduction.sum(part, &self.updates, comm)?;
         if !self.waits {
-            self.update(&self.buckets[part])?;
+            self.update(bucket)?;
         }
         Ok(waited)
     }
@@ -143,16 +135,17 @@ impl Update for GpuUpdater {
     }
 
     fn tail(&self) -> (&Arc<Arena>, Range<usize>) {
-        (&self.host, self.table.tail.clone())
+        (&self.tail, 0..TAIL)
     }
 
     fn parts(&self) -> Vec<Part> {
-        let of = |elements: &Range<usize>| Part { elements: elements.clone(), factors: false };
-        self.buckets.iter().chain([&self.table.tail]).map(of).collect()
+        let bucket = |elements: &Range<usize>| Part { elements: elements.clone(), content: Content::Gradients };
+        let tail = Part { elements: self.table.tail.clone(), content: Content::Tail };
+        self.buckets.iter().map(bucket).chain([tail]).collect()
     }
 
-    fn marks(&self) -> Option<Arc<Marks>> {
-        Some(self.marks.clone())
+    fn reduction(&self) -> Option<Arc<dyn Reduction>> {
+        Some(self.reduction.clone())
     }
 
     fn state_tensors(&self) -> usize {
@@ -165,13 +158,15 @@ impl Update for GpuUpdater {
 
     fn finish(&mut self, _: &mut dyn Communicator) -> Result<Duration> {
         if self.waits {
-            // SAFETY: in the order of the compute stream.
+            // SAFETY: in the order of the stream, which has waited for all gradients.
             unsafe {
                 let [grads, params] = [&self.grads, &self.weights.f32].map(|arena| arena.slice(0..arena.bytes()));
-                self.rule.measure(grads, params)?;
+                self.rule.measure(&self.updates, grads, params)?;
             }
             self.update(&(0..self.table.len()))?;
         }
+        self.updates.record(&self.updated)?;
+        self.gpu.compute().wait_for(&self.updated)?;
         Ok(Duration::ZERO)
     }
 
@@ -211,5 +206,12 @@ impl Update for GpuUpdater {
             self.gpu.compute().copy_and_wait(Slice::from(&values[..]), held)?;
         }
         Ok(())
+    }
+}
+
+impl Drop for GpuUpdater {
+    /// The GPU must have done with memory that is about to go. What fails here has failed before, and was said there.
+    fn drop(&mut self) {
+        let _ = self.updates.wait();
     }
 }

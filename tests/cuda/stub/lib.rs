@@ -2,7 +2,8 @@
 //! and remembered, copies are checked against them and done at once, and a stream is always empty. What NVRTC "compiles" is the
 //! source with its headers in place; a module is that text; a launch is counted, and nothing runs.
 //!
-//! STUB_CUDA_FAULT makes it fail: `no-device`, `mismatch` (of driver and module), `launch`, `compile`, `old-driver`.
+//! STUB_CUDA_FAULT makes it fail: `no-device`, `mismatch` (of driver and module), `launch`, `register`, `compile`,
+//! `old-driver`.
 
 mod compiler;
 mod device;
@@ -21,6 +22,8 @@ pub const NO_DEVICE: Code = 100;
 pub const INVALID_DEVICE: Code = 101;
 pub const INVALID_CONTEXT: Code = 201;
 pub const NOT_FOUND: Code = 500;
+pub const ALREADY_REGISTERED: Code = 712;
+pub const NOT_REGISTERED: Code = 713;
 pub const LAUNCH_FAILED: Code = 719;
 pub const MISMATCH: Code = 803;
 

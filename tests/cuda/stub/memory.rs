@@ -1,7 +1,7 @@
 //! Memory. What is allocated is poisoned, so that memory which should have been zeroed shows.
 
 use crate::device::{MEMORY_BYTES, context};
-use crate::{Code, INVALID_VALUE, OUT_OF_MEMORY, SUCCESS, give};
+use crate::{ALREADY_REGISTERED, Code, INVALID_VALUE, NOT_REGISTERED, OUT_OF_MEMORY, SUCCESS, fault_is, give};
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::ffi::{c_uchar, c_uint, c_void};
@@ -13,6 +13,8 @@ const POISON: u8 = 0xA5;
 /// Bytes of each allocation, by its address: of the device, and pinned.
 static DEVICE: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 static PINNED: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+/// The same of host memory that the program has made and registered.
+static REGISTERED: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemAlloc_v2(address: *mut usize, bytes: usize) -> Code {
@@ -51,6 +53,35 @@ unsafe extern "C" fn cuMemFree_v2(address: usize) -> Code {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemFreeHost(address: usize) -> Code {
     unsafe { free(&PINNED, address) }
+}
+
+/// Nothing is done to it but to remember where it is.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuMemHostRegister_v2(address: *mut c_void, bytes: usize, flags: c_uint) -> Code {
+    if let Err(code) = context() {
+        return code;
+    }
+    if fault_is("register") {
+        return OUT_OF_MEMORY;
+    }
+    if address.is_null() || bytes == 0 || flags != 0 {
+        return INVALID_VALUE;
+    }
+    match REGISTERED.lock().unwrap().insert(address as usize, bytes) {
+        Some(_) => ALREADY_REGISTERED,
+        None => SUCCESS,
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemHostUnregister(address: usize) -> Code {
+    REGISTERED.lock().unwrap().remove(&address).map_or(NOT_REGISTERED, |_| SUCCESS)
+}
+
+/// For tests: bytes of host memory that are registered.
+#[unsafe(no_mangle)]
+extern "C" fn stub_registered() -> usize {
+    REGISTERED.lock().unwrap().values().sum()
 }
 
 unsafe fn free(of: &Mutex<BTreeMap<usize, usize>>, address: usize) -> Code {

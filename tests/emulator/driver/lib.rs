@@ -32,6 +32,8 @@ const INVALID_CONTEXT: Code = 201;
 const INVALID_HANDLE: Code = 400;
 const NOT_FOUND: Code = 500;
 const NOT_READY: Code = 600;
+const ALREADY_REGISTERED: Code = 712;
+const NOT_REGISTERED: Code = 713;
 const LAUNCH_FAILED: Code = 719;
 const NOT_SUPPORTED: Code = 801;
 
@@ -47,6 +49,8 @@ struct Driver {
     retained: usize,
     device_memory: BTreeMap<usize, Allocation>,
     host_memory: BTreeMap<usize, Allocation>,
+    /// Host memory that the program has made and registered: bytes by address.
+    registered: BTreeMap<usize, usize>,
     /// By handles, which are never used again.
     objects: BTreeMap<usize, Object>,
     default_stream: Stream,
@@ -77,6 +81,7 @@ static DRIVER: Mutex<Driver> = Mutex::new(Driver {
     retained: 0,
     device_memory: BTreeMap::new(),
     host_memory: BTreeMap::new(),
+    registered: BTreeMap::new(),
     objects: BTreeMap::new(),
     default_stream: Stream::new(),
     failed: Vec::new(),
@@ -157,6 +162,14 @@ fn words(code: Code) -> Option<[&'static CStr; 2]> {
         INVALID_HANDLE => [c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"],
         NOT_FOUND => [c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"],
         NOT_READY => [c"CUDA_ERROR_NOT_READY", c"device not ready"],
+        ALREADY_REGISTERED => [
+            c"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
+            c"part or all of the requested memory range is already mapped",
+        ],
+        NOT_REGISTERED => [
+            c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
+            c"pointer does not correspond to a registered memory region",
+        ],
         LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
         NOT_SUPPORTED => [c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"],
         _ => return None,

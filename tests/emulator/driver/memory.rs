@@ -1,6 +1,6 @@
 //! Memory and copies.
 
-use crate::{Code, Driver, INVALID_VALUE, OUT_OF_MEMORY, SUCCESS, give, in_context, require, streams};
+use crate::{ALREADY_REGISTERED, Code, Driver, INVALID_VALUE, NOT_REGISTERED, OUT_OF_MEMORY, SUCCESS, give, in_context, require, streams};
 use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::ptr::null_mut;
 
@@ -43,8 +43,9 @@ impl Driver {
 
     /// Whether the GPU reads and writes this host memory by itself.
     fn is_pinned(&self, address: usize) -> bool {
-        let before = self.host_memory.range(..=address).next_back();
-        before.is_some_and(|(start, allocation)| address - start < allocation.bytes)
+        let allocated = self.host_memory.range(..=address).next_back().map(|(start, allocation)| (start, allocation.bytes));
+        let registered = self.registered.range(..=address).next_back().map(|(start, bytes)| (start, *bytes));
+        allocated.into_iter().chain(registered).any(|(start, bytes)| address - start < bytes)
     }
 
     pub fn used(&self) -> usize {
@@ -131,6 +132,26 @@ pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize,
 pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> Code {
     streams::run_everything();
     in_context(|driver| driver.host_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE))
+}
+
+/// Refuses all memory where `LOCKSTEP_EMULATOR_REFUSES=register`, as a driver does under a limit.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostRegister_v2(address: *mut c_void, bytes: usize, flags: c_uint) -> Code {
+    in_context(|driver| {
+        require(!address.is_null() && bytes > 0 && flags <= 15, INVALID_VALUE)?;
+        let refused = std::env::var("LOCKSTEP_EMULATOR_REFUSES").is_ok_and(|what| what == "register");
+        require(!refused, OUT_OF_MEMORY)?;
+        let address = address as usize;
+        let before = driver.registered.range(..address + bytes).next_back();
+        require(before.is_none_or(|(start, bytes)| start + bytes <= address), ALREADY_REGISTERED)?;
+        driver.registered.insert(address, bytes);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostUnregister(address: *mut c_void) -> Code {
+    in_context(|driver| driver.registered.remove(&(address as usize)).map(drop).ok_or(NOT_REGISTERED))
 }
 
 /// Puts a copy of checked ranges into the stream.
