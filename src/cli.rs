@@ -10,6 +10,8 @@ use crate::comm;
 use crate::config;
 use crate::config::plan::global_batch;
 use crate::config::raw::{Algorithm, Config, Parallel, TransportChoice};
+use crate::device::cuda::probe;
+use crate::device::{self, Place};
 use crate::error::{Error, Result};
 use crate::launch::job::Job;
 use crate::launch::restart::{self, Restarts};
@@ -46,9 +48,9 @@ pub struct Cli {
     /// The run's directory [default: runs/NAME]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Ranks to start here [default: by launcher]
-    #[arg(short = 'n', long = "ranks", value_name = "N", global = true, value_parser = ranks)]
-    pub ranks: Option<usize>,
+    /// Ranks to start here, or `gpus` [default: by launcher]
+    #[arg(short = 'n', long = "ranks", value_name = "N", global = true, value_parser = ranks_here)]
+    pub ranks: Option<RanksHere>,
     #[command(flatten)]
     pub restarts: restart::Options,
     /// Rehearse a failure: kill:rank=1@step=40 (repeatable)
@@ -85,6 +87,33 @@ pub enum Command {
     /// Print the JSON schema of the configuration, for editors
     #[command(after_help = "Example:\n  trainer schema > lockstep.schema.json")]
     Schema,
+}
+
+/// `-n`
+#[derive(Clone, Copy, Debug)]
+pub enum RanksHere {
+    Number(usize),
+    /// One for each GPU that this process sees.
+    Gpus,
+}
+
+impl RanksHere {
+    /// How many, to compute as `config` says, where there is one.
+    fn count(self, config: Option<&Config>) -> Result<usize> {
+        match self {
+            RanksHere::Number(number) => Ok(number),
+            RanksHere::Gpus if config.is_some_and(|config| device::choose(config.run.device) == Place::Host) => {
+                Err(Error::usage(
+                    "-n gpus starts a rank for each GPU, but by [run] device they compute on the CPU: add \
+                     --set run.device=cuda, or give a number of ranks",
+                ))
+            }
+            RanksHere::Gpus => {
+                let found = probe::gpus().and_then(|found| found.device(0).map(|_| found.devices.len()));
+                found.map_err(|error| error.context("-n gpus"))
+            }
+        }
+    }
 }
 
 /// The experiment: a file, and changes to it.
@@ -150,12 +179,15 @@ Examples:
   trainer -n 2 bench-comm --transport shm
   trainer -n 4 bench-comm --transport tcp --max-bytes 1048576 --json")]
 pub struct BenchCommArgs {
-    /// auto, shm, tcp or mpi
+    /// auto, shm, tcp, mpi or nccl
     #[arg(long, value_enum, default_value_t = TransportChoice::Auto, hide_possible_values = true)]
     pub transport: TransportChoice,
     /// Over mpi: ring or native
     #[arg(long, value_enum, default_value_t = Algorithm::Ring, hide_possible_values = true)]
     pub algorithm: Algorithm,
+    /// Over nccl: ranks may be on one GPU
+    #[arg(long)]
+    pub allow_shared_gpu: bool,
     #[command(flatten)]
     pub options: comm::bench::Options,
 }
@@ -181,19 +213,23 @@ pub fn run(cli: Cli) -> Result<u8> {
     }
     match command {
         Command::Plan(args) => {
-            let ranks = args.np.or(cli.ranks).unwrap_or(1);
-            print(&plan::describe(&args.experiment.load()?, ranks, args.hosts)?)
+            let config = args.experiment.load()?;
+            let here = cli.ranks.map(|ranks| ranks.count(Some(&config)));
+            let ranks = args.np.map_or_else(|| here.unwrap_or(Ok(1)), Ok)?;
+            print(&plan::describe(&config, ranks, args.hosts)?)
         }
         Command::Eval(args) => {
             let config = args.experiment.load()?;
-            cli.on_every_rank(|| train::evaluate(&config, &args.checkpoint, args.logits.as_deref(), cli.verbosity()))
+            cli.on_every_rank(Some(&config), || {
+                train::evaluate(&config, &args.checkpoint, args.logits.as_deref(), cli.verbosity())
+            })
         }
         Command::BenchStep(args) => {
             let config = args.experiment.load()?;
-            cli.on_every_rank(|| bench_step(&config, args, cli.verbosity()))
+            cli.on_every_rank(Some(&config), || bench_step(&config, args, cli.verbosity()))
         }
-        Command::BenchComm(args) => cli.on_every_rank(|| bench_comm(args, cli.verbosity())),
-        Command::Slurm(args) => print(&slurm::script(args, cli.ranks)?),
+        Command::BenchComm(args) => cli.on_every_rank(None, || bench_comm(args, cli.verbosity())),
+        Command::Slurm(args) => print(&slurm::script(args, cli.ranks.is_some())?),
         Command::Data(command) => print(&data::run(command)?),
         Command::Info => print(&info::describe()),
         Command::Schema => print(&format!("{:#}\n", config::schema())),
@@ -209,7 +245,7 @@ impl Cli {
         let resume = self.resume.clone().unwrap_or(Resume::Auto);
         let options =
             train::Options { resume, out: self.out.clone(), verbosity: self.verbosity(), inject: self.inject.clone() };
-        match self.ranks_to_start()? {
+        match self.ranks_to_start(Some(&config))? {
             None => train::run(&config, &options).map(|()| 0),
             Some(size) => {
                 let job = Job::launching()?;
@@ -226,17 +262,17 @@ impl Cli {
 
     /// With `-n`, starts this program again as so many ranks, and the work is theirs; else does it as the rank that this
     /// process is.
-    fn on_every_rank(&self, work: impl FnOnce() -> Result<()>) -> Result<u8> {
-        match self.ranks_to_start()? {
+    fn on_every_rank(&self, config: Option<&Config>, work: impl FnOnce() -> Result<()>) -> Result<u8> {
+        match self.ranks_to_start(config)? {
             Some(size) => spawn::run(size, None),
             None => work().map(|()| 0),
         }
     }
 
     /// Those of `-n`; none in a process that is one of them.
-    fn ranks_to_start(&self) -> Result<Option<usize>> {
+    fn ranks_to_start(&self, config: Option<&Config>) -> Result<Option<usize>> {
         let is_rank = World::from_env(|name| std::env::var(name).ok())?.launcher == Launcher::Lockstep;
-        Ok(self.ranks.filter(|_| !is_rank))
+        self.ranks.filter(|_| !is_rank).map(|ranks| ranks.count(config)).transpose()
     }
 
     /// -1 quiet, 0 normal, 1 and 2 more.
@@ -260,8 +296,12 @@ fn bench_step(config: &Config, args: &BenchStepArgs, verbosity: i8) -> Result<()
 
 fn bench_comm(args: &BenchCommArgs, verbosity: i8) -> Result<()> {
     let (algorithm, reduce_dtype) = (args.algorithm, args.options.reduce_dtype);
-    let parallel = Parallel { algorithm, reduce_dtype, ..Parallel::over(args.transport) };
-    train::join(&parallel, verbosity, |_, comm| comm::bench::run(comm, &args.options))
+    let allow_shared_gpu = args.allow_shared_gpu;
+    let parallel = Parallel { algorithm, reduce_dtype, allow_shared_gpu, ..Parallel::over(args.transport) };
+    train::join(&parallel, verbosity, |rank, mut comm| {
+        let nccl = train::join_gpus(&parallel, rank, &mut *comm)?;
+        comm::bench::run(comm, nccl, &args.options)
+    })
 }
 
 /// Writes to stdout; a reader that has gone, as in `trainer schema | head`, is no error.
@@ -282,13 +322,17 @@ fn bytes(count: usize) -> String {
     }
 }
 
+fn ranks_here(text: &str) -> Result<RanksHere, String> {
+    match text {
+        "gpus" => Ok(RanksHere::Gpus),
+        number => ranks(number).map(RanksHere::Number).map_err(|error| format!("{error}, or `gpus`")),
+    }
+}
+
 fn ranks(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n @ 1..=65536) => Ok(n),
         Ok(_) => Err("give a number from 1 to 65536".into()),
-        Err(_) if text == "gpus" => {
-            Err("no rank computes on a GPU in this version; give a number of ranks, such as -n 2".into())
-        }
         Err(_) => Err("give a number of ranks, such as 2".into()),
     }
 }

@@ -1,11 +1,12 @@
 //! The one error type. Its kind decides the exit code; its text says what, where, and what to do next.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a run ends early. The numbers are the process's exit codes and part of the interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     /// A bug or an operating-system failure that no other kind names.
     Internal = 1,

@@ -50,9 +50,9 @@ pub struct SlurmArgs {
     account: Option<String>,
 }
 
-/// The script, after the checks of the configuration that need no data. `ranks`: those of `-n`, which have no meaning here.
-pub fn script(args: &SlurmArgs, ranks: Option<usize>) -> Result<String> {
-    if ranks.is_some() {
+/// The script, after the checks of the configuration that need no data. `ranks`: whether `-n` was given, which has no meaning here.
+pub fn script(args: &SlurmArgs, ranks: bool) -> Result<String> {
+    if ranks {
         return Err(Error::usage("-n starts ranks on this machine; for a job give --nodes and --ntasks-per-node"));
     }
     if u64::from(args.signal_lead) >= args.time.seconds {

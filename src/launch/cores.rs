@@ -14,7 +14,7 @@ use std::fs;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Seat {
     host: String,
-    /// Tells machines apart that call themselves the same: the kernel's boot id.
+    /// As `rendezvous::machine` says.
     machine: String,
     /// Numbers of the cores to which it is bound.
     cores: BTreeSet<usize>,
@@ -94,7 +94,7 @@ impl Seat {
         let job = job.and_then(|counts| lists::counts(&counts).ok()?.into_iter().min());
         let host = super::rendezvous::host().to_string();
         Ok(Seat {
-            machine: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_else(|_| host.clone()),
+            machine: super::rendezvous::machine(),
             host,
             cores: (0..CpuSet::MAX_CPU).filter(|core| mask.is_set(*core)).collect(),
             quota,

@@ -10,7 +10,7 @@ mod pmi;
 mod star;
 pub mod ways;
 
-pub use star::{Party, host};
+pub use star::{Party, host, machine};
 
 use super::link::{self, Link};
 use crate::error::{Context, Error, Kind, Result};

@@ -4,6 +4,7 @@
 //! They exchange eight bytes of a hash for every fact. Only where these differ do they exchange the fact itself, in parts, and
 //! all make the same table: for each part that differs, the odd ranks with what they have, beside what most have.
 
+use super::Rank;
 use crate::comm::{Communicator, chunk};
 use crate::config::leaves;
 use crate::config::raw::{Config, Parallel};
@@ -176,6 +177,31 @@ fn shown(value: Option<&String>) -> String {
         Some(value) if value.chars().count() <= LONGEST_VALUE => value.clone(),
         Some(value) => value.chars().take(LONGEST_VALUE - 3).chain("...".chars()).collect(),
     }
+}
+
+/// What each rank has made by itself, if all have. Else an error on all: that of the first rank that has one. Collective.
+pub fn together<T>(mine: Result<T>, rank: &Rank, comm: &mut dyn Communicator) -> Result<T> {
+    let failure = mine.as_ref().err().map(|error| (error.kind(), error.to_string()));
+    let said = serde_json::to_vec(&(host().to_string(), failure)).expect("plain data");
+    let said = match gather_bytes(comm, &said) {
+        Ok(said) => said,
+        Err(lost) => return mine.and(Err(lost)),
+    };
+    let said: Result<Vec<(String, Option<(Kind, String)>)>, _> =
+        said.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
+    let said = said.or_kind(Kind::Internal, "how the other ranks fare")?;
+    let Some(first) = said.iter().position(|(_, failure)| failure.is_some()) else { return mine };
+    let (host, Some((kind, text))) = &said[first] else { unreachable!("it has failed") };
+    let alike = said.iter().all(|(_, failure)| failure.as_ref().is_some_and(|(_, other)| other == text));
+    let text = if alike { text.clone() } else { format!("rank {first} on {host}: {text}") };
+    Err(of_all(Error::new(*kind, text), rank, comm))
+}
+
+/// An error that all ranks have. Nobody leaves before all know why: a rank that is gone would be the others' error.
+pub fn of_all(error: Error, rank: &Rank, comm: &mut dyn Communicator) -> Error {
+    rank.health.ending();
+    let _ = comm.barrier();
+    if rank.world.rank > 0 && rank.world.joins_output { error.said_by_rank_0() } else { error }
 }
 
 /// Every rank's bytes on every rank. Collectives carry words of 32 bits, which nobody reads as numbers.

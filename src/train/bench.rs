@@ -6,7 +6,7 @@
 
 use super::gradient::Sums;
 use super::learner::{Learner, Step};
-use super::{Rank, setup};
+use super::{Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
@@ -66,12 +66,11 @@ pub fn run(
     mut comm: Box<dyn Communicator>,
     say: impl FnOnce(&Measured<'_>) -> Result<()>,
 ) -> Result<()> {
-    let transport = comm.transport();
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    setup::take_device(config, &rank.world)?;
+    gpus::take(config, rank, &mut *comm)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
-    let learner = setup::learner(config, &plan, &parts, &rank.health, comm)?;
+    let learner = setup::learner(config, &plan, &parts, rank, comm)?;
     let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;
     let mut bench = Bench { rank, learner, queue, clock: Clock::start(), done: 0 };
 
@@ -93,7 +92,7 @@ pub fn run(
     let measured = Measured {
         net,
         plan: &plan,
-        transport,
+        transport: bench.learner.transport,
         precision: config.run.precision,
         overlap: config.parallel.overlap && plan.ranks > 1,
         steps: steps.steps,

@@ -9,7 +9,7 @@ use super::learner::{Done, Learner, Step};
 use super::resume::{self, Progress, Resume};
 use super::time_limit::TimeLimit;
 use super::update::export_params;
-use super::{Options, Rank, setup};
+use super::{Options, Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
@@ -74,7 +74,7 @@ pub fn train(
     let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    setup::take_device(config, &rank.world)?;
+    gpus::take(config, rank, &mut *comm)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
     inject::check_ranks(&options.inject, &job, &rank.world)?;
@@ -85,7 +85,7 @@ pub fn train(
     {
         tracing::warn!("{warning}");
     }
-    let mut learner = setup::learner(config, &plan, &parts, &rank.health, comm)?;
+    let mut learner = setup::learner(config, &plan, &parts, rank, comm)?;
     let found = match rank.world.rank {
         0 => resume::find(&options.resume, (&job, anew), &checkpoints, config, |state| learner.fits(state))?,
         _ => None,
@@ -291,6 +291,8 @@ impl Session<'_> {
         let Progress { step, position, best_accuracy } = self.progress;
         self.rank.health.set(step, Phase::Checkpoint);
         let tensors = self.learner.export()?;
+        // Where a rank was lost meanwhile, they are not what they should be.
+        self.rank.health.check()?;
         if let Some(report) = &self.report {
             let state = State {
                 run: self.config.run.name.clone(),

@@ -9,16 +9,15 @@ use super::gradient::Gradient;
 use super::learner::Learner;
 use super::update::{self, GpuUpdater, Update, Updater};
 use crate::comm::Communicator;
+use crate::comm::nccl::Nccl;
 use crate::config::plan::{Plan, Ranks, Samples};
 use crate::config::raw::{self, Config};
 use crate::data::augment::{self, Augmenter};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::{self, Dataset, order};
-use crate::device::cuda::{Gpu, probe};
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
-use crate::launch::rendezvous::host;
 use crate::launch::watch::Health;
 use crate::launch::world::World;
 use crate::model::Shape;
@@ -95,20 +94,6 @@ pub fn checked_plan(config: &Config, net: &NetSpec, parts: &Parts, ranks: Ranks)
     Ok(plan)
 }
 
-/// Takes this rank's GPU, where it is to compute on one: of those that it sees, that of its number on this host.
-pub fn take_device(config: &Config, world: &World) -> Result<()> {
-    if device::choose(config.run.device) == Place::Host {
-        return Ok(());
-    }
-    let gpus = probe::gpus()?.devices.len();
-    if (1..world.local_size).contains(&gpus) && world.local_rank == 0 {
-        tracing::warn!("{} ranks on {} share {gpus} GPUs", world.local_size, host());
-    }
-    let gpu = Gpu::take(world.local_rank % gpus.max(1))?;
-    tracing::debug!("rank {} computes on {}", world.rank, gpu.device());
-    Ok(())
-}
-
 /// Compares, over all ranks, what they are about to train with. `fingerprint` is the training set's. Collective.
 pub fn agree(
     config: &Config,
@@ -123,12 +108,7 @@ pub fn agree(
         Fact::parameters(&ParamTable::new(&NetSpec::new(&config.model)?)),
     ];
     let agreed = agreement::check(&facts, &rank.world, |bytes| agreement::gather_bytes(comm, bytes));
-    if agreed.is_err() {
-        // Nobody leaves before all know why: a rank that is gone would be the others' error.
-        rank.health.ending();
-        let _ = comm.barrier();
-    }
-    agreed
+    agreed.map_err(|error| agreement::of_all(error, rank, comm))
 }
 
 /// The net with its loss, gradient arenas and optimizer. Collective.
@@ -136,7 +116,7 @@ pub fn learner(
     config: &Config,
     plan: &Plan,
     parts: &Parts,
-    health: &Arc<Health>,
+    rank: &Rank,
     mut comm: Box<dyn Communicator>,
 ) -> Result<Learner> {
     let spec = NetSpec::new(&config.model)?;
@@ -150,7 +130,12 @@ pub fn learner(
     let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = updater(config, plan, &net, weights, health, &mut *comm)?;
+    let nccl = match place {
+        Place::Host => None,
+        Place::Cuda => update::nccl::connect(&config.parallel, rank, &mut *comm)?,
+    };
+    let transport = if nccl.is_some() { "nccl" } else { comm.transport() };
+    let updater = updater(config, plan, &net, weights, (&rank.health, nccl), &mut *comm)?;
     let alone = comm.size() == 1;
     let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
     Ok(Learner {
@@ -161,6 +146,7 @@ pub fn learner(
         schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),
         alone,
+        transport,
     })
 }
 
@@ -169,7 +155,7 @@ fn updater(
     plan: &Plan,
     net: &Net,
     weights: Arc<Weights>,
-    health: &Arc<Health>,
+    (health, nccl): (&Arc<Health>, Option<Nccl>),
     comm: &mut dyn Communicator,
 ) -> Result<Box<dyn Update>> {
     let (optimizer, table) = (&config.optimizer, net.table());
@@ -178,7 +164,7 @@ fn updater(
             let exchanges = exchanges(config, plan, net, comm)?;
             Box::new(Updater::new(optimizer, table, plan.bucket_bytes, weights, exchanges, comm)?)
         }
-        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, health, comm)?),
+        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, (health, nccl), comm)?),
     })
 }
 

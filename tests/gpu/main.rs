@@ -4,6 +4,7 @@
 mod allocations;
 mod augment;
 mod conv2d;
+mod devices;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod layers;

@@ -84,7 +84,9 @@ impl Runs {
     }
 
     fn command(&self, out: &str, ranks: usize, settings: &[&str]) -> Command {
-        let mut command = trainer(&self.config, &self.out(out), ranks, settings);
+        // Wherever the ranks are more than the GPUs.
+        let settings = [settings, &["parallel.allow_shared_gpu=true"]].concat();
+        let mut command = trainer(&self.config, &self.out(out), ranks, &settings);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command
     }

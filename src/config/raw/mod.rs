@@ -174,6 +174,8 @@ pub struct Parallel {
     pub interface: Option<String>,
     /// Steps between two comparisons of the parameters over ranks that have copies of their own; 0 is never.
     pub audit_every_steps: u64,
+    /// Ranks may compute on one GPU together, which is of use for tests alone. Without it that is refused.
+    pub allow_shared_gpu: bool,
 }
 
 impl Parallel {
@@ -196,6 +198,7 @@ impl Default for Parallel {
             timeout: 300.0,
             interface: None,
             audit_every_steps: 100,
+            allow_shared_gpu: false,
         }
     }
 }

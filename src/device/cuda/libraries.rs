@@ -92,6 +92,7 @@ static DRIVER: Wanted = Wanted {
         "cuDeviceGetAttribute",
         "cuDeviceGetCount",
         "cuDeviceGetName",
+        "cuDeviceGetPCIBusId",
         "cuDeviceGetUuid_v2",
         "cuDevicePrimaryCtxRelease_v2",
         "cuDevicePrimaryCtxRetain",

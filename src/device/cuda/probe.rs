@@ -23,10 +23,15 @@ pub struct Device {
     pub memory_bytes: usize,
     /// Compute capability, major and minor.
     pub capability: (u32, u32),
-    /// As nvidia-smi writes it; two processes see the same GPU if this is the same.
+    /// As nvidia-smi writes it. A MIG instance has one of its own.
     pub uuid: String,
+    /// Its place in the machine, as Linux writes it: `0000:3b:00.0`.
+    pub bus_id: String,
     pub multiprocessors: u32,
 }
+
+/// In the name of a MIG instance, a part of a GPU: `NVIDIA H200 MIG 1g.18gb`.
+const MIG: &str = " MIG ";
 
 /// All GPUs. An error says why there is none: no driver, or what the driver says.
 pub fn gpus() -> Result<Found> {
@@ -57,25 +62,30 @@ impl Found {
 impl Device {
     fn query(ordinal: usize) -> Result<Device> {
         let device = handle(ordinal)?;
-        let (mut name, mut memory_bytes, mut uuid) = ([0 as c_char; 256], 0, sys::CUuuid { bytes: [0; 16] });
-        // SAFETY: the driver writes at most 255 characters and a zero, and the others as a whole.
+        let (mut name, mut bus_id) = ([0 as c_char; 256], [0 as c_char; 32]);
+        let (mut memory_bytes, mut uuid) = (0, sys::CUuuid { bytes: [0; 16] });
+        // SAFETY: the driver writes at most so many characters, a zero among them, and the others as a whole.
         unsafe {
             call!(cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device))?;
+            call!(cuDeviceGetPCIBusId(bus_id.as_mut_ptr(), bus_id.len() as i32, device))?;
             call!(cuDeviceTotalMem_v2(&mut memory_bytes, device))?;
             call!(cuDeviceGetUuid_v2(&mut uuid, device))?;
         }
         // SAFETY: ended by a zero, the last of them in any case.
-        let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+        let text =
+            |characters: &[c_char]| unsafe { CStr::from_ptr(characters.as_ptr()) }.to_string_lossy().into_owned();
+        let name = text(&name);
         let attribute = |attribute| attribute_of(device, attribute);
         Ok(Device {
             ordinal,
+            uuid: format_uuid(uuid.bytes.map(|byte| byte as u8), name.contains(MIG)),
             name,
+            bus_id: text(&bus_id).to_lowercase(),
             memory_bytes,
             capability: (
                 attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
-            uuid: format_uuid(uuid.bytes.map(|byte| byte as u8)),
             multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         })
     }
@@ -107,8 +117,8 @@ fn attribute_of(device: CUdevice, attribute: CUdevice_attribute) -> Result<u32> 
     Ok(value.unsigned_abs())
 }
 
-fn format_uuid(bytes: [u8; 16]) -> String {
+fn format_uuid(bytes: [u8; 16], instance: bool) -> String {
     let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let groups = [0..4, 4..6, 6..8, 8..10, 10..16].map(|group| hex[group].concat());
-    format!("GPU-{}", groups.join("-"))
+    format!("{}-{}", if instance { "MIG" } else { "GPU" }, groups.join("-"))
 }

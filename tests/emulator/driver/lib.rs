@@ -1,4 +1,4 @@
-//! libcuda for the emulator: one GPU whose memory is host memory, whose streams work as late as they may, and whose modules are
+//! libcuda for the emulator: GPUs whose memory is host memory, whose streams work as late as they may, and whose modules are
 //! the shared libraries that nvrtc.rs makes.
 //!
 //! It is strict. A handle that is not alive, a null pointer, a copy beyond an allocation, a call without a context are
@@ -6,12 +6,13 @@
 //! reads or writes there ends the test; the few bytes between its end and that page are watched for writes. Memory is full of
 //! 0xFF, NaNs, until it is written.
 
+mod devices;
 mod kernels;
 mod memory;
 mod streams;
 
 use kernels::Launch;
-use memory::{Allocation, TOTAL_BYTES};
+use memory::Allocation;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
@@ -37,16 +38,12 @@ const NOT_REGISTERED: Code = 713;
 const LAUNCH_FAILED: Code = 719;
 const NOT_SUPPORTED: Code = 801;
 
-const DEVICE: c_int = 0;
-const CONTEXT: usize = 0xC0;
-/// Few, so that kernels stride over their grid even where tensors are small.
-const MULTIPROCESSORS: c_int = 1;
 
 /// All that is alive.
 struct Driver {
     initialized: bool,
-    /// How often the primary context was retained.
-    retained: usize,
+    /// How often the primary context of a GPU was retained.
+    retained: BTreeMap<c_int, usize>,
     device_memory: BTreeMap<usize, Allocation>,
     host_memory: BTreeMap<usize, Allocation>,
     /// Host memory that the program has made and registered: bytes by address.
@@ -78,7 +75,7 @@ enum Object {
 
 static DRIVER: Mutex<Driver> = Mutex::new(Driver {
     initialized: false,
-    retained: 0,
+    retained: BTreeMap::new(),
     device_memory: BTreeMap::new(),
     host_memory: BTreeMap::new(),
     registered: BTreeMap::new(),
@@ -101,18 +98,7 @@ fn in_context(call: impl FnOnce(&mut Driver) -> Result<(), Code>) -> Code {
     let mut driver = driver();
     let done = match () {
         () if !driver.initialized => Err(NOT_INITIALIZED),
-        () if driver.retained == 0 || CURRENT.get() != CONTEXT => Err(INVALID_CONTEXT),
-        () => call(&mut driver),
-    };
-    done.err().unwrap_or(SUCCESS)
-}
-
-/// For calls that need the GPU's number and nothing else.
-fn of_device(device: c_int, call: impl FnOnce(&mut Driver) -> Result<(), Code>) -> Code {
-    let mut driver = driver();
-    let done = match () {
-        () if !driver.initialized => Err(NOT_INITIALIZED),
-        () if device != DEVICE => Err(INVALID_DEVICE),
+        () if !driver.is_context(CURRENT.get()) => Err(INVALID_CONTEXT),
         () => call(&mut driver),
     };
     done.err().unwrap_or(SUCCESS)
@@ -186,84 +172,4 @@ pub unsafe extern "C" fn cuGetErrorName(code: Code, text: *mut *const c_char) ->
 pub unsafe extern "C" fn cuGetErrorString(code: Code, text: *mut *const c_char) -> Code {
     let Some([_, description]) = words(code) else { return INVALID_VALUE };
     unsafe { give(text, description.as_ptr()) }.err().unwrap_or(SUCCESS)
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> Code {
-    of_device(DEVICE, |_| unsafe { give(count, 1) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> Code {
-    of_device(ordinal, |_| unsafe { give(device, DEVICE) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int) -> Code {
-    const NAME: &[u8] = b"Emulated GPU\0";
-    of_device(device, |_| {
-        require(!name.is_null() && length as usize >= NAME.len(), INVALID_VALUE)?;
-        unsafe { name.cast::<u8>().copy_from_nonoverlapping(NAME.as_ptr(), NAME.len()) };
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) -> Code {
-    of_device(device, |_| unsafe { give(uuid, *b"lockstepemulator") })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) -> Code {
-    of_device(device, |_| unsafe { give(bytes, TOTAL_BYTES) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) -> Code {
-    of_device(device, |_| {
-        // By the numbers of CUdevice_attribute: multiprocessors, compute capability.
-        let known = match attribute {
-            16 => MULTIPROCESSORS,
-            75 => 9,
-            76 => 0,
-            _ => return Err(NOT_SUPPORTED),
-        };
-        unsafe { give(value, known) }
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) -> Code {
-    of_device(device, |driver| {
-        unsafe { give(context, CONTEXT) }?;
-        driver.retained += 1;
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> Code {
-    of_device(device, |driver| {
-        driver.retained = driver.retained.checked_sub(1).ok_or(INVALID_CONTEXT)?;
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Code {
-    of_device(DEVICE, |_| unsafe { give(context, CURRENT.get()) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxGetDevice(device: *mut c_int) -> Code {
-    in_context(|_| unsafe { give(device, DEVICE) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
-    of_device(DEVICE, |driver| {
-        require(context == 0 || (context == CONTEXT && driver.retained > 0), INVALID_CONTEXT)?;
-        CURRENT.set(context);
-        Ok(())
-    })
 }

@@ -1,10 +1,25 @@
 //! Memory and copies.
 
 use crate::{ALREADY_REGISTERED, Code, Driver, INVALID_VALUE, NOT_REGISTERED, OUT_OF_MEMORY, SUCCESS, give, in_context, require, streams};
+use std::env;
 use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::ptr::null_mut;
 
-pub const TOTAL_BYTES: usize = 8 << 30;
+/// Of a GPU: as many MiB as LOCKSTEP_EMULATOR_MEMORY_MIB says, else 8 GiB.
+pub fn total_bytes() -> usize {
+    mebibytes("LOCKSTEP_EMULATOR_MEMORY_MIB").unwrap_or(8 << 30)
+}
+
+/// What other processes hold of it: as many MiB as LOCKSTEP_EMULATOR_TAKEN_MIB says, else nothing.
+fn taken_bytes() -> usize {
+    mebibytes("LOCKSTEP_EMULATOR_TAKEN_MIB").unwrap_or(0)
+}
+
+fn mebibytes(variable: &str) -> Option<usize> {
+    let text = env::var(variable).ok()?;
+    Some(text.parse::<usize>().unwrap_or_else(|_| panic!("{variable} is a number")) << 20)
+}
+
 const PAGE: usize = 4096;
 /// The driver promises 256; less, so that more of an overrun meets the page behind.
 const ALIGN: usize = 64;
@@ -48,8 +63,9 @@ impl Driver {
         allocated.into_iter().chain(registered).any(|(start, bytes)| address - start < bytes)
     }
 
-    pub fn used(&self) -> usize {
-        self.device_memory.values().map(|allocation| allocation.bytes).sum()
+    fn free(&self) -> usize {
+        let used: usize = self.device_memory.values().map(|allocation| allocation.bytes).sum();
+        (total_bytes() - taken_bytes()).saturating_sub(used)
     }
 
     /// An allocation of which the bytes behind its end were written since the last look.
@@ -94,8 +110,8 @@ impl Drop for Allocation {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> Code {
     in_context(|driver| unsafe {
-        give(free, TOTAL_BYTES - driver.used())?;
-        give(total, TOTAL_BYTES)
+        give(free, driver.free())?;
+        give(total, total_bytes())
     })
 }
 
@@ -103,7 +119,7 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Code {
     in_context(|driver| {
         require(bytes > 0, INVALID_VALUE)?;
-        require(bytes <= TOTAL_BYTES - driver.used(), OUT_OF_MEMORY)?;
+        require(bytes <= driver.free(), OUT_OF_MEMORY)?;
         let (at, allocation) = map(bytes).ok_or(OUT_OF_MEMORY)?;
         unsafe { give(address, at as u64) }?;
         driver.device_memory.insert(at, allocation);

@@ -1,0 +1,141 @@
+//! Which rank takes which GPU, on machines with several of them.
+
+use crate::emulator;
+use crate::runs::{program, summary};
+use assert_cmd::Command;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Stdio;
+use tempfile::TempDir;
+
+/// Two steps of next to nothing.
+const CONFIG: &str = r#"
+[run]
+name = "devices"
+steps = 2
+device = "cuda"
+[data]
+format = "shapes"
+train = 16
+test = 8
+[batch]
+global = 8
+[model]
+input = [32, 32, 3]
+[[model.layers]]
+type = "global_avg_pool"
+[[model.layers]]
+type = "linear"
+units = 10
+[optimizer]
+type = "sgd"
+lr = 0.01
+"#;
+
+/// A machine with so many GPUs.
+struct Machine {
+    variables: Vec<(&'static str, PathBuf)>,
+    gpus: &'static str,
+    folder: TempDir,
+}
+
+impl Machine {
+    /// None where the tests are to run on this machine's own.
+    fn with(gpus: &'static str) -> Option<Machine> {
+        let variables = emulator::variables().filter(|variables| !variables.is_empty())?;
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
+        Some(Machine { variables, gpus, folder })
+    }
+
+    fn trainer(&self, arguments: &[&str]) -> Command {
+        let mut command = program();
+        command.envs(self.variables.iter().map(|(name, value)| (name, value))).env("LOCKSTEP_EMULATOR_GPUS", self.gpus);
+        command.args(["-v", "--config"]).arg(self.folder.path().join("config.toml"));
+        command.arg("--out").arg(self.folder.path().join("out")).args(arguments);
+        command
+    }
+
+    /// The exit code, and what was said.
+    fn run(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = self.trainer(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    }
+
+    fn ranks(&self) -> u64 {
+        summary(&self.folder.path().join("out"))["world_size"].as_u64().unwrap()
+    }
+}
+
+#[test]
+fn a_rank_takes_the_gpu_of_its_place_on_the_machine() {
+    let Some(machine) = Machine::with("2") else { return };
+    let (code, said) = machine.run(&["-n", "2"]);
+    assert_eq!(code, Some(0), "{said}");
+    for rank in 0..2 {
+        assert!(said.contains(&format!("rank {rank} computes on GPU {rank} (Emulated GPU)")), "{said}");
+    }
+    assert!(!said.contains("share a GPU"), "{said}");
+}
+
+#[test]
+fn a_rank_for_each_gpu_is_started_if_that_is_asked_for() {
+    let Some(machine) = Machine::with("3") else { return };
+    let (code, said) = machine.run(&["-n", "gpus", "--set", "batch.global=9"]);
+    assert_eq!((code, machine.ranks()), (Some(0), 3), "{said}");
+
+    let mut none = machine.trainer(&["-n", "gpus"]);
+    let output = none.env("CUDA_VISIBLE_DEVICES", "").output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(6), "{said}");
+    assert!(said.contains("-n gpus: there is no GPU 0: this process sees 0"), "{said}");
+}
+
+#[test]
+fn ranks_share_a_gpu_only_if_they_may() {
+    let Some(machine) = Machine::with("2") else { return };
+    let (code, said) = machine.run(&["-n", "4"]);
+    assert_eq!(code, Some(2), "{said}");
+    let shared = "ranks 0 and 2 on ";
+    let why = "share a GPU, Emulated GPU (GPU-6c6f636b-7374-6570-656d-756c61746530): it is number 0 of the 2 that rank 0 sees";
+    for words in [shared, why, "trainer -n gpus", "--gpus-per-task", "parallel.allow_shared_gpu = true"] {
+        assert_eq!(said.matches(words).count(), 1, "{words} in {said}");
+    }
+    let (code, said) = machine.run(&["-n", "4", "--set", "parallel.allow_shared_gpu=true"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains(shared), "{said}");
+}
+
+/// As Slurm binds one GPU to each task.
+#[test]
+fn ranks_that_are_shown_one_gpu_each_take_it() {
+    let Some(machine) = Machine::with("4") else { return };
+    for (shown, code) in [(["3", "1"], 0), (["2", "2"], 2)] {
+        let port = free_port();
+        let start = |rank: usize| {
+            let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("trainer"));
+            let given = machine.trainer(&["--resume", "none"]);
+            command.env_clear().args(given.get_args());
+            command.envs(given.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            command.env("CUDA_VISIBLE_DEVICES", shown[rank]).env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
+            command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+            command.env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+            command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let outputs = [0, 1].map(start).map(|rank| rank.wait_with_output().unwrap());
+        for output in outputs {
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(code), "{shown:?}: {said}");
+            let words = if code == 0 {
+                "computes on GPU 0 ("
+            } else {
+                "number 0 of the 1 that rank 0 sees, by CUDA_VISIBLE_DEVICES=2"
+            };
+            assert!(said.contains(words), "{shown:?}: {said}");
+        }
+    }
+}
+
+fn free_port() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string()
+}
