@@ -11,10 +11,10 @@
 
 use super::Communicator;
 use super::patience::Patience;
-use crate::device::{Place, SliceMut};
-use crate::device::cuda::nccl::{self, Code, Config, DataType, Functions, Handle, IN_PROGRESS, SUCCESS, SUM, UniqueId};
 use crate::device::cuda::libraries::{self, Version};
+use crate::device::cuda::nccl::{self, Code, Config, DataType, Functions, Handle, IN_PROGRESS, SUCCESS, SUM, UniqueId};
 use crate::device::cuda::{Gpu, Stream};
+use crate::device::{Place, SliceMut};
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::watch::Health;
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
@@ -52,7 +52,7 @@ unsafe impl Send for Communicating {}
 
 struct Watcher {
     /// Dropped, it ends the thread.
-    _end: Sender<()>,
+    end: Sender<()>,
     thread: JoinHandle<()>,
 }
 
@@ -107,8 +107,8 @@ impl Nccl {
 
 impl Drop for Nccl {
     fn drop(&mut self) {
-        if let Some(Watcher { _end, thread }) = self.watcher.take() {
-            drop(_end);
+        if let Some(Watcher { end, thread }) = self.watcher.take() {
+            drop(end);
             let _ = thread.join();
         }
         self.shared.leave();
@@ -129,7 +129,7 @@ impl Watcher {
         };
         let thread = std::thread::Builder::new().name("lockstep-nccl".into()).spawn(watch);
         let thread = thread.or_kind(Kind::Internal, "starting the thread that watches NCCL")?;
-        Ok(Watcher { _end: end, thread })
+        Ok(Watcher { end, thread })
     }
 }
 

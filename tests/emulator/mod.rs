@@ -34,9 +34,14 @@ pub fn gpu() -> Option<Gpu> {
     GPU.get_or_init(start).clone()
 }
 
+/// Whether the GPU is the emulator's.
+pub fn is_emulated() -> bool {
+    std::env::var_os("LOCKSTEP_TEST_GPU").is_none()
+}
+
 /// Whether its streams work as late as they may (driver/streams.rs).
 pub fn is_lazy() -> bool {
-    std::env::var_os("LOCKSTEP_TEST_GPU").is_none() && std::env::var_os("LOCKSTEP_EMULATOR_STREAMS").is_none()
+    is_emulated() && std::env::var_os("LOCKSTEP_EMULATOR_STREAMS").is_none()
 }
 
 /// With these in its environment a process finds the GPU. None as above.

@@ -8,6 +8,7 @@ mod devices;
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod layers;
+mod nccl;
 mod operands;
 mod products;
 #[path = "../common/runs.rs"]

@@ -1,7 +1,7 @@
 //! What is done to whole buffers outside of layers: filled, scaled, added up, converted.
 
-use super::{Gpu, Stream};
 use super::kernels::{Element, Kernel, Read, Source, T, Write};
+use super::{Gpu, Stream};
 use crate::device::{Slice, SliceMut};
 use crate::error::Result;
 
