@@ -163,6 +163,11 @@ pub trait Layer: Send {
     fn scratch_bytes(&self) -> usize {
         0
     }
+    /// A pass begins. On a GPU, what of it differs from step to step goes where the launches of forward and backward read it, so
+    /// that these are the same at each step and a CUDA graph may hold them.
+    fn begin(&mut self, _pass: &Pass) -> Result<()> {
+        Ok(())
+    }
     fn forward(&mut self, pass: &Pass, io: Forward<'_>) -> Result<()>;
     /// Overwrites every gradient it is given; the net adds where several meet.
     fn backward(&mut self, pass: &Pass, io: Backward<'_>) -> Result<()>;

@@ -148,6 +148,17 @@ impl Net {
 
     /// `images` (batch, H, W, C), in f32 on the net's device, to `output`.
     pub fn forward(&mut self, pass: &Pass, images: Slice<'_>) -> Result<()> {
+        self.begin(pass)?;
+        self.forward_begun(pass, images)
+    }
+
+    /// What of `forward` differs from pass to pass though the batches are alike.
+    pub fn begin(&mut self, pass: &Pass) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.begin(pass))
+    }
+
+    /// The rest of it.
+    pub fn forward_begun(&mut self, pass: &Pass, images: Slice<'_>) -> Result<()> {
         self.take_images(pass, images)?;
         (0..self.layers.len())
             .try_for_each(|node| self.timed(node, Part::Forward, |net| net.forward_node(node, pass, images)))?;
@@ -211,6 +222,7 @@ impl Net {
         if bad(&self.elementwise.to_host(images)?) {
             return Ok("the input data hold a value that is not finite".into());
         }
+        self.begin(pass)?;
         self.take_images(pass, images)?;
         let params = self.params()?;
         let broken: Vec<usize> = (0..self.table.params.len())

@@ -5,6 +5,7 @@ mod agreement;
 mod audit;
 pub mod bench;
 pub mod checkpoint;
+mod ending;
 mod eval;
 pub(crate) mod factors;
 mod feed;

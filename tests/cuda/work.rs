@@ -243,6 +243,7 @@ fn layers_launch_their_kernels() {
                 let inputs: Vec<Slice<'_>> = (0..inputs).map(read).collect();
                 let (output, saved, scratch) = (write(3), SliceMut::empty(), SliceMut::empty());
                 let io = Forward { inputs: &inputs, output, params: &[], params_bf16: &[], saved, scratch };
+                layer.begin(&pass).unwrap();
                 layer.forward(&pass, io).unwrap();
                 let after_forward = launches();
                 let mut grad_inputs: Vec<SliceMut<'_>> = (0..inputs.len()).map(write).collect();

@@ -44,6 +44,20 @@ pub fn is_lazy() -> bool {
     is_emulated() && std::env::var_os("LOCKSTEP_EMULATOR_STREAMS").is_none()
 }
 
+/// The GPU for a test that no other may disturb, as those do who wait for the same streams: the test runs in a process of its own,
+/// where this gives the GPU. None in the process that waits for that one, and as above. `test`: its name, with its modules.
+pub fn alone(test: &str) -> Option<Gpu> {
+    const ALONE: &str = "LOCKSTEP_TEST_ALONE";
+    let variables = variables()?;
+    if std::env::var_os(ALONE).is_some() {
+        return gpu();
+    }
+    let mut process = Command::new(std::env::current_exe().expect("this test's program"));
+    process.args(["--exact", test, "--nocapture"]).env(ALONE, "1").envs(variables);
+    assert!(process.status().expect("this test's program").success(), "{test}: see above");
+    None
+}
+
 /// With these in its environment a process finds the GPU. None as above.
 pub fn variables() -> Option<Vec<(&'static str, PathBuf)>> {
     if std::env::var_os("LOCKSTEP_TEST_GPU").is_some() {

@@ -3,19 +3,22 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::OnceLock;
 
-type Put = unsafe extern "C" fn(usize, unsafe extern "C" fn(*mut c_void) -> c_int, *mut c_void) -> c_int;
-type Work = Box<dyn FnOnce() + Send>;
+type Data = *mut c_void;
+type Put = unsafe extern "C" fn(usize, unsafe extern "C" fn(Data) -> c_int, Data, unsafe extern "C" fn(Data)) -> c_int;
+type Work = Box<dyn Fn() + Send + Sync>;
 
-/// Whether the stream takes the work, which is done when it is its turn.
-pub fn put(stream: usize, work: impl FnOnce() + Send + 'static) -> bool {
-    unsafe extern "C" fn run(work: *mut c_void) -> c_int {
-        let work = unsafe { Box::from_raw(work.cast::<Work>()) };
-        work();
+/// Whether the stream takes the work, which is done when it is its turn; in a graph again and again.
+pub fn put(stream: usize, work: impl Fn() + Send + Sync + 'static) -> bool {
+    unsafe extern "C" fn run(work: Data) -> c_int {
+        unsafe { (*work.cast::<Work>())() };
         0
+    }
+    unsafe extern "C" fn free(work: Data) {
+        drop(unsafe { Box::from_raw(work.cast::<Work>()) });
     }
     let Some(put) = driver() else { return false };
     let work: Box<Work> = Box::new(Box::new(work));
-    unsafe { put(stream, run, Box::into_raw(work).cast()) == 0 }
+    unsafe { put(stream, run, Box::into_raw(work).cast(), free) == 0 }
 }
 
 /// `emulator_put` of the libcuda that this process has loaded.

@@ -7,6 +7,7 @@ mod conv2d;
 mod devices;
 #[path = "../emulator/mod.rs"]
 mod emulator;
+mod graphs;
 mod layers;
 mod nccl;
 mod operands;

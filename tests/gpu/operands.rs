@@ -116,6 +116,7 @@ impl<'a> Operands<'a> {
             scratch: whole_mut(&mut buffers.scratch),
         };
         let in_forward = allocations(|| {
+            layer.begin(&pass).unwrap();
             layer.forward(&pass, forward).unwrap_or_else(|error| panic!("{:?}, forward: {error}", self.case));
         });
         let output = vec![memory.read(&buffers.output, call.batch * self.inferred.output.len())];

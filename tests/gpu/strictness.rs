@@ -5,7 +5,6 @@ use lockstep::device::cuda::Gpu;
 use lockstep::device::cuda::kernels::{Element, Grid, Kernel, Source, T, Write};
 use lockstep::device::{Arena, Place, Slice, SliceMut};
 use lockstep::error::Result;
-use std::process::Command;
 
 static FAULTY: Source = Source {
     name: "faulty",
@@ -50,21 +49,13 @@ fn refused(result: Result<()>, code: &str) -> bool {
     result.is_err_and(|error| error.to_string().contains(code))
 }
 
-/// A stream works as late as it may, so that one that should have waited for another comes too early. In a process of its own,
-/// since other tests would wait for the same streams.
+/// A stream works as late as it may, so that one that should have waited for another comes too early.
 #[test]
 fn streams_wait_for_nobody_by_themselves() {
-    const ALONE: &str = "LOCKSTEP_TEST_ALONE";
-    let Some(variables) = emulator::variables() else { return };
     if !emulator::is_lazy() {
         return eprintln!("skipped: only the emulator's streams are known to be late");
     }
-    if std::env::var_os(ALONE).is_none() {
-        let mut alone = Command::new(std::env::current_exe().unwrap());
-        alone.args(["--exact", "strictness::streams_wait_for_nobody_by_themselves"]).env(ALONE, "1").envs(variables);
-        return assert!(alone.status().unwrap().success());
-    }
-    let Some(gpu) = emulator::gpu() else { return };
+    let Some(gpu) = emulator::alone("strictness::streams_wait_for_nobody_by_themselves") else { return };
     let (mut first, second) = (gpu.allocate(8).unwrap(), gpu.allocate(8).unwrap());
     let mut seen = gpu.allocate_pinned(8).unwrap();
     let mut ones = gpu.allocate_pinned(8).unwrap();

@@ -14,6 +14,7 @@ pub mod cublaslt;
 pub mod cudnn;
 mod elementwise;
 mod gpu;
+mod graph;
 pub mod kernels;
 pub mod libraries;
 pub mod nccl;
@@ -25,5 +26,6 @@ mod stream;
 
 pub use elementwise::Elementwise;
 pub use gpu::{Gpu, Memory};
+pub use graph::{Capture, Graph};
 pub use registered::Registered;
 pub use stream::{Event, Stream};

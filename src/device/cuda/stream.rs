@@ -34,6 +34,10 @@ impl Stream {
         Ok(self.handle)
     }
 
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
     /// Copies all of `from` to `to`, which is as long, between any two places. At once where one of them is host memory that
     /// is not pinned; else after this has returned.
     ///

@@ -25,6 +25,7 @@ pub const NOT_FOUND: Code = 500;
 pub const ALREADY_REGISTERED: Code = 712;
 pub const NOT_REGISTERED: Code = 713;
 pub const LAUNCH_FAILED: Code = 719;
+pub const NOT_SUPPORTED: Code = 801;
 pub const MISMATCH: Code = 803;
 
 pub fn fault_is(name: &str) -> bool {

@@ -44,6 +44,17 @@ extern "C" fn cuStreamWaitEvent(_stream: usize, event: *const Option<Instant>, _
     if event.is_null() { INVALID_VALUE } else { SUCCESS }
 }
 
+/// It has no graphs: a caller only finds the functions.
+macro_rules! without_graphs {
+    ($($function:ident)*) => {
+        $(#[unsafe(no_mangle)]
+        extern "C" fn $function() -> Code {
+            crate::NOT_SUPPORTED
+        })*
+    };
+}
+without_graphs!(cuStreamBeginCapture_v2 cuStreamEndCapture cuGraphInstantiateWithFlags cuGraphLaunch cuGraphDestroy cuGraphExecDestroy);
+
 /// An event is the moment when it was recorded.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuEventCreate(event: *mut *mut Option<Instant>, _flags: c_uint) -> Code {

@@ -8,6 +8,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
 
 /// `emulator_launch` of a module: says in words what is wrong, or gives null.
 pub type Launch = unsafe extern "C" fn(*const c_char, *const c_uint, *const c_uint, *mut *mut c_void) -> *const c_char;
@@ -17,6 +18,7 @@ type Parameters = unsafe extern "C" fn(*const c_char, *mut usize) -> c_int;
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut usize, image: *const u8) -> Code {
     in_context(|driver| {
+        driver.outside_captures()?;
         require(!image.is_null() && !module.is_null(), INVALID_VALUE)?;
         let (library, file) = unsafe { load(image) }.map_err(|error| {
             eprintln!("emulator: a module cannot be loaded: {error}");
@@ -117,7 +119,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
         Ok(())
     });
     let Some((launch, name, values)) = found else { return code };
-    streams::put(stream, Box::new(move || unsafe { run(launch, &name, grid, block, values) }))
+    streams::put(stream, Arc::new(move || unsafe { run(launch, &name, grid, block, &values) }))
 }
 
 /// What the parameters are at the launch: the caller's memory is only good until it returns.
@@ -135,9 +137,9 @@ unsafe fn run(
     name: &CStr,
     grid: [c_uint; 3],
     block: [c_uint; 3],
-    mut values: Vec<Vec<u64>>,
+    values: &[Vec<u64>],
 ) -> Result<(), Code> {
-    let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| value.as_mut_ptr().cast()).collect();
+    let mut pointers: Vec<*mut c_void> = values.iter().map(|value| value.as_ptr().cast_mut().cast()).collect();
     let error = unsafe { launch(name.as_ptr(), grid.as_ptr(), block.as_ptr(), pointers.as_mut_ptr()) };
     let error = match error.is_null() {
         true => driver().overrun(),

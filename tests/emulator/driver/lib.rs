@@ -7,17 +7,19 @@
 //! 0xFF, NaNs, until it is written.
 
 mod devices;
+mod graphs;
 mod kernels;
 mod memory;
 mod streams;
 
+use graphs::{Capture, Graph};
 use kernels::Launch;
 use memory::Allocation;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint};
 use std::fs::File;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 use streams::{Event, Stream};
 
@@ -36,6 +38,7 @@ const NOT_READY: Code = 600;
 const ALREADY_REGISTERED: Code = 712;
 const NOT_REGISTERED: Code = 713;
 const LAUNCH_FAILED: Code = 719;
+const CAPTURED_EVENT: Code = 907;
 const NOT_SUPPORTED: Code = 801;
 
 
@@ -51,6 +54,8 @@ struct Driver {
     /// By handles, which are never used again.
     objects: BTreeMap<usize, Object>,
     default_stream: Stream,
+    /// Under way, by number.
+    captures: BTreeMap<usize, Capture>,
     /// How work of a thread has failed.
     failed: Vec<(ThreadId, Code)>,
     next_handle: usize,
@@ -59,6 +64,9 @@ struct Driver {
 enum Object {
     Stream(Stream),
     Event(Event),
+    Graph(Arc<Graph>),
+    /// A graph that can be launched.
+    Executable(Arc<Graph>),
     /// The file is what the library was loaded from: its path must not come to name another while it is loaded.
     Module {
         library: usize,
@@ -81,6 +89,7 @@ static DRIVER: Mutex<Driver> = Mutex::new(Driver {
     registered: BTreeMap::new(),
     objects: BTreeMap::new(),
     default_stream: Stream::new(),
+    captures: BTreeMap::new(),
     failed: Vec::new(),
     next_handle: 0x1000,
 });
@@ -157,6 +166,23 @@ fn words(code: Code) -> Option<[&'static CStr; 2]> {
             c"pointer does not correspond to a registered memory region",
         ],
         LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
+        graphs::UNSUPPORTED => {
+            [c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing"]
+        }
+        graphs::INVALIDATED => {
+            [c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", c"operation failed due to a previous error during capture"]
+        }
+        graphs::UNJOINED => [c"CUDA_ERROR_STREAM_CAPTURE_UNJOINED", c"capturing stream has unjoined work"],
+        graphs::ISOLATION => {
+            [c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION", c"dependency created on uncaptured work in another stream"]
+        }
+        CAPTURED_EVENT => {
+            [c"CUDA_ERROR_CAPTURED_EVENT", c"operation not permitted on an event last recorded in a capturing stream"]
+        }
+        graphs::WRONG_THREAD => [
+            c"CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
+            c"attempt to terminate a thread-local capture sequence from another thread",
+        ],
         NOT_SUPPORTED => [c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"],
         _ => return None,
     })

@@ -4,6 +4,7 @@ use crate::{ALREADY_REGISTERED, Code, Driver, INVALID_VALUE, NOT_REGISTERED, OUT
 use std::env;
 use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::ptr::null_mut;
+use std::sync::Arc;
 
 /// Of a GPU: as many MiB as LOCKSTEP_EMULATOR_MEMORY_MIB says, else 8 GiB.
 pub fn total_bytes() -> usize {
@@ -118,6 +119,7 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Code {
     in_context(|driver| {
+        driver.outside_captures()?;
         require(bytes > 0, INVALID_VALUE)?;
         require(bytes <= driver.free(), OUT_OF_MEMORY)?;
         let (at, allocation) = map(bytes).ok_or(OUT_OF_MEMORY)?;
@@ -130,12 +132,16 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Code 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> Code {
     streams::run_everything();
-    in_context(|driver| driver.device_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE))
+    in_context(|driver| {
+        driver.outside_captures()?;
+        driver.device_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE)
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, flags: c_uint) -> Code {
     in_context(|driver| {
+        driver.outside_captures()?;
         require(bytes > 0 && flags <= 7, INVALID_VALUE)?;
         let (at, allocation) = map(bytes).ok_or(OUT_OF_MEMORY)?;
         unsafe { give(address, at as *mut c_void) }?;
@@ -147,7 +153,10 @@ pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize,
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> Code {
     streams::run_everything();
-    in_context(|driver| driver.host_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE))
+    in_context(|driver| {
+        driver.outside_captures()?;
+        driver.host_memory.remove(&(address as usize)).map(drop).ok_or(INVALID_VALUE)
+    })
 }
 
 /// Refuses all memory where `LOCKSTEP_EMULATOR_REFUSES=register`, as a driver does under a limit.
@@ -176,19 +185,24 @@ fn put_copy(stream: usize, (from, to): (usize, usize), bytes: usize) -> Code {
         unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
         Ok(())
     };
-    streams::put(stream, Box::new(copy))
+    streams::put(stream, Arc::new(copy))
 }
 
-/// The addresses that `find` gives, once the call's arguments are right.
+/// The addresses that `find` gives, once the call's arguments are right, and whether the GPU reaches each by itself.
 fn ranges(
     stream: usize,
     find: impl FnOnce(&Driver) -> Result<(usize, usize), Code>,
 ) -> Result<((usize, usize), [bool; 2]), Code> {
     let mut found = Err(SUCCESS);
     let code = in_context(|driver| {
-        driver.stream(stream)?;
+        let capture = driver.stream(stream)?.capture;
         let (from, to) = find(driver)?;
-        found = Ok(((from, to), [driver.is_pinned(from), driver.is_pinned(to)]));
+        let at_hand =
+            [from, to].map(|address| driver.is_pinned(address) || driver.device_range(address as u64, 1).is_ok());
+        if let Some(capture) = capture.filter(|_| at_hand != [true; 2]) {
+            return driver.invalidate(capture);
+        }
+        found = Ok(((from, to), at_hand));
         Ok(())
     });
     found.map_err(|_| code)
@@ -205,7 +219,7 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, byte
                 unsafe { (to as *mut u8).copy_from_nonoverlapping(taken.as_ptr(), taken.len()) };
                 Ok(())
             };
-            streams::put(stream, Box::new(copy))
+            streams::put(stream, Arc::new(copy))
         }
         Err(code) => code,
     }
@@ -242,7 +256,7 @@ pub unsafe extern "C" fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, strea
                 unsafe { (to as *mut u8).write_bytes(value, bytes) };
                 Ok(())
             };
-            streams::put(stream, Box::new(set))
+            streams::put(stream, Arc::new(set))
         }
         Err(code) => code,
     }

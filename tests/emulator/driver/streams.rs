@@ -5,10 +5,13 @@
 //! host that should have waited finds nothing. With `LOCKSTEP_EMULATOR_STREAMS=eager` all work runs at once instead, which
 //! shows where a stream overtakes one that should have been left behind.
 //!
+//! While a stream is captured, what is put into it goes into a graph instead (graphs.rs).
+//!
 //! A GPU is lost when a kernel fails. Here the thread that launched it is told at its next wait, and may go on.
 
 use crate::{
-    Code, Driver, INVALID_HANDLE, INVALID_VALUE, NOT_READY, Object, SUCCESS, driver, give, in_context, require,
+    CAPTURED_EVENT, Code, Driver, INVALID_HANDLE, INVALID_VALUE, NOT_READY, Object, SUCCESS, driver, give, in_context,
+    require,
 };
 use std::collections::VecDeque;
 use std::ffi::{c_uint, c_void};
@@ -17,17 +20,20 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-/// What a step of a stream does.
-pub type Work = Box<dyn FnOnce() -> Result<(), Code> + Send>;
+/// What a step of a stream does. In a graph it does it again and again.
+pub type Work = Arc<dyn Fn() -> Result<(), Code> + Send + Sync>;
 
 pub struct Stream {
     steps: VecDeque<Step>,
     /// How many were put in, and how many of them are done.
     put: u64,
     done: u64,
+    /// The capture that it takes part in.
+    pub capture: Option<usize>,
 }
 
-enum Step {
+#[derive(Clone)]
+pub enum Step {
     Work(Work, ThreadId),
     Record(Arc<Mark>),
     Wait(Arc<Mark>),
@@ -35,7 +41,9 @@ enum Step {
 
 /// A place in a stream, recorded once.
 pub struct Mark {
-    stream: usize,
+    pub stream: usize,
+    /// The capture in which it was recorded: it is a place in that graph, then.
+    pub capture: Option<usize>,
     passed: AtomicBool,
     at: OnceLock<Instant>,
 }
@@ -51,7 +59,7 @@ static RUNNING: Mutex<()> = Mutex::new(());
 
 impl Stream {
     pub const fn new() -> Stream {
-        Stream { steps: VecDeque::new(), put: 0, done: 0 }
+        Stream { steps: VecDeque::new(), put: 0, done: 0, capture: None }
     }
 }
 
@@ -72,8 +80,11 @@ impl Driver {
         }
     }
 
-    fn put(&mut self, stream: usize, step: Step) -> Result<(), Code> {
-        let stream = self.stream(stream)?;
+    fn put(&mut self, handle: usize, step: Step) -> Result<(), Code> {
+        let stream = self.stream(handle)?;
+        if let Some(capture) = stream.capture {
+            return self.put_into_graph(capture, handle, step);
+        }
         stream.steps.push_back(step);
         stream.put += 1;
         Ok(())
@@ -107,6 +118,14 @@ fn after_call(stream: usize, code: Code) -> Code {
         run_all(stream);
     }
     code
+}
+
+/// For a call on a stream, or on an event recorded there, that may not be while it is captured.
+fn not_captured(driver: &mut Driver, stream: usize) -> Result<(), Code> {
+    match driver.stream(stream)?.capture {
+        Some(capture) => driver.invalidate(capture),
+        None => Ok(()),
+    }
 }
 
 /// Runs what is in a stream now.
@@ -162,20 +181,27 @@ fn failure() -> Code {
     first.map_or(SUCCESS, |first| failed.remove(first).1)
 }
 
-/// For the emulators of other libraries: calls `work` with `data` when it is the stream's turn. `work` gives a CUresult, and frees
-/// `data`.
+/// For the emulators of other libraries: calls `work` with `data` whenever it is the stream's turn, and `free` when it will not be
+/// any more. `work` gives a CUresult.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn emulator_put(
     stream: usize,
     work: unsafe extern "C" fn(*mut c_void) -> Code,
     data: *mut c_void,
+    free: unsafe extern "C" fn(*mut c_void),
 ) -> Code {
-    let data = data as usize;
-    let call = move || match unsafe { work(data as *mut c_void) } {
+    struct Data(usize, unsafe extern "C" fn(*mut c_void));
+    impl Drop for Data {
+        fn drop(&mut self) {
+            unsafe { (self.1)(self.0 as *mut c_void) };
+        }
+    }
+    let data = Data(data as usize, free);
+    let call = move || match unsafe { work((&data).0 as *mut c_void) } {
         SUCCESS => Ok(()),
         code => Err(code),
     };
-    put(stream, Box::new(call))
+    put(stream, Arc::new(call))
 }
 
 /// As above: runs what is in the stream now, as if somebody waited for it.
@@ -206,7 +232,7 @@ pub unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
 /// Whoever asks again and again gets a step further each time.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
-    let code = in_context(|driver| driver.stream(stream).map(drop));
+    let code = in_context(|driver| not_captured(driver, stream));
     if code != SUCCESS {
         return code;
     }
@@ -220,7 +246,7 @@ pub unsafe extern "C" fn cuStreamQuery(stream: usize) -> Code {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
-    let code = in_context(|driver| driver.stream(stream).map(drop));
+    let code = in_context(|driver| not_captured(driver, stream));
     if code != SUCCESS {
         return code;
     }
@@ -234,6 +260,7 @@ pub unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, flags: c
         require(flags <= 1, INVALID_VALUE)?;
         // An event that was never recorded is no reason to wait.
         let Some(mark) = driver.event(event)?.mark.clone() else { return driver.stream(stream).map(drop) };
+        driver.meet(stream, &mark)?;
         driver.put(stream, Step::Wait(mark))
     });
     after_call(stream, code)
@@ -262,7 +289,8 @@ pub unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
 pub unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
     let code = in_context(|driver| {
         driver.event(event)?;
-        let mark = Arc::new(Mark { stream, passed: AtomicBool::new(false), at: OnceLock::new() });
+        let capture = driver.stream(stream)?.capture;
+        let mark = Arc::new(Mark { stream, capture, passed: AtomicBool::new(false), at: OnceLock::new() });
         driver.put(stream, Step::Record(mark.clone()))?;
         driver.event(event)?.mark = Some(mark);
         Ok(())
@@ -294,7 +322,10 @@ fn on_mark(event: usize, wait: impl FnOnce(&Mark) -> Code) -> Code {
     let mut mark = None;
     let code = in_context(|driver| {
         mark = driver.event(event)?.mark.clone();
-        Ok(())
+        match mark.as_ref().and_then(|mark| mark.capture) {
+            Some(capture) => driver.invalidate(capture).and(Err(CAPTURED_EVENT)),
+            None => Ok(()),
+        }
     });
     if code != SUCCESS {
         return code;

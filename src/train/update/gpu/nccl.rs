@@ -52,7 +52,11 @@ pub fn connect(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) ->
         ReduceDtype::F32 => DataType::Float32,
         ReduceDtype::Bf16 => DataType::Bfloat16,
     };
-    Nccl::connect(&Gpu::of_this_rank()?, of, comm, &rank.health).map(Some)
+    let joined = Nccl::connect(&Gpu::of_this_rank()?, of, comm, &rank.health);
+    joined.map(Some).map_err(|error| match error.kind() {
+        Kind::Device => Error::device(format!("{error}. parallel.transport = \"shm\" or \"tcp\" does without it")),
+        _ => error,
+    })
 }
 
 /// A rank's host, and the version of NCCL that it has found, or why none.
