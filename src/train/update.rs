@@ -24,6 +24,7 @@ use crate::error::Result;
 use crate::model::net::Net;
 use crate::model::params::{Param, ParamTable, Role};
 use crate::model::weights::Weights;
+use crate::optim::cuda::Control;
 use crate::optim::{self, At, Optimizer, clip};
 use std::ops::Range;
 use std::sync::Arc;
@@ -47,6 +48,10 @@ pub trait Update: Work {
     }
     /// On a GPU how gradients become sums; it is told of every bucket that backward has enqueued.
     fn reduction(&self) -> Option<Arc<dyn Reduction>> {
+        None
+    }
+    /// On a GPU what halts a step.
+    fn control(&self) -> Option<Arc<Control>> {
         None
     }
     /// For each parameter.

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// Every kind of layer that AlexNet has, batch normalisation, and a last batch of the epoch that is short.
+/// Every kind of layer that AlexNet has, batch normalisation, several buckets, and a last batch of the epoch that is short.
 const CONFIG: &str = r#"
 [run]
 name = "gpu"
@@ -21,6 +21,8 @@ test = 24
 [batch]
 global = 16
 micro = 4
+[parallel]
+bucket_mib = 0.002
 [model]
 input = [32, 32, 3]
 [[model.layers]]
@@ -164,6 +166,41 @@ fn one_two_and_four_gpu_ranks_end_with_the_same_weights() {
             assert_eq!(of(4, &["parallel.transport=tcp"]), one);
         }
     }
+}
+
+/// Whatever order of the streams their events leave open. Late is how the emulator runs them otherwise.
+#[test]
+fn streams_that_run_in_another_order_do_the_same() {
+    let Some(runs) = Runs::new() else { return };
+    let digest = |order: &str, ranks: usize, rule: &str| {
+        let mut command =
+            runs.command(&format!("{order}-{ranks}-{rule}"), ranks, &["run.device=cuda", "run.steps=4", rule]);
+        command.env("LOCKSTEP_EMULATOR_STREAMS", order).assert().success();
+        summary(&runs.out(&format!("{order}-{ranks}-{rule}")))["weights_digest"].clone()
+    };
+    for rule in ["optimizer.momentum=0.5", "optimizer.clip_norm=0.5"] {
+        let late = digest("late", 1, rule);
+        for (order, ranks) in [("eager", 2), ("mixed", 1), ("mixed", 2)] {
+            assert_eq!(digest(order, ranks, rule), late, "{order}, {ranks} ranks, {rule}");
+        }
+    }
+}
+
+/// As under a limit on locked memory. The warning is one for all ranks of the host.
+#[test]
+fn gradients_find_a_way_through_memory_that_is_not_pinned() {
+    let Some(runs) = Runs::new() else { return };
+    if runs.variables.is_empty() {
+        eprintln!("skipped: a real driver pins what it is given");
+        return;
+    }
+    let settings = ["run.device=cuda", "run.steps=3"];
+    let pinned = runs.train("pinned", 2, &settings);
+    let refused = runs.command("refused", 2, &settings).env("LOCKSTEP_EMULATOR_REFUSES", "register").assert().success();
+    let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+    assert_eq!(said.matches("gradients go to the transport on a slower way").count(), 1, "{said}");
+    assert!(said.contains("ulimit -l"), "{said}");
+    assert_eq!(summary(&runs.out("refused"))["weights_digest"], pinned["weights_digest"]);
 }
 
 #[test]

@@ -7,9 +7,13 @@
 //! results have the bits that `optim::new`'s have.
 //!
 //! What changes from step to step (learning rate, bias corrections, the factor of clipping) lies in device memory, written by
-//! `begin` and `measure`; so the launches of `update` are the same at each step, and a CUDA graph may hold them.
+//! `begin` and `measure`; so the launches of `update` are the same at each step, and a CUDA graph may hold them. A step that turns
+//! out to be bad is halted there too (`Control`).
 
+mod control;
 mod numbers;
+
+pub use control::Control;
 
 use super::{At, Optimizer};
 use crate::config::raw::{self, Rule};
@@ -39,7 +43,8 @@ pub struct Update {
     /// By tensor: the momentum of a running statistic, or less than 0.
     running: Arena,
     numbers: Arena,
-    begin: Kernel<(Write<Numbers>, Numbers)>,
+    control: Arc<Control>,
+    begin: Kernel<(Write<Numbers>, Numbers, Write<u32>)>,
     rule: Kernel<(Arenas,)>,
     norms: Option<Norms>,
 }
@@ -75,6 +80,7 @@ struct Arenas {
     chunks: usize,
     running: usize,
     numbers: usize,
+    halt: usize,
     params: usize,
     grads: usize,
     state: [usize; 2],
@@ -84,7 +90,7 @@ struct Arenas {
     end: u64,
 }
 
-// SAFETY: the same struct in optim.cu: eleven words of 64 bits.
+// SAFETY: the same struct in optim.cu: twelve words of 64 bits.
 unsafe impl Argument for Arenas {
     fn c_type() -> String {
         "Arenas".to_owned()
@@ -113,6 +119,7 @@ impl Update {
             chunks: uploaded(&gpu, &chunks)?,
             running: uploaded(&gpu, &running)?,
             numbers: gpu.allocate(size_of::<Numbers>())?,
+            control: Arc::new(Control::new(&gpu)?),
             begin: module.kernel("begin_step")?,
             rule: module.kernel(kernel_of(&config.rule))?,
             gpu,
@@ -120,12 +127,18 @@ impl Update {
         })
     }
 
-    /// A step begins: its learning rate and number go to the GPU, in the compute stream.
+    /// By which kernels of others halt a step.
+    pub fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    /// A step begins, which nothing halts yet: its learning rate and number go to the GPU, in the compute stream.
     pub fn begin(&self, at: At) -> Result<()> {
         let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };
         let numbers = Numbers::new(&self.config, at);
+        let arguments = ((&mut whole_mut(&self.numbers)).into(), numbers, (&mut self.control.halt()).into());
         // SAFETY: whoever uses this memory waits for the compute stream, and is waited for by it.
-        unsafe { self.begin.launch(self.gpu.compute(), one, ((&mut whole_mut(&self.numbers)).into(), numbers)) }
+        unsafe { self.begin.launch(self.gpu.compute(), one, arguments) }
     }
 
     /// Where the update needs norms of whole gradients, between `begin` and the first `update` of a step: clips and sets rates.
@@ -150,7 +163,8 @@ impl Update {
         norms.set_rates(stream, &self.numbers, rates)
     }
 
-    /// Updates the parameters, the state and the rounded weights at `elements`, which begin at a multiple of 16.
+    /// Updates the parameters, the state and the rounded weights at `elements`, which begin at a multiple of 16; if the step
+    /// was halted, none of it changes.
     ///
     /// # Safety
     /// The stream has waited for `begin`. All stay allocated, and nobody else touches these elements, until the stream has come
@@ -174,6 +188,7 @@ impl Update {
             chunks: self.chunks.address() + first * size_of::<Chunk>(),
             running: self.running.address(),
             numbers: self.numbers.address(),
+            halt: self.control.halt().address(),
             params: buffers.params.address(),
             grads: buffers.grads.address(),
             state: [state(0), state(1)],

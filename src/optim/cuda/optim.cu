@@ -15,8 +15,9 @@ struct Numbers {
     float l1, l2, clip_value, factor, rate, momentum, eps, decay, gain, first_gain, correction, keep, trust, max_norm;
 };
 
-extern "C" __global__ void begin_step(Numbers* to, Numbers from) {
+extern "C" __global__ void begin_step(Numbers* to, Numbers from, u32* halt) {
     *to = from;
+    *halt = 0;
 }
 
 // Rounded one by one, as on the CPU: what is written with operators the compiler may contract into multiply-adds.
@@ -38,12 +39,13 @@ __device__ inline float penalized(const Numbers& n, float w, float g) {
     return add(add(g, mul(n.l1, sign)), mul(n.l2, w));
 }
 
-// Where a rule works, `Arenas` in mod.rs. Of the arenas all elements are given; it touches those from `first` to `end`. rates: by
-// tensor, for rules whose rate is made from norms.
+// Where a rule works, `Arenas` in mod.rs. Of the arenas all elements are given; it touches those from `first` to `end`, and
+// none if the step was halted. rates: by tensor, for rules whose rate is made from norms.
 struct Arenas {
     const Chunk* chunks;
     const float* running;
     const Numbers* numbers;
+    const u32* halt;
     float* params;
     const float* grads;
     float* a;
@@ -57,6 +59,9 @@ struct Arenas {
 // Where `rounded` is not null it gets w, rounded. A running statistic takes its new value instead.
 template <u32 STATES, typename F>
 __device__ inline void update(const Arenas& arenas, F rule) {
+    if (*arenas.halt) {
+        return;
+    }
     const Chunk chunk = arenas.chunks[blockIdx.x];
     const u64 start = chunk.first > arenas.first ? chunk.first : arenas.first;
     const u64 stop = chunk.first + chunk.len < arenas.end ? chunk.first + chunk.len : arenas.end;

@@ -34,6 +34,7 @@ use crate::launch::watch::Health;
 use crate::model::net::Net;
 use crate::model::params::{Param, ParamTable, TAIL};
 use crate::model::weights::Weights;
+use crate::optim::cuda::Control;
 use crate::optim::{self, At};
 use crate::train::checkpoint::{State, Tensor, state_name};
 use nccl::ByNccl;
@@ -150,6 +151,10 @@ impl Update for GpuUpdater {
 
     fn reduction(&self) -> Option<Arc<dyn Reduction>> {
         Some(self.reduction.clone())
+    }
+
+    fn control(&self) -> Option<Arc<Control>> {
+        Some(self.rule.control().clone())
     }
 
     fn state_tensors(&self) -> usize {

@@ -2,8 +2,9 @@
 //!
 //! What is put into a stream runs as late as its order allows: when the host waits for it, or when work of another stream does
 //! for which the host waits. A stream that should have waited for another thus finds what the other has not done yet, and a
-//! host that should have waited finds nothing. With `LOCKSTEP_EMULATOR_STREAMS=eager` all work runs at once instead, which
-//! shows where a stream overtakes one that should have been left behind.
+//! host that should have waited finds nothing. With `LOCKSTEP_EMULATOR_STREAMS=eager` all work runs at once instead. With
+//! `mixed` any stream may run a bit of what its order allows whenever something is put into any: that shows where one
+//! overtakes another for which it should have waited.
 //!
 //! While a stream is captured, what is put into it goes into a graph instead (graphs.rs).
 //!
@@ -15,7 +16,7 @@ use crate::{
 };
 use std::collections::VecDeque;
 use std::ffi::{c_uint, c_void};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
@@ -61,6 +62,14 @@ impl Stream {
     pub const fn new() -> Stream {
         Stream { steps: VecDeque::new(), put: 0, done: 0, capture: None }
     }
+
+    /// The stream that has to go on before this one does.
+    fn waits_for(&self) -> Option<usize> {
+        match self.steps.front() {
+            Some(Step::Wait(mark)) if !mark.passed.load(Relaxed) => Some(mark.stream),
+            _ => None,
+        }
+    }
 }
 
 impl Driver {
@@ -92,14 +101,19 @@ impl Driver {
 
     /// The first step of a stream, or of that for which it has to wait.
     fn next_for(&mut self, stream: usize) -> Option<(usize, Step)> {
-        let first = self.stream(stream).ok()?.steps.front()?;
-        if let Step::Wait(mark) = first
-            && !mark.passed.load(Relaxed)
-        {
-            let before = mark.stream;
-            return self.next_for(before);
+        match self.stream(stream).ok()?.waits_for() {
+            Some(other) => self.next_for(other),
+            None => self.next_of(stream),
         }
-        self.stream(stream).ok()?.steps.pop_front().map(|step| (stream, step))
+    }
+
+    /// The first step of a stream that does not have to wait.
+    fn next_of(&mut self, handle: usize) -> Option<(usize, Step)> {
+        let stream = self.stream(handle).ok()?;
+        if stream.waits_for().is_some() {
+            return None;
+        }
+        stream.steps.pop_front().map(|step| (handle, step))
     }
 }
 
@@ -111,11 +125,13 @@ pub fn put(stream: usize, work: Work) -> Code {
 
 /// What every call does that put something into a stream.
 fn after_call(stream: usize, code: Code) -> Code {
-    static EAGER: OnceLock<bool> = OnceLock::new();
-    if code == SUCCESS
-        && *EAGER.get_or_init(|| std::env::var("LOCKSTEP_EMULATOR_STREAMS").is_ok_and(|how| how == "eager"))
-    {
-        run_all(stream);
+    static ORDER: OnceLock<String> = OnceLock::new();
+    let order = ORDER.get_or_init(|| std::env::var("LOCKSTEP_EMULATOR_STREAMS").unwrap_or_default());
+    match &**order {
+        _ if code != SUCCESS => {}
+        "eager" => run_all(stream),
+        "mixed" => run_some(),
+        _ => {}
     }
     code
 }
@@ -136,16 +152,23 @@ pub fn run_all(stream: usize) {
 
 /// Runs what is in any stream now.
 pub fn run_everything() {
-    let streams: Vec<usize> = {
-        let driver = driver();
-        driver
-            .objects
-            .iter()
-            .filter(|(_, object)| matches!(object, Object::Stream(_)))
-            .map(|(handle, _)| *handle)
-            .collect()
-    };
-    streams.into_iter().chain([0]).for_each(run_all);
+    all_streams().into_iter().for_each(run_all);
+}
+
+/// Runs a few steps of one stream, both as chance has it, that need no other stream.
+fn run_some() {
+    static CHANCE: AtomicU64 = AtomicU64::new(1);
+    let chance = CHANCE.fetch_add(1, Relaxed).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let chance = (chance ^ (chance >> 32)).wrapping_mul(0xD6E8_FEB8_6659_FD93) >> 32;
+    let streams = all_streams();
+    let stream = streams[chance as usize % streams.len()];
+    let steps = chance / streams.len() as u64 % 16;
+    let _ = (0..steps).try_for_each(|_| run_next(|driver| driver.next_of(stream)).then_some(()));
+}
+
+fn all_streams() -> Vec<usize> {
+    let is_stream = |(_, object): &(&usize, &Object)| matches!(object, Object::Stream(_));
+    driver().objects.iter().filter(is_stream).map(|(handle, _)| *handle).chain([0]).collect()
 }
 
 fn run_until(stream: usize, over: impl Fn(&mut Driver) -> bool) {
@@ -154,8 +177,13 @@ fn run_until(stream: usize, over: impl Fn(&mut Driver) -> bool) {
 
 /// Runs one step of a stream, or of that for which it has to wait. False where there is none.
 fn run_one(stream: usize) -> bool {
+    run_next(|driver| driver.next_for(stream))
+}
+
+/// Runs the step that is taken out of a stream, if there is one.
+fn run_next(take: impl FnOnce(&mut Driver) -> Option<(usize, Step)>) -> bool {
     let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some((of, step)) = driver().next_for(stream) else { return false };
+    let Some((of, step)) = take(&mut driver()) else { return false };
     match step {
         Step::Work(work, by) => {
             if let Err(code) = work() {
