@@ -41,7 +41,6 @@ const LAUNCH_FAILED: Code = 719;
 const CAPTURED_EVENT: Code = 907;
 const NOT_SUPPORTED: Code = 801;
 
-
 /// All that is alive.
 struct Driver {
     initialized: bool,
