@@ -32,7 +32,7 @@ pub fn gpu() -> Vec<u8> {
     }
     let host = std::env::var("NCCL_HOSTID").unwrap_or_default();
     let shared = std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1");
-    let own = if shared { std::process::id().to_string() } else { String::new() };
+    let own = if shared { format!("{}-{:?}", std::process::id(), std::thread::current().id()) } else { String::new() };
     [host.as_bytes(), &uuid[..], own.as_bytes()].join(&b'/')
 }
 
