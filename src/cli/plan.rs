@@ -2,7 +2,8 @@
 
 use super::bytes;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
-use crate::config::raw::Config;
+use crate::config::raw::{Config, Resident};
+use crate::data::augment;
 use crate::device::{self, Place};
 use crate::error::{Error, Result};
 use crate::model::params::{ParamTable, Role};
@@ -42,7 +43,7 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
     let _ =
         write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan, chosen));
     let _ = write!(text, "\n# A step and rank\n\n{}", traffic(config, &params, &plan));
-    let _ = write!(text, "\n# The run\n\n{}", run(&plan, parts.samples()));
+    let _ = write!(text, "\n# The run\n\n{}{}", run(&plan, parts.samples()), images(config, &net, &plan, &parts));
     Ok(text)
 }
 
@@ -172,6 +173,26 @@ fn run(plan: &Plan, samples: Samples) -> String {
         cadence(plan.checkpoint),
         plan.log_every_steps,
     )
+}
+
+/// How images get to a GPU.
+fn images(config: &Config, net: &NetSpec, plan: &Plan, parts: &Parts) -> String {
+    if device::choose(config.run.device) == Place::Host {
+        return String::new();
+    }
+    let data = &config.data.shared;
+    let pixels = |samples: usize| bytes(samples * net.input.len());
+    let all = pixels(parts.samples().train);
+    match data.resident {
+        Resident::On => format!("images       all in the GPU's memory, {all} of pixels for training\n"),
+        Resident::Auto if !augment::scales(&data.augment, parts.train.shape(), net.input) => {
+            format!(
+                "images       in the GPU's memory where they take at most a tenth of what is free, {all} of pixels for \
+                 training\n"
+            )
+        }
+        _ => format!("images       sent to the GPU, {} of pixels a batch\n", pixels(plan.micro_batch)),
+    }
 }
 
 fn trainable(node: &Node) -> usize {

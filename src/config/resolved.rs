@@ -48,12 +48,13 @@ impl Config {
 /// unnoticed. Left out is what may change between two parts of one run: its end, its parallelism, its precision (a
 /// checkpoint is f32 in any), its device, its housekeeping, and where the data lies.
 pub fn difference(a: &Table, b: &Table) -> Vec<String> {
-    const FREE: [&str; 19] = [
+    const FREE: [&str; 21] = [
         "run.name",
         "run.precision",
         "run.device",
         "run.tf32",
         "run.deterministic",
+        "run.cuda_graphs",
         "run.epochs",
         "run.steps",
         "run.target_accuracy",
@@ -61,6 +62,7 @@ pub fn difference(a: &Table, b: &Table) -> Vec<String> {
         "data.path",
         "data.workers",
         "data.prefetch",
+        "data.resident",
         "data.on_bad_image",
         "data.max_pixels",
         "data.max_image_bytes",

@@ -111,6 +111,11 @@ fn check_framing(steps: &[Augment], shape: Option<Shape>, input: Shape) -> Resul
     }
 }
 
+/// Whether images of this shape, or of any where none is given, are scaled to become the model's input.
+pub fn scales(steps: &[Augment], shape: Option<Shape>, input: Shape) -> bool {
+    framing(steps, shape, input).scaling != Scaling::Native
+}
+
 fn refuse<T>(what: impl std::fmt::Display) -> Result<T> {
     Err(Error::usage(format!("`[data] augment` {what}")))
 }
@@ -223,18 +228,7 @@ impl Augmenter {
             Some(multiples) => self.lit(multiples, tables),
             None => &self.tables,
         };
-        let (pixels, stride) = match draw.window.is_native() {
-            true => {
-                let Shape { w, c, .. } = image.shape();
-                let start = (draw.window.top as usize * w + draw.window.left as usize) * c;
-                (image.bytes().get(start..).unwrap_or_default(), w * c)
-            }
-            false => {
-                let source = (image.bytes(), image.shape());
-                let pixels = draw.window.resample(source, self.framing.filter, resizer, resampled)?;
-                (pixels, draw.window.columns.len() * self.input.c)
-            }
-        };
+        let (pixels, stride) = self.seen(image, &draw.window, resizer, resampled)?;
         let row = self.input.w * self.input.c;
         for (y, out) in out.chunks_exact_mut(row).enumerate() {
             match y.checked_sub(draw.window.rows.start) {
@@ -243,6 +237,23 @@ impl Augmenter {
             }
         }
         Ok(())
+    }
+
+    /// What the window shows of an image: its bytes, and how many lie from row to row.
+    fn seen<'i>(
+        &self,
+        image: &'i Image,
+        window: &Window,
+        resizer: &mut Resizer,
+        resampled: &'i mut Vec<u8>,
+    ) -> Result<(&'i [u8], usize)> {
+        if window.is_native() {
+            let Shape { w, c, .. } = image.shape();
+            let start = (window.top as usize * w + window.left as usize) * c;
+            return Ok((image.bytes().get(start..).unwrap_or_default(), w * c));
+        }
+        let pixels = window.resample((image.bytes(), image.shape()), self.framing.filter, resizer, resampled)?;
+        Ok((pixels, window.columns.len() * self.input.c))
     }
 
     fn draw(&self, source: Shape, seed: u64, epoch: u32, index: u64) -> Draw {

@@ -5,6 +5,7 @@
 //! (seed, epoch, position), so no batch depends on the number of ranks or threads, or on what was read before.
 
 pub mod augment;
+pub mod batch;
 mod cifar;
 pub mod encoded;
 mod files;
@@ -17,10 +18,13 @@ pub mod order;
 pub mod pack;
 pub mod partition;
 pub mod queue;
+pub mod resident;
 pub mod sampler;
 mod shapes;
 mod synthetic;
 pub mod tfrecord;
+
+pub use batch::Batch;
 
 use crate::config::raw::{Data, Format};
 use crate::error::{Error, Result};
@@ -98,34 +102,6 @@ pub fn open(data: &Data, target: Target, seed: u64) -> Result<Sets> {
             Err(Error::data(format!("the training images are {train}, the test images {test}; both must be one shape")))
         }
         _ => Ok(sets),
-    }
-}
-
-/// A rank's samples of one micro-batch (or of one evaluation step), normalised, NHWC, and where they stand in the run.
-#[derive(Debug, Default)]
-pub struct Batch {
-    /// (count, H, W, C)
-    pub images: Vec<f32>,
-    /// (count)
-    pub labels: Vec<u32>,
-    /// Indices into the dataset.
-    pub indices: Vec<u32>,
-    /// The round of the epoch in which each is used, as `Sampler::rounds`.
-    pub rounds: Vec<u32>,
-    pub epoch: u32,
-    /// Number of the step in its epoch.
-    pub step: usize,
-    /// Number of the micro-batch in its step, counted over all ranks.
-    pub micro: usize,
-    /// Position in the epoch's order of the first sample.
-    pub position: usize,
-    /// Samples of the whole step, over all ranks and micro-batches: less than the global batch where the epoch ends.
-    pub step_count: usize,
-}
-
-impl Batch {
-    pub fn count(&self) -> usize {
-        self.labels.len()
     }
 }
 

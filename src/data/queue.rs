@@ -14,6 +14,7 @@
 mod schedule;
 
 use super::augment::{Augmenter, Workspace};
+use super::batch::{Desk, Form};
 use super::image::Image;
 use super::partition::{Batching, share};
 use super::sampler::Sampler;
@@ -36,6 +37,7 @@ const VALUES_AT_A_TIME: usize = 1 << 16;
 #[derive(Clone)]
 pub struct Loader {
     pub augmenter: Augmenter,
+    pub form: Form,
     pub sampler: raw::Sampler,
     pub seed: u64,
     /// Threads of this queue.
@@ -83,6 +85,8 @@ pub struct DataQueue {
     workers: Vec<JoinHandle<()>>,
     /// The batch in the step's hands.
     current: Batch,
+    /// The one after it, once somebody has asked for it.
+    ahead: Option<Filling>,
     /// The ticket that the step waits for.
     next: u64,
 }
@@ -90,6 +94,7 @@ pub struct DataQueue {
 struct Shared {
     dataset: Arc<dyn Dataset>,
     augmenter: Augmenter,
+    form: Form,
     seed: u64,
     skipped: Arc<Skipped>,
     on_damage: OnDamage,
@@ -147,12 +152,12 @@ struct Chunk {
     /// The batch's vectors, which stay where they are until all of its samples are done.
     indices: *const u32,
     rounds: *const u32,
-    images: *mut f32,
+    desk: Desk,
 }
 
 /// A worker's own.
 #[derive(Default)]
-struct Desk {
+struct Tools {
     image: Image,
     workspace: Workspace,
 }
@@ -206,11 +211,15 @@ impl DataQueue {
         let workers = loader.workers.max(1);
         let ahead = loader.prefetch.max(workers);
         let values = loader.augmenter.output().len();
-        let free = (0..ahead).map(|_| buffer(largest, values)).collect::<Result<_>>()?;
-        let current = buffer(largest, values)?;
+        let buffer = || Batch::with_room(loader.form, largest, values);
+        // A packet is on its way while the step has the one before.
+        let buffers = ahead + usize::from(matches!(loader.form, Form::Packet { .. }));
+        let free = (0..buffers).map(|_| buffer()).collect::<Result<_>>()?;
+        let current = buffer()?;
         let shared = Arc::new(Shared {
             dataset,
             augmenter: loader.augmenter,
+            form: loader.form,
             seed: loader.seed,
             skipped: loader.skipped,
             on_damage,
@@ -218,7 +227,7 @@ impl DataQueue {
             state: Mutex::new(State {
                 schedule,
                 free,
-                slots: std::iter::repeat_with(|| None).take(ahead).collect(),
+                slots: std::iter::repeat_with(|| None).take(buffers).collect(),
                 given: 0,
                 ended: false,
             }),
@@ -226,7 +235,7 @@ impl DataQueue {
             filled: Condvar::new(),
             closed: AtomicBool::new(false),
         });
-        let mut queue = DataQueue { shared, workers: Vec::with_capacity(workers), current, next: 0 };
+        let mut queue = DataQueue { shared, workers: Vec::with_capacity(workers), current, ahead: None, next: 0 };
         for number in 0..workers {
             let shared = queue.shared.clone();
             let worker = std::thread::Builder::new().name(format!("data-{number}")).spawn(move || shared.work());
@@ -237,9 +246,28 @@ impl DataQueue {
 
     /// Waits at most `patience` for the next batch and says whether `next` would return at once.
     pub fn ready(&self, patience: Duration) -> bool {
+        if self.ahead.is_some() {
+            return true;
+        }
         let state = self.shared.state.lock().unwrap();
         let waited = self.shared.filled.wait_timeout_while(state, patience, |state| !state.has(self.next));
         waited.unwrap().0.has(self.next)
+    }
+
+    /// What `next` has given last.
+    pub fn current(&self) -> &Batch {
+        &self.current
+    }
+
+    /// What `next` will give, where that is made already and without fault. The caller may read it until it is done with the
+    /// batch that `next` gives then.
+    pub fn ahead(&mut self) -> Option<&Batch> {
+        if self.ahead.is_none() {
+            let mut state = self.shared.state.lock().unwrap();
+            self.ahead = if state.has(self.next) { state.take(self.next) } else { None };
+            self.next += u64::from(self.ahead.is_some());
+        }
+        self.ahead.as_ref().filter(|filling| filling.failed.is_none()).map(|filling| &filling.batch)
     }
 
     /// The next batch, or none after the last. It is the caller's until the next call. The error of a sample comes with
@@ -248,33 +276,23 @@ impl DataQueue {
     pub fn next(&mut self) -> Result<Option<&Batch>> {
         let shared = &self.shared;
         let state = shared.state.lock().unwrap();
-        let mut state = shared.filled.wait_while(state, |state| !state.has(self.next)).unwrap();
-        let Some(Filling { batch, failed, .. }) = state.take(self.next) else { return Ok(None) };
-        self.next += 1;
-        state.free.push(std::mem::replace(&mut self.current, batch));
+        let (mut state, filling) = match self.ahead.take() {
+            Some(filling) => (state, filling),
+            None => {
+                let mut state = shared.filled.wait_while(state, |state| !state.has(self.next)).unwrap();
+                let Some(filling) = state.take(self.next) else { return Ok(None) };
+                self.next += 1;
+                (state, filling)
+            }
+        };
+        state.free.push(std::mem::replace(&mut self.current, filling.batch));
         drop(state);
         shared.work.notify_one();
-        match failed {
+        match filling.failed {
             None => Ok(Some(&self.current)),
             Some((_, error)) => Err(error),
         }
     }
-}
-
-/// An empty batch with room for `samples` samples of `values` values each.
-fn buffer(samples: usize, values: usize) -> Result<Batch> {
-    let mut batch = Batch::default();
-    let images = samples.saturating_mul(values);
-    let room = (batch.images.try_reserve_exact(images))
-        .and_then(|()| batch.labels.try_reserve_exact(samples))
-        .and_then(|()| batch.indices.try_reserve_exact(samples))
-        .and_then(|()| batch.rounds.try_reserve_exact(samples));
-    room.map(|()| batch).map_err(|_| {
-        Error::device(format!(
-            "out of memory: there is no room for one more batch of {samples} samples of {values} values; lower \
-             data.prefetch or the batch"
-        ))
-    })
 }
 
 impl Drop for DataQueue {
@@ -310,21 +328,22 @@ impl State {
     fn chunk(&mut self, most: usize) -> Option<Chunk> {
         let ticket = self.given.checked_sub(1)?;
         let filling = self.slot(ticket).as_mut()?;
-        let Batch { epoch, step, ref indices, ref rounds, ref mut images, .. } = filling.batch;
+        let desk = filling.batch.desk();
+        let Batch { epoch, step, ref indices, ref rounds, .. } = filling.batch;
         let places = filling.taken..indices.len().min(filling.taken + most);
         filling.taken = places.end;
-        let (indices, rounds, images) = (indices.as_ptr(), rounds.as_ptr(), images.as_mut_ptr());
-        (!places.is_empty()).then_some(Chunk { ticket, epoch, step, places, indices, rounds, images })
+        let (indices, rounds) = (indices.as_ptr(), rounds.as_ptr());
+        (!places.is_empty()).then_some(Chunk { ticket, epoch, step, places, indices, rounds, desk })
     }
 }
 
 impl Shared {
     /// A worker's life.
     fn work(&self) {
-        let mut desk = Desk::default();
+        let mut tools = Tools::default();
         while let Some(chunk) = self.next_chunk() {
             for place in chunk.places.clone() {
-                let outcome = catch_unwind(AssertUnwindSafe(|| self.fill(&chunk, place, &mut desk)))
+                let outcome = catch_unwind(AssertUnwindSafe(|| self.fill(&chunk, place, &mut tools)))
                     .unwrap_or_else(|_| Err(Error::internal("a data worker panicked; its message is above")));
                 self.done(chunk.ticket, place, outcome);
             }
@@ -361,7 +380,7 @@ impl Shared {
             return;
         }
         let left = batch.indices.len();
-        batch.images.resize(left * self.augmenter.output().len(), 0.0);
+        batch.open(left, self.augmenter.output().len());
         batch.labels.extend(batch.indices.iter().map(|&index| self.dataset.label(index as usize)));
         let ticket = state.given;
         state.given += 1;
@@ -374,25 +393,44 @@ impl Shared {
         }
     }
 
-    /// Reads and augments one sample of a batch; false where it is left out.
-    fn fill(&self, chunk: &Chunk, place: usize, desk: &mut Desk) -> Result<bool> {
+    /// Writes one sample of a batch; false where it is left out.
+    fn fill(&self, chunk: &Chunk, place: usize, tools: &mut Tools) -> Result<bool> {
         if self.closed.load(Relaxed) {
             return Ok(true);
         }
-        let values = self.augmenter.output().len();
-        // SAFETY: the batch has as many of all three, and no vector is touched until this place is done.
+        // SAFETY: the batch has as many of both as samples, and no vector is touched until this place is done.
         let (index, round) = unsafe { (*chunk.indices.add(place), *chunk.rounds.add(place)) };
-        // SAFETY: and no other worker has this place.
-        let out = unsafe { std::slice::from_raw_parts_mut(chunk.images.add(place * values), values) };
-        let read = self.read(index as usize, &mut desk.image).map_err(|error| {
+        let draws = (self.seed, chunk.epoch, u64::from(round) << 32 | u64::from(index));
+        if let (Desk::Packet { placements, .. }, Form::Packet { resident: true, .. }) = (chunk.desk, self.form) {
+            let placement = self.augmenter.placement(index, draws)?;
+            // SAFETY: no other worker has this place.
+            unsafe { placements.add(place).write(placement) };
+            return Ok(true);
+        }
+        let Tools { image, workspace } = tools;
+        let read = self.read(index as usize, image).map_err(|error| {
             let Chunk { epoch, step, .. } = chunk;
             error.context(format_args!("sample {index}, wanted in epoch {epoch} by step {step}"))
         })?;
-        if read {
-            let draws = (self.seed, chunk.epoch, u64::from(round) << 32 | u64::from(index));
-            self.augmenter.apply(&desk.image, &mut desk.workspace, out, draws)?;
+        if !read {
+            return Ok(false);
         }
-        Ok(read)
+        let values = self.augmenter.output().len();
+        match chunk.desk {
+            Desk::Values(images) => {
+                // SAFETY: as above.
+                let out = unsafe { std::slice::from_raw_parts_mut(images.add(place * values), values) };
+                self.augmenter.apply(image, workspace, out, draws)?;
+            }
+            Desk::Packet { placements, pixels } => {
+                // SAFETY: as above.
+                let out = unsafe { std::slice::from_raw_parts_mut(pixels.add(place * values), values) };
+                let placement = self.augmenter.cut(image, workspace, (out, place as u32), draws)?;
+                // SAFETY: as above.
+                unsafe { placements.add(place).write(placement) };
+            }
+        }
+        Ok(true)
     }
 
     /// Reads a sample, or what stands in for it; false where it is left out.
@@ -426,24 +464,19 @@ impl Shared {
         }
         filling.left -= 1;
         if filling.left == 0 {
-            filling.leave_out(self.augmenter.output().len());
+            filling.close(self.augmenter.output().len());
             self.filled.notify_one();
         }
     }
 }
 
 impl Filling {
-    /// Closes the gaps of what is left out. values: of a sample.
-    fn leave_out(&mut self, values: usize) {
+    /// Takes out what is left out. values: of a sample.
+    fn close(&mut self, values: usize) {
         let Filling { batch, out, .. } = self;
         out.sort_unstable();
-        for &place in out.iter().rev() {
-            batch.labels.remove(place);
-            batch.indices.remove(place);
-            batch.rounds.remove(place);
-            batch.images.copy_within((place + 1) * values.., place * values);
-            batch.images.truncate(batch.indices.len() * values);
-        }
+        out.iter().rev().for_each(|&place| batch.remove(place, values));
+        batch.close();
     }
 }
 

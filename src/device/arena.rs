@@ -10,6 +10,7 @@ pub const ALIGN: usize = 64;
 
 /// A fixed block of zeroed memory. It knows where it lives and, through `owner`, how it is given back; it does not know
 /// whether it came from the heap, from a shared mapping, or from a GPU.
+#[derive(Debug)]
 pub struct Arena {
     place: Place,
     address: usize,

@@ -133,6 +133,10 @@ impl Net {
         &mut self.stopwatch
     }
 
+    pub fn is_timed(&self) -> bool {
+        self.stopwatch.is_some()
+    }
+
     /// Output of the last forward, in f32: (batch, outputs).
     pub fn output(&self, pass: &Pass) -> Slice<'_> {
         self.cut(&self.plan.output, self.output_bytes(pass)).into_shared()

@@ -4,16 +4,14 @@
 //! A layer's backward computes its two gradients in one call, for they share what they read. What each costs is found in
 //! more steps after the timed ones, in which each such layer is first asked for the gradient by its parameters alone.
 
+use super::feed::Feed;
 use super::gradient::Sums;
 use super::learner::{Learner, Step};
 use super::{Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
-use crate::data::{
-    self,
-    queue::{DataQueue, Position},
-};
+use crate::data::{self, queue::Position};
 use crate::error::{Error, Kind, Result};
 use crate::model::net::Net;
 use crate::model::precision::Precision;
@@ -71,8 +69,10 @@ pub fn run(
     gpus::take(config, rank, &mut *comm)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
     let learner = setup::learner(config, &plan, &parts, rank, comm)?;
-    let queue = setup::queue(config, &plan, &parts, &rank.world, parts.loader(config)?, Position::default())?;
-    let mut bench = Bench { rank, learner, queue, clock: Clock::start(), done: 0 };
+    let loader = parts.loader(config)?;
+    let inlet = setup::inlet(config, &plan)?;
+    let feed = setup::feed(config, &plan, &parts, rank, (loader, inlet), Position::default())?;
+    let mut bench = Bench { rank, learner, feed, clock: Clock::start(), done: 0 };
 
     bench.steps(steps.warmup)?;
     *bench.learner.net.stopwatch_mut() = Some(Stopwatch::new(bench.learner.net.spec().nodes.len()));
@@ -110,7 +110,7 @@ pub fn run(
 struct Bench<'a> {
     rank: &'a Rank,
     learner: Learner,
-    queue: DataQueue,
+    feed: Feed,
     clock: Clock,
     done: u64,
 }
@@ -135,7 +135,7 @@ impl Bench<'_> {
         let (start, before) = (Instant::now(), *self.clock.budget());
         let step = Step {
             number: self.done,
-            queue: &mut self.queue,
+            feed: &mut self.feed,
             clock: &mut self.clock,
             health: &self.rank.health,
             flags: Sums::default(),

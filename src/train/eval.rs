@@ -1,11 +1,14 @@
 //! Evaluation: every rank takes its share of the set, and the sums go round once.
 
-use super::feed::Feed;
+use super::feed::{Feed, Way};
+use super::judge::Judge;
 use crate::data::queue::{DataQueue, Loader};
 use crate::data::{Batch, Dataset};
 use crate::device::SliceMut;
 use crate::error::{Error, Result};
+use crate::launch::watch::Health;
 use crate::model::Pass;
+use crate::model::loss::LossOut;
 use crate::model::net::Net;
 use crate::report::{Evaluation, Set};
 use std::sync::Arc;
@@ -13,16 +16,29 @@ use std::time::Duration;
 
 /// The sets that a run is judged by.
 pub struct Evaluator {
-    pub validation: Option<Arc<dyn Dataset>>,
-    pub test: Arc<dyn Dataset>,
+    pub validation: Option<Source>,
+    pub test: Source,
     pub loader: Loader,
     /// Samples a pass.
     pub batch: usize,
     pub rank: usize,
     pub size: usize,
+    pub health: Arc<Health>,
 }
 
+/// A set, and its way to a GPU.
+pub struct Source {
+    pub set: Arc<dyn Dataset>,
+    pub way: Option<Arc<Way>>,
+}
+
+/// Gets a batch with the net's outputs.
+pub type Seen<'a> = &'a mut dyn FnMut(&Batch, &[f32]);
+
 impl Evaluator {
+    /// Passes whose loss is kept: a GPU is given one while it works on the one before.
+    pub const PASSES: usize = 2;
+
     /// The set to watch while training: the held-out part of the training set, or the test set if nothing is held out.
     pub fn watched(&self) -> Set {
         match self.validation {
@@ -32,32 +48,48 @@ impl Evaluator {
     }
 
     /// Loss and accuracy over all ranks' shares of a set, without images that are damaged. `at` is the step and epoch to
-    /// report; `all_reduce` adds up what the ranks found; `seen` gets every batch of this rank with the net's outputs.
+    /// report; `all_reduce` adds up what the ranks found; `seen` gets every batch of this rank.
     pub fn run(
         &self,
         set: Set,
-        (net, feed): (&mut Net, &Feed),
+        (net, judge): (&mut Net, &mut Judge),
         at: (u64, u64),
-        mut seen: impl FnMut(&Batch, &[f32]),
+        mut seen: Option<Seen<'_>>,
         all_reduce: impl FnOnce(SliceMut<'_>) -> Result<Duration>,
     ) -> Result<Evaluation> {
-        let dataset = match (set, &self.validation) {
+        let Source { set: dataset, way } = match (set, &self.validation) {
             (Set::Validation, Some(validation)) => validation,
             _ => &self.test,
         };
-        let mut queue = DataQueue::eval(dataset.clone(), self.loader.clone(), self.batch, self.rank, self.size)?;
+        let loader = Loader { form: Way::form(way), ..self.loader.clone() };
+        let queue = DataQueue::eval(dataset.clone(), loader, self.batch, self.rank, self.size)?;
+        let mut feed = Feed::new(queue, way.clone(), self.health.clone());
         let (mut loss_sum, mut correct, mut samples) = (0.0, 0, 0);
-        while let Some(batch) = queue.next()? {
-            if batch.count() == 0 {
+        let mut add = |LossOut { loss_sum: loss, correct: right }| {
+            loss_sum += f64::from(loss);
+            correct += right;
+        };
+        let mut passes = 0;
+        loop {
+            feed.release()?;
+            let Some(fed) = feed.next()? else { break };
+            if fed.batch.count() == 0 {
                 continue;
             }
-            let pass = Pass { batch: batch.count(), training: false, first_sample: 0, share: 1.0 };
-            net.forward(&pass, feed.images(batch)?)?;
-            seen(batch, &net.output_to_host(&pass)?);
-            let out = feed.judge(net, &pass, &batch.labels)?;
-            loss_sum += f64::from(out.loss_sum);
-            correct += out.correct;
-            samples += batch.count();
+            let pass = Pass { batch: fed.batch.count(), training: false, first_sample: 0, share: 1.0 };
+            net.forward(&pass, fed.images)?;
+            if let Some(seen) = &mut seen {
+                seen(fed.batch, &net.output_to_host(&pass)?);
+            }
+            judge.judge(net, &pass, &fed, passes % Self::PASSES)?;
+            samples += pass.batch;
+            if passes > 0 {
+                add(judge.found((passes - 1) % Self::PASSES, &self.health)?);
+            }
+            passes += 1;
+        }
+        if passes > 0 {
+            add(judge.found((passes - 1) % Self::PASSES, &self.health)?);
         }
         // Each fits a float: up to 2^24 samples are counted exactly.
         let mut sums = [loss_sum as f32, correct as f32, samples as f32];

@@ -4,9 +4,9 @@ use super::audit::Audit;
 use super::checkpoint::{State, Tensor};
 use super::feed::Feed;
 use super::gradient::{Gradient, Sums, Work};
+use super::judge::Judge;
 use super::update::import_params;
 use crate::comm::bucket::Waited;
-use crate::data::queue::DataQueue;
 use crate::device::SliceMut;
 use crate::error::{Kind, Result};
 use crate::launch::watch::{Health, Phase};
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 pub struct Learner {
     pub net: Net,
-    pub feed: Feed,
+    pub judge: Judge,
     pub gradient: Gradient,
     pub schedule: Schedule,
     /// Samples of an epoch.
@@ -35,7 +35,7 @@ pub struct Learner {
 pub struct Step<'a> {
     /// Updates done before.
     pub number: u64,
-    pub queue: &'a mut DataQueue,
+    pub feed: &'a mut Feed,
     pub clock: &'a mut Clock,
     pub health: &'a Health,
     /// This rank's wish to stop, and a loss to start from.
@@ -63,11 +63,11 @@ impl Learner {
     }
 
     fn take_step(&mut self, step: Step<'_>) -> Result<Done> {
-        let Step { number, queue, clock, health, flags } = step;
+        let Step { number, feed, clock, health, flags } = step;
         let mut work = Work {
             net: &mut self.net,
-            feed: &self.feed,
-            queue,
+            feed,
+            judge: &mut self.judge,
             clock,
             health,
             step: number + 1,

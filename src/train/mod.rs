@@ -12,9 +12,11 @@ mod feed;
 mod gpus;
 mod gradient;
 mod inject;
+mod judge;
 mod learner;
 mod logits;
 mod norms;
+mod replay;
 mod resume;
 mod session;
 pub(crate) mod setup;
@@ -93,19 +95,21 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
         let plan = setup::plan(config, &parts, &rank.world)?;
         gpus::take(config, rank, &mut *comm)?;
         let mut net = setup::net(config, &plan)?;
-        let feed = setup::feed(config, &plan, net.spec(), &*parts.train)?;
+        let mut judge = setup::judge(config, &plan, net.spec(), &*parts.train, None)?;
         update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
-        let evaluator = setup::evaluator(&plan, &parts, &rank.world, parts.loader(config)?);
+        let loader = parts.loader(config)?;
+        let evaluator = setup::evaluator(config, &plan, &parts, rank, (loader, setup::inlet(config, &plan)?))?;
         let mut kept = logits.map(|_| Logits::new(parts.test.len(), net.spec().output().len())).transpose()?;
         let sets = if evaluator.validation.is_some() { &[Set::Validation, Set::Test][..] } else { &[Set::Test] };
         for &set in sets {
             let at = (state.step, state.epoch);
-            let seen = |batch: &Batch, outputs: &[f32]| match &mut kept {
+            let mut seen = |batch: &Batch, outputs: &[f32]| match &mut kept {
                 Some(logits) if set == Set::Test => logits.keep(batch, outputs),
                 _ => {}
             };
-            let evaluation = evaluator.run(set, (&mut net, &feed), at, seen, |sums| comm.all_reduce(sums))?;
+            let learned = (&mut net, &mut judge);
+            let evaluation = evaluator.run(set, learned, at, Some(&mut seen), |sums| comm.all_reduce(sums))?;
             if rank.world.rank == 0 {
                 print(&evaluation);
             }

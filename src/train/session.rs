@@ -4,6 +4,7 @@ use super::audit::Audit;
 use super::checkpoint::{self, State};
 use super::ending::{asked_to_end, end_of, has_results, say_complete};
 use super::eval::Evaluator;
+use super::feed::Feed;
 use super::gradient::Sums;
 use super::inject::{self, Faults};
 use super::learner::{Done, Learner, Step};
@@ -14,7 +15,7 @@ use super::{Options, Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
 use crate::config::raw::Config;
-use crate::data::{self, queue::DataQueue};
+use crate::data;
 use crate::device::SliceMut;
 use crate::device::cuda::nvml::Gauge;
 use crate::error::{Error, Kind, Result};
@@ -37,7 +38,7 @@ pub struct Session<'a> {
     fingerprint: String,
     learner: Learner,
     evaluator: Evaluator,
-    queue: DataQueue,
+    feed: Feed,
     progress: Progress,
     clock: Clock,
     /// Rank 0's.
@@ -134,15 +135,15 @@ pub fn train(
         gauge: gauge.clone(),
     };
     let audit = if plan.audit.every_steps.is_some() { learner.audit()? } else { None };
-    let loader = parts.loader(config)?;
+    let input = (parts.loader(config)?, setup::inlet(config, &plan)?);
     let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let mut session = Session {
         config,
         options,
         rank,
         signals,
-        evaluator: setup::evaluator(&plan, &parts, &rank.world, loader.clone()),
-        queue: setup::queue(config, &plan, &parts, &rank.world, loader, progress.position)?,
+        feed: setup::feed(config, &plan, &parts, rank, input.clone(), progress.position)?,
+        evaluator: setup::evaluator(config, &plan, &parts, rank, input)?,
         plan,
         fingerprint,
         learner,
@@ -214,7 +215,7 @@ impl Session<'_> {
         };
         let step = Step {
             number: self.progress.step,
-            queue: &mut self.queue,
+            feed: &mut self.feed,
             clock: &mut self.clock,
             health: &self.rank.health,
             flags,
@@ -268,10 +269,10 @@ impl Session<'_> {
         self.clock.lap(Category::Other);
         let step = self.progress.step;
         self.rank.health.set(step, Phase::Evaluate);
-        let Learner { net, feed, gradient, .. } = &mut self.learner;
+        let Learner { net, judge, gradient, .. } = &mut self.learner;
         let at = (step, self.progress.latest_epoch());
         let all_reduce = |sums: SliceMut<'_>| gradient.reducer().with(|comm, _| comm.all_reduce(sums));
-        let evaluation = self.evaluator.run(set, (net, feed), at, |_, _| {}, all_reduce)?;
+        let evaluation = self.evaluator.run(set, (net, judge), at, None, all_reduce)?;
         if set == self.evaluator.watched() {
             self.evaluated = Some(step);
             let best = &mut self.progress.best_accuracy;

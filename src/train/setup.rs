@@ -2,19 +2,23 @@
 
 use super::Rank;
 use super::agreement::{self, Fact};
-use super::eval::Evaluator;
+use super::eval::{Evaluator, Source};
 use super::factors::{self, Exchange};
-use super::feed::Feed;
+use super::feed::{Dock, Feed, Inlet, Way};
 use super::gradient::Gradient;
+use super::judge::Judge;
 use super::learner::Learner;
+use super::replay::Replay;
 use super::update::{self, GpuUpdater, Update, Updater};
 use crate::comm::Communicator;
 use crate::comm::nccl::Nccl;
 use crate::config::plan::{Plan, Ranks, Samples};
 use crate::config::raw::{self, Config};
 use crate::data::augment::{self, Augmenter};
+use crate::data::batch::{Form, Layout};
 use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
+use crate::data::resident::{self, Resident};
 use crate::data::{self, Dataset, order};
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
@@ -26,6 +30,7 @@ use crate::model::net::{self, Net};
 use crate::model::params::ParamTable;
 use crate::model::spec::NetSpec;
 use crate::model::weights::Weights;
+use crate::optim::cuda::Control;
 use crate::optim::schedule::Schedule;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,6 +49,7 @@ impl Parts {
         let (seed, net) = (config.run.seed, NetSpec::new(&config.model)?);
         let data::Sets { train, test } = sets(config, &net)?;
         augment::check(&config.data.shared.augment, train.shape(), net.input)?;
+        resident::check(&config.data.shared, train.shape(), net.input)?;
         if config.data.shared.validation == 0.0 {
             return Ok(Parts { train, validation: None, test });
         }
@@ -65,6 +71,7 @@ impl Parts {
         let input = Shape::new(h, w, c);
         Ok(Loader {
             augmenter: Augmenter::new(&config.data.shared.augment, &*self.train, input)?,
+            form: Form::Values,
             sampler: config.data.shared.sampler,
             seed: config.run.seed,
             workers: config.data.shared.workers,
@@ -136,10 +143,16 @@ pub fn learner(
     };
     let transport = if nccl.is_some() { "nccl" } else { comm.transport() };
     let updater = updater(config, plan, &net, weights, (&rank.health, nccl), &mut *comm)?;
+    let judge = judge(config, plan, net.spec(), &*parts.train, updater.control())?;
     let alone = comm.size() == 1;
-    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, config.parallel.overlap && !alone)?;
+    let replay = match place {
+        Place::Cuda if config.run.cuda_graphs => Some(Replay::new(&Gpu::of_this_rank()?)),
+        _ => None,
+    };
+    let overlap = config.parallel.overlap && !alone;
+    let gradient = Gradient::new(comm, updater, plan.micros_per_rank, overlap, replay)?;
     Ok(Learner {
-        feed: feed(config, plan, net.spec(), &*parts.train)?,
+        judge,
         net,
         part_times: vec![Duration::ZERO; gradient.parts() + 1],
         gradient,
@@ -207,10 +220,17 @@ fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Opti
     })
 }
 
-/// What batches of this plan and their outputs go through, on the net's device.
-pub fn feed(config: &Config, plan: &Plan, net: &NetSpec, train: &dyn Dataset) -> Result<Feed> {
+/// What judges the outputs, on the net's device. `control` is told of a loss that is not finite.
+pub fn judge(
+    config: &Config,
+    plan: &Plan,
+    net: &NetSpec,
+    train: &dyn Dataset,
+    control: Option<Arc<Control>>,
+) -> Result<Judge> {
+    let passes = plan.micros_per_rank.max(Evaluator::PASSES);
     let place = device::choose(config.run.device);
-    Feed::new(place, loss(config, net, train)?, plan.micro_batch, net.input.len())
+    Judge::new(place, loss(config, net, train)?, plan.micro_batch, passes, control)
 }
 
 fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {
@@ -234,27 +254,79 @@ fn loss(config: &Config, net: &NetSpec, train: &dyn Dataset) -> Result<Loss> {
     Loss::new(&config.loss, classes, weights)
 }
 
-pub fn evaluator(plan: &Plan, parts: &Parts, world: &World, loader: Loader) -> Evaluator {
-    Evaluator {
-        validation: parts.validation.clone(),
-        test: parts.test.clone(),
-        loader,
-        batch: plan.micro_batch,
-        rank: world.rank,
-        size: world.size,
+/// Where this rank's GPU, if it has one, reads samples.
+pub fn inlet(config: &Config, plan: &Plan) -> Result<Option<Arc<Inlet>>> {
+    match device::choose(config.run.device) {
+        Place::Host => Ok(None),
+        Place::Cuda => {
+            let values = config.model.input.iter().product();
+            Ok(Some(Arc::new(Inlet::new(&Gpu::of_this_rank()?, plan.micro_batch, values)?)))
+        }
     }
 }
 
 /// This rank's batches from `start` on, without end: the loop knows when the run is over.
-pub fn queue(
+pub fn feed(
     config: &Config,
     plan: &Plan,
     parts: &Parts,
-    world: &World,
-    loader: Loader,
+    rank: &Rank,
+    (loader, inlet): (Loader, Option<Arc<Inlet>>),
     start: Position,
-) -> Result<DataQueue> {
+) -> Result<Feed> {
+    let Rank { world, health } = rank;
     let batching =
         Batching { global: plan.global_batch, micro: config.batch.micro, rank: world.rank, size: world.size };
-    DataQueue::train(parts.train.clone(), loader, batching, start, u32::MAX)
+    let way = ways(config, plan, &loader.augmenter, inlet, &[(&parts.train, "training")])?.remove(0);
+    let loader = Loader { form: Way::form(&way), ..loader };
+    let queue = DataQueue::train(parts.train.clone(), loader, batching, start, u32::MAX)?;
+    Ok(Feed::new(queue, way, health.clone()))
+}
+
+pub fn evaluator(
+    config: &Config,
+    plan: &Plan,
+    parts: &Parts,
+    rank: &Rank,
+    (loader, inlet): (Loader, Option<Arc<Inlet>>),
+) -> Result<Evaluator> {
+    let named = parts.validation.iter().map(|set| (set, "validation")).chain([(&parts.test, "test")]);
+    let named: Vec<(&Arc<dyn Dataset>, &str)> = named.collect();
+    let ways = ways(config, plan, &loader.augmenter.without_randomness(), inlet, &named)?;
+    let mut sources = named.into_iter().zip(ways).map(|((set, _), way)| Source { set: set.clone(), way });
+    Ok(Evaluator {
+        validation: parts.validation.as_ref().and_then(|_| sources.next()),
+        test: sources.next().expect("there is a test set"),
+        loader,
+        batch: plan.micro_batch,
+        rank: rank.world.rank,
+        size: rank.world.size,
+        health: rank.health.clone(),
+    })
+}
+
+/// How sets that are fed one after the other get to the inlet on the GPU; none where there is none.
+fn ways(
+    config: &Config,
+    plan: &Plan,
+    augmenter: &Augmenter,
+    inlet: Option<Arc<Inlet>>,
+    sets: &[(&Arc<dyn Dataset>, &str)],
+) -> Result<Vec<Option<Arc<Way>>>> {
+    let Some(inlet) = inlet else { return Ok(vec![None; sets.len()]) };
+    let gpu = Gpu::of_this_rank()?;
+    let choice = config.data.shared.resident;
+    let resident = |(set, name): &(&Arc<dyn Dataset>, &str)| Resident::new(choice, &gpu, &***set, augmenter, name);
+    let residents: Vec<Option<Resident>> = sets.iter().map(resident).collect::<Result<_>>()?;
+    let layout = |resident: &Option<Resident>| {
+        let pixels = if resident.is_some() { 0 } else { augmenter.output().len() };
+        Layout { samples: plan.micro_batch, pixels }
+    };
+    let layouts: Vec<Layout> = residents.iter().map(layout).collect();
+    let dock = Arc::new(Dock::new(&gpu, &layouts)?);
+    let way = |(resident, layout)| {
+        let way = Way::new(&gpu, (inlet.clone(), dock.clone(), layout), augmenter, resident)?;
+        Ok(Some(Arc::new(way)))
+    };
+    residents.into_iter().zip(layouts).map(way).collect()
 }

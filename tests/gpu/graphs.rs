@@ -48,7 +48,7 @@ fn a_graph_does_again_what_was_captured() {
         doubling.put(&gpu, whole_mut(&mut x))?;
         // SAFETY: as above.
         unsafe { compute.copy(whole(&x), whole_mut(&mut to)) }?;
-        capture.end()
+        capture.end().map(|graph| graph.expect("there was work"))
     };
     let graph = capture().unwrap();
     gpu.compute().wait().unwrap();
@@ -91,6 +91,7 @@ fn a_capture_that_cannot_be_is_refused() {
     if std::env::var_os("LOCKSTEP_TEST_GPU").is_none() {
         refused(&mut pageable, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED");
     }
+    assert!(Capture::begin(gpu.compute()).unwrap().end().unwrap().is_none(), "of nothing");
     // One that is given up leaves nothing behind.
     drop(Capture::begin(gpu.compute()).unwrap());
     doubling.put(&gpu, whole_mut(&mut x)).unwrap();

@@ -48,7 +48,8 @@ fn check_loss(gpu: &Gpu, loss: &Loss, classes: usize, batch: usize, element: Ele
     let (grad, found) = (Values::poisoned(gpu, batch * classes, element), Values::poisoned(gpu, 2, Element::F32));
     let launch = || {
         // SAFETY: all live until `download` has waited.
-        unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut()) }.unwrap()
+        unsafe { on_gpu.forward_backward(outputs.slice(), labels, scale, grad.slice_mut(), found.slice_mut(), None) }
+            .unwrap()
     };
     // The first launch of a process looks functions up.
     launch();

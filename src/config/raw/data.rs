@@ -35,6 +35,8 @@ pub struct DataShared {
     /// Batches prepared ahead.
     #[schemars(range(min = 1, max = 1024))]
     pub prefetch: usize,
+    /// Whether a GPU keeps the sets in its memory, as bytes.
+    pub resident: Resident,
 }
 
 impl Default for DataShared {
@@ -48,6 +50,7 @@ impl Default for DataShared {
             max_image_bytes: 100_000_000,
             workers: 1,
             prefetch: 4,
+            resident: Resident::Auto,
         }
     }
 }
@@ -59,6 +62,16 @@ pub enum Sampler {
     Shuffle,
     /// Every class as often as any other.
     Balanced,
+}
+
+/// Whether a set lies in a GPU's memory. Images that are scaled as they are read cannot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Resident {
+    /// Where it takes at most a tenth of what is free there.
+    Auto,
+    On,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

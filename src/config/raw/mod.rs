@@ -52,6 +52,9 @@ pub struct Run {
     /// comes, where they are faster.
     #[serde(default = "yes")]
     pub deterministic: bool,
+    /// On GPUs: a step is recorded as CUDA graphs, which the host then launches instead of every kernel.
+    #[serde(default = "yes")]
+    pub cuda_graphs: bool,
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
     #[schemars(range(min = 1))]

@@ -62,7 +62,15 @@ fn slow(len: usize) -> Arc<Slow> {
 fn loader(workers: usize, prefetch: usize) -> Loader {
     let steps = [Augment::RandomCrop { padding: 1 }, Augment::HorizontalFlip {}];
     let augmenter = Augmenter::new(&steps, &*slow(1), SHAPE).unwrap();
-    Loader { augmenter, sampler: raw::Sampler::Shuffle, seed: SEED, workers, prefetch, skipped: Arc::default() }
+    Loader {
+        augmenter,
+        form: Form::Values,
+        sampler: raw::Sampler::Shuffle,
+        seed: SEED,
+        workers,
+        prefetch,
+        skipped: Arc::default(),
+    }
 }
 
 fn batching(global: usize, micro: Option<usize>, rank: usize, size: usize) -> Batching {
@@ -74,7 +82,7 @@ type Told = ([usize; 5], Vec<u32>, Vec<u32>, Vec<f32>);
 
 fn told(batch: &Batch) -> Told {
     let place = [batch.epoch as usize, batch.step, batch.micro, batch.position, batch.step_count];
-    (place, batch.indices.clone(), batch.labels.clone(), batch.images.clone())
+    (place, batch.indices.clone(), batch.labels.clone(), batch.values().to_vec())
 }
 
 fn collect(mut queue: DataQueue) -> Vec<Told> {
@@ -191,6 +199,22 @@ fn an_error_or_a_panic_comes_with_the_step_that_needed_the_sample() {
 }
 
 #[test]
+fn what_lies_ahead_comes_next_and_its_error_not_before() {
+    let set = Arc::new(Slow { len: 40, failing: true, ..Slow::default() });
+    let mut queue = DataQueue::eval(set, loader(2, 3), 5, 0, 1).unwrap();
+    for step in 0..8 {
+        while !queue.ready(Duration::from_micros(50)) {}
+        let ahead = queue.ahead().map(told);
+        assert!(queue.ready(Duration::ZERO));
+        match (step, queue.next()) {
+            (3 | 4, outcome) => assert!(ahead.is_none() && outcome.is_err()),
+            (_, outcome) => assert!(ahead == Some(told(outcome.unwrap().unwrap()))),
+        }
+    }
+    assert!(queue.ahead().is_none() && queue.next().unwrap().is_none());
+}
+
+#[test]
 fn workers_never_run_ahead_of_the_bound_and_buffers_go_round() {
     let (prefetch, set) = (3, slow(4000));
     let mut queue =
@@ -198,7 +222,7 @@ fn workers_never_run_ahead_of_the_bound_and_buffers_go_round() {
     let mut buffers = HashSet::new();
     for taken in 1..=300 {
         let batch = queue.next().unwrap().unwrap();
-        buffers.insert(batch.images.as_ptr());
+        buffers.insert(batch.values().as_ptr());
         assert!(set.reads.load(Relaxed) <= (taken + prefetch) * 8);
     }
     assert!(buffers.len() <= prefetch + 1, "{} buffers", buffers.len());
@@ -377,7 +401,7 @@ impl Dataset for Waiting {
 #[test]
 fn a_sample_that_takes_long_holds_up_no_other_of_its_batch() {
     let mut queue = Waiting::queue(0, |_| Ok(Reading::Whole));
-    let images = queue.next().unwrap().unwrap().images.chunks_exact(Waiting::SHAPE.len());
+    let images = queue.next().unwrap().unwrap().values().chunks_exact(Waiting::SHAPE.len());
     assert!(images.enumerate().all(|(index, image)| image[9] == index as f32 / 255.0));
 }
 
@@ -399,6 +423,6 @@ fn damaged_images_are_left_out_in_whatever_order_they_are_found() {
         });
         let batch = queue.next().unwrap().unwrap();
         assert_eq!(batch.indices, [2, 5], "the last to be read is {slowest}");
-        assert!(batch.images.chunks_exact(Waiting::SHAPE.len()).map(|image| image[9]).eq([2.0 / 255.0, 5.0 / 255.0]));
+        assert!(batch.values().chunks_exact(Waiting::SHAPE.len()).map(|image| image[9]).eq([2.0 / 255.0, 5.0 / 255.0]));
     }
 }

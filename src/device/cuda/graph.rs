@@ -29,18 +29,23 @@ impl<'a> Capture<'a> {
         Ok(Capture { stream })
     }
 
-    pub fn end(self) -> Result<Graph> {
+    /// None where nothing was put into the stream.
+    pub fn end(self) -> Result<Option<Graph>> {
         let (stream, context) = (self.stream.handle()?, self.stream.context().clone());
         let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
         mem::forget(self);
         // SAFETY: the capture that `begin` began in this stream; the driver writes the handles.
         unsafe {
             call!(cuStreamEndCapture(stream, &mut graph))?;
-            let instantiated = call!(cuGraphInstantiateWithFlags(&mut executable, graph, 0));
+            let mut nodes = 0;
+            let made = call!(cuGraphGetNodes(graph, ptr::null_mut(), &mut nodes)).and_then(|()| match nodes {
+                0 => Ok(()),
+                _ => call!(cuGraphInstantiateWithFlags(&mut executable, graph, 0)),
+            });
             call!(cuGraphDestroy(graph))?;
-            instantiated?;
+            made?;
         }
-        Ok(Graph { handle: executable, context })
+        Ok((!executable.is_null()).then_some(Graph { handle: executable, context }))
     }
 }
 

@@ -108,6 +108,7 @@ static DRIVER: Wanted = Wanted {
         "cuGetErrorString",
         "cuGraphDestroy",
         "cuGraphExecDestroy",
+        "cuGraphGetNodes",
         "cuGraphInstantiateWithFlags",
         "cuGraphLaunch",
         "cuInit",

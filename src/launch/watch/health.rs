@@ -175,7 +175,8 @@ impl Health {
             if waited > self.timeout {
                 let Beat { step, phase, .. } = self.beat();
                 return Err(Error::device(format!(
-                    "the GPU has spent {:.1} s {what}, in {phase} of step {step}, and is not done: see nvidia-smi for its                      state and dmesg for errors of its driver (Xid). [parallel] timeout sets how long a rank waits",
+                    "the GPU has spent {:.1} s {what}, in {phase} of step {step}, and is not done: see nvidia-smi for its \
+                     state and dmesg for errors of its driver (Xid). [parallel] timeout sets how long a rank waits",
                     waited.as_secs_f64()
                 )));
             }

@@ -26,11 +26,14 @@ pub struct Loss {
     /// (2, batch): what each sample adds to the sums.
     rows: Arena,
     rows_of: Kernel<Rows>,
-    sums_of: Kernel<(Read<f32>, Write<f32>, u32)>,
+    sums_of: Kernel<SumsOf>,
 }
 
 /// Outputs, labels, weights, totals, gradient, rows; batch, classes, rule; smoothing, entropy, scale.
 type Rows = (Read<T>, Read<u32>, Read<f32>, Read<f32>, Write<T>, Write<f32>, u32, u32, u32, f32, f32, f32);
+
+/// Rows, sums, the word that halts an update; batch.
+type SumsOf = (Read<f32>, Write<f32>, Write<u32>, u32);
 
 impl Loss {
     /// For at most `batch` samples, whose outputs and gradients are of type `element`.
@@ -62,7 +65,8 @@ impl Loss {
     }
 
     /// Loss and gradient: outputs (batch, classes), labels (batch) as u32, grad (batch, classes) = scale * dloss/doutputs; sums
-    /// gets the loss and the number of samples whose largest output is the label's, summed over the batch, as f32.
+    /// gets the loss and the number of samples whose largest output is the label's, summed over the batch, as f32. If the loss
+    /// is not finite, the word `halt` is set.
     ///
     /// # Safety
     /// All stay allocated, and nobody else touches them, until the compute stream has come past this. Labels are below
@@ -74,10 +78,11 @@ impl Loss {
         scale: f32,
         mut grad: SliceMut<'_>,
         sums: SliceMut<'_>,
+        halt: Option<SliceMut<'_>>,
     ) -> Result<()> {
         assert_eq!(grad.bytes(), outputs.bytes(), "a gradient for each output");
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, scale, (&mut grad).into(), sums) }
+        unsafe { self.launch(outputs, labels, (scale, (&mut grad).into()), sums, halt) }
     }
 
     /// The sums alone.
@@ -85,19 +90,17 @@ impl Loss {
     /// # Safety
     /// As above.
     pub unsafe fn evaluate(&self, outputs: Slice<'_>, labels: Slice<'_>, sums: SliceMut<'_>) -> Result<()> {
-        // SAFETY: no memory; the kernel asks for the address before it writes.
-        let nowhere = (&mut unsafe { SliceMut::from_raw(Place::Cuda, 0, 0) }).into();
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, 0.0, nowhere, sums) }
+        unsafe { self.launch(outputs, labels, (0.0, (&mut nowhere()).into()), sums, None) }
     }
 
     unsafe fn launch(
         &self,
         outputs: Slice<'_>,
         labels: Slice<'_>,
-        scale: f32,
-        grad: Write<T>,
+        (scale, grad): (f32, Write<T>),
         mut sums: SliceMut<'_>,
+        halt: Option<SliceMut<'_>>,
     ) -> Result<()> {
         let batch = labels.bytes() / size_of::<u32>();
         assert_eq!(outputs.bytes(), batch * self.classes * self.element.bytes(), "outputs for {batch} labels");
@@ -110,6 +113,7 @@ impl Loss {
         let (samples, classes) = (batch as u32, self.classes as u32);
         let grid = Grid { blocks: [batch.div_ceil(ROWS) as u32, 1, 1], threads: [THREADS, 1, 1], shared_bytes: 0 };
         let one = Grid { blocks: [1; 3], ..grid };
+        let mut halt = halt.unwrap_or_else(nowhere);
         let arguments = (
             outputs.into(),
             labels.into(),
@@ -127,7 +131,17 @@ impl Loss {
         // SAFETY: lengths as the kernels' comments say; the caller vouches for the rest.
         unsafe {
             self.rows_of.launch(self.gpu.compute(), grid, arguments)?;
-            self.sums_of.launch(self.gpu.compute(), one, ((&rows).into(), (&mut sums).into(), samples))
+            self.sums_of.launch(
+                self.gpu.compute(),
+                one,
+                ((&rows).into(), (&mut sums).into(), (&mut halt).into(), samples),
+            )
         }
     }
+}
+
+/// Not wanted: kernels ask for the address before they write.
+fn nowhere<'a>() -> SliceMut<'a> {
+    // SAFETY: no memory.
+    unsafe { SliceMut::from_raw(Place::Cuda, 0, 0) }
 }

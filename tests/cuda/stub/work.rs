@@ -53,7 +53,7 @@ macro_rules! without_graphs {
         })*
     };
 }
-without_graphs!(cuStreamBeginCapture_v2 cuStreamEndCapture cuGraphInstantiateWithFlags cuGraphLaunch cuGraphDestroy cuGraphExecDestroy);
+without_graphs!(cuStreamBeginCapture_v2 cuStreamEndCapture cuGraphGetNodes cuGraphInstantiateWithFlags cuGraphLaunch cuGraphDestroy cuGraphExecDestroy);
 
 /// An event is the moment when it was recorded.
 #[unsafe(no_mangle)]

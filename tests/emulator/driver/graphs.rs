@@ -2,10 +2,11 @@
 //!
 //! A launch runs the stream in which the capture began, and of the others what it waits for, as late as it may. What a capture
 //! forbids (waiting on the host, memory that comes or goes, copies of what is not pinned, an end that some stream has not come
-//! back to) makes it invalid.
+//! back to) makes it invalid. All are refused where
+//! `LOCKSTEP_EMULATOR_REFUSES=capture`.
 
 use crate::streams::{self, Mark, Step};
-use crate::{Code, Driver, INVALID_HANDLE, INVALID_VALUE, Object, give, in_context, require};
+use crate::{Code, Driver, INVALID_HANDLE, INVALID_VALUE, NOT_SUPPORTED, Object, give, in_context, require};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::ffi::{c_int, c_ulonglong};
 use std::sync::Arc;
@@ -143,7 +144,9 @@ fn run_until(
 pub unsafe extern "C" fn cuStreamBeginCapture_v2(stream: usize, mode: c_int) -> Code {
     /// CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, the one that is emulated.
     const THREAD_LOCAL: c_int = 1;
+    let refused = std::env::var("LOCKSTEP_EMULATOR_REFUSES").is_ok_and(|what| what == "capture");
     in_context(|driver| {
+        require(!refused, NOT_SUPPORTED)?;
         require(stream != 0 && mode == THREAD_LOCAL, INVALID_VALUE)?;
         require(driver.stream(stream)?.capture.is_none(), INVALID_VALUE)?;
         driver.next_handle += 0x10;
@@ -161,6 +164,17 @@ pub unsafe extern "C" fn cuStreamEndCapture(stream: usize, graph: *mut usize) ->
         unsafe { give(graph, 0) }?;
         let captured = driver.end_capture(stream)?;
         unsafe { give(graph, driver.add(Object::Graph(Arc::new(captured)))) }
+    })
+}
+
+/// Their number only, as long as nobody asks for more.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphGetNodes(graph: usize, nodes: *mut usize, count: *mut usize) -> Code {
+    in_context(|driver| {
+        let Some(Object::Graph(graph)) = driver.objects.get(&graph) else { return Err(INVALID_HANDLE) };
+        require(nodes.is_null(), INVALID_VALUE)?;
+        let work = graph.steps.iter().filter(|(_, step)| matches!(step, Step::Work(..)));
+        unsafe { give(count, work.count()) }
     })
 }
 
