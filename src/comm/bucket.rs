@@ -308,6 +308,23 @@ mod tests {
         peer.join().unwrap();
     }
 
+    /// Of a bucket that was begun before it was waited for, only what still went on counts.
+    #[test]
+    fn a_wait_is_told_what_of_it_was_not_work() {
+        let ms = Duration::from_millis;
+        let begun = Instant::now() - ms(100);
+        let since = |start| {
+            let waited = Waited { for_gpu: ms(30), for_peers: Duration::MAX };
+            Outcome { begun, waited: Ok(waited) }.since(start).unwrap()
+        };
+        for (start, for_gpu) in [(begun - ms(10), 30), (begun, 30), (begun + ms(20), 10), (begun + ms(40), 0)] {
+            let waited = since(start);
+            assert_eq!(waited.for_gpu, ms(for_gpu));
+            assert!(waited.for_peers + waited.for_gpu <= start.elapsed());
+        }
+        assert_eq!(since(Instant::now() + ms(1000)), Waited::default());
+    }
+
     #[test]
     fn a_lost_peer_is_reported_by_wait() {
         let [first, second] = Control::local(2).unwrap().try_into().unwrap();

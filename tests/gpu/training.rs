@@ -264,11 +264,28 @@ fn gradients_find_a_way_through_memory_that_is_not_pinned() {
     }
     let settings = ["run.device=cuda", "run.steps=3"];
     let pinned = runs.train("pinned", 2, &settings);
-    let refused = runs.command("refused", 2, &settings).env("LOCKSTEP_EMULATOR_REFUSES", "register").assert().success();
+    let refused = runs.command("refused", 2, &settings).env("LOCKSTEP_EMULATOR_FAILS", "register").assert().success();
     let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
     assert_eq!(said.matches("gradients go to the transport on a slower way").count(), 1, "{said}");
     assert!(said.contains("ulimit -l"), "{said}");
     assert_eq!(summary(&runs.out("refused"))["weights_digest"], pinned["weights_digest"]);
+}
+
+/// The host is ahead of a GPU, so it learns of a failure at a later call.
+#[test]
+fn a_kernel_that_fails_is_an_error_of_the_step_in_which_it_is_noticed() {
+    let Some(runs) = Runs::new() else { return };
+    if runs.variables.is_empty() {
+        eprintln!("skipped: a real GPU cannot be told to fail");
+        return;
+    }
+    for ranks in [1, 2] {
+        let mut command = runs.command(&ranks.to_string(), ranks, &["run.device=cuda"]);
+        let output = command.env("LOCKSTEP_EMULATOR_FAILS", "update_momentum").assert().code(6).get_output().clone();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(error.contains("noticed in step 1: ") || error.contains("noticed in step 2: "), "{error}");
+        assert!(error.contains("CUDA_ERROR_LAUNCH_FAILED"), "{error}");
+    }
 }
 
 #[test]

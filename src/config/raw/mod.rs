@@ -169,7 +169,7 @@ pub struct Parallel {
     /// What that estimate takes a host's link to carry, Gbit/s.
     #[schemars(range(max = 1_000_000), extend("exclusiveMinimum" = 0))]
     pub network_gbit_s: f64,
-    /// Seconds that a rank waits for a silent peer before it gives up.
+    /// Seconds that a rank waits for a silent peer, or for its own GPU, before it gives up.
     #[schemars(range(max = 1_000_000_000), extend("exclusiveMinimum" = 0))]
     pub timeout: f64,
     /// The network over which hosts exchange data, by an interface's name or as addresses, `10.0.0.0/8`. They meet there too,

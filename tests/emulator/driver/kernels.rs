@@ -1,8 +1,8 @@
 //! Modules, and the launch of their kernels.
 
 use crate::{
-    Code, INVALID_HANDLE, INVALID_IMAGE, INVALID_VALUE, LAUNCH_FAILED, NOT_FOUND, NOT_SUPPORTED, Object, driver, give,
-    in_context, require, streams,
+    Code, INVALID_HANDLE, INVALID_IMAGE, INVALID_VALUE, LAUNCH_FAILED, NOT_FOUND, NOT_SUPPORTED, Object, driver, fails,
+    give, in_context, require, streams,
 };
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::fs::File;
@@ -140,6 +140,9 @@ unsafe fn run(
     values: &[Vec<u64>],
 ) -> Result<(), Code> {
     let mut pointers: Vec<*mut c_void> = values.iter().map(|value| value.as_ptr().cast_mut().cast()).collect();
+    if name.to_str().is_ok_and(fails) {
+        return Err(LAUNCH_FAILED);
+    }
     let error = unsafe { launch(name.as_ptr(), grid.as_ptr(), block.as_ptr(), pointers.as_mut_ptr()) };
     let error = match error.is_null() {
         true => driver().overrun(),

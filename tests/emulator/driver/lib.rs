@@ -124,6 +124,11 @@ fn require(fits: bool, otherwise: Code) -> Result<(), Code> {
     if fits { Ok(()) } else { Err(otherwise) }
 }
 
+/// Whether a test has ordered a failure with `LOCKSTEP_EMULATOR_FAILS`: of `register`, or of a kernel by its name.
+fn fails(what: &str) -> bool {
+    std::env::var("LOCKSTEP_EMULATOR_FAILS").is_ok_and(|ordered| ordered == what)
+}
+
 impl Driver {
     fn add(&mut self, object: Object) -> usize {
         self.next_handle += 0x10;
@@ -160,10 +165,9 @@ fn words(code: Code) -> Option<[&'static CStr; 2]> {
             c"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
             c"part or all of the requested memory range is already mapped",
         ],
-        NOT_REGISTERED => [
-            c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
-            c"pointer does not correspond to a registered memory region",
-        ],
+        NOT_REGISTERED => {
+            [c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", c"pointer does not correspond to a registered memory region"]
+        }
         LAUNCH_FAILED => [c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"],
         graphs::UNSUPPORTED => {
             [c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing"]

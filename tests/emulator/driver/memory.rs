@@ -1,6 +1,9 @@
 //! Memory and copies.
 
-use crate::{ALREADY_REGISTERED, Code, Driver, INVALID_VALUE, NOT_REGISTERED, OUT_OF_MEMORY, SUCCESS, give, in_context, require, streams};
+use crate::{
+    ALREADY_REGISTERED, Code, Driver, INVALID_VALUE, NOT_REGISTERED, OUT_OF_MEMORY, SUCCESS, fails, give, in_context,
+    require, streams,
+};
 use std::env;
 use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::ptr::null_mut;
@@ -59,7 +62,8 @@ impl Driver {
 
     /// Whether the GPU reads and writes this host memory by itself.
     fn is_pinned(&self, address: usize) -> bool {
-        let allocated = self.host_memory.range(..=address).next_back().map(|(start, allocation)| (start, allocation.bytes));
+        let allocated =
+            self.host_memory.range(..=address).next_back().map(|(start, allocation)| (start, allocation.bytes));
         let registered = self.registered.range(..=address).next_back().map(|(start, bytes)| (start, *bytes));
         allocated.into_iter().chain(registered).any(|(start, bytes)| address - start < bytes)
     }
@@ -159,13 +163,13 @@ pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> Code {
     })
 }
 
-/// Refuses all memory where `LOCKSTEP_EMULATOR_REFUSES=register`, as a driver does under a limit.
+/// Told to fail (`register`), it refuses all memory, as a driver does under a limit.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostRegister_v2(address: *mut c_void, bytes: usize, flags: c_uint) -> Code {
     in_context(|driver| {
         require(!address.is_null() && bytes > 0 && flags <= 15, INVALID_VALUE)?;
-        let refused = std::env::var("LOCKSTEP_EMULATOR_REFUSES").is_ok_and(|what| what == "register");
-        require(!refused, OUT_OF_MEMORY)?;
+        driver.outside_captures()?;
+        require(!fails("register"), OUT_OF_MEMORY)?;
         let address = address as usize;
         let before = driver.registered.range(..address + bytes).next_back();
         require(before.is_none_or(|(start, bytes)| start + bytes <= address), ALREADY_REGISTERED)?;
