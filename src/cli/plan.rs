@@ -11,6 +11,7 @@ use crate::model::precision::Precision;
 use crate::model::spec::{NetSpec, Node};
 use crate::optim;
 use crate::train::factors::{self, Estimate};
+use crate::train::memory::{Bill, Need};
 use crate::train::setup::{Parts, checked_plan};
 use crate::train::update::needs_norms;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
@@ -43,6 +44,10 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
     let _ =
         write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan, chosen));
     let _ = write!(text, "\n# A step and rank\n\n{}", traffic(config, &params, &plan));
+    if device::choose(config.run.device) == Place::Cuda {
+        let bill = Need::new(config, &plan, parts.samples(), true)?.bill();
+        let _ = write!(text, "\n# Device memory of a rank\n\n{}", device_memory(&bill));
+    }
     let _ = write!(text, "\n# The run\n\n{}{}", run(&plan, parts.samples()), images(config, &net, &plan, &parts));
     Ok(text)
 }
@@ -124,6 +129,22 @@ fn buckets(params: &ParamTable, plan: &Plan, apart: impl Fn(usize) -> bool) -> T
     table
 }
 
+fn device_memory(bill: &Bill) -> String {
+    let mut table = table(&["what", "bytes"]);
+    for (what, count) in &bill.rows {
+        table.add_row([(*what).to_owned(), count.to_string()]);
+    }
+    right_align(&mut table, 1..2);
+    format!(
+        "{table}\n\n\
+         total        {}\n\
+         workspaces   {} more at most: cuDNN's and cuBLASLt's algorithms are chosen on the GPU\n\
+         CUDA         some hundred MiB for itself\n",
+        bytes(bill.total()),
+        bytes(bill.workspaces)
+    )
+}
+
 /// What reducing and updating P bytes of parameters over N ranks holds and moves, with S values of state a parameter: each
 /// rank has the state of 1/N of the parameters, in shared memory reads the gradients of all ranks for these, and reads and
 /// writes these parameters and their state, (N + 2 + 2 S) P / N; over tcp it sends (N - 1) / N P of gradients and as much of
@@ -133,6 +154,17 @@ fn traffic(config: &Config, params: &ParamTable, plan: &Plan) -> String {
     let states = optim::new(&config.optimizer).state();
     let names = if states.is_empty() { "none".to_owned() } else { states.join(", ") };
     let state = states.len() * gradients;
+    if device::choose(config.run.device) == Place::Cuda {
+        let bus = if ranks > 1 { 2 * gradients } else { 0 };
+        return format!(
+            "gradients    {}\n\
+             state        {}, the optimizer's ({names}), on every rank\n\
+             bus          {} between the GPU and host memory, where the ranks sum\n",
+            bytes(gradients),
+            bytes(state),
+            bytes(bus)
+        );
+    }
     let shm = gradients + 2 * (gradients + state) / ranks;
     let tcp = 2 * gradients * (ranks - 1) / ranks;
     format!(

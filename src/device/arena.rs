@@ -23,13 +23,16 @@ impl Arena {
     pub fn host(bytes: usize) -> Result<Arena> {
         let mut owner: Vec<[u8; ALIGN]> = Vec::new();
         let lines = bytes.div_ceil(ALIGN).max(1);
-        owner
-            .try_reserve_exact(lines + 1)
-            .map_err(|_| Error::device(format!("out of memory: {bytes} bytes were asked for at once")))?;
+        owner.try_reserve_exact(lines + 1).map_err(|_| out_of_memory(bytes))?;
         owner.resize(lines + 1, [0; ALIGN]);
         let address = (owner.as_mut_ptr() as usize).next_multiple_of(ALIGN);
         // SAFETY: the vector has a line to spare for the alignment and moves into the arena without moving its heap block.
         Ok(unsafe { Arena::from_raw(Place::Host, address, bytes, Box::new(owner)) })
+    }
+
+    /// Whether `host` would give so many bytes, as far as the system says before it is held to it.
+    pub fn check_room(bytes: usize) -> Result<()> {
+        Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| out_of_memory(bytes))
     }
 
     /// Memory that something else made: a shared mapping, a device allocation.
@@ -66,4 +69,8 @@ impl Arena {
         // SAFETY: in bounds; the caller vouches for the rest.
         unsafe { SliceMut::from_raw(self.place, self.address + range.start, range.len()) }
     }
+}
+
+fn out_of_memory(bytes: usize) -> Error {
+    Error::device(format!("out of memory: {bytes} bytes were asked for at once"))
 }

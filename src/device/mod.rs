@@ -22,6 +22,17 @@ pub enum Place {
     Cuda,
 }
 
+impl Place {
+    /// Bytes to whose multiples buffers of an arena are aligned: on the CPU a cache line, on a GPU what libraries want of a
+    /// workspace.
+    pub const fn align(self) -> usize {
+        match self {
+            Place::Host => ALIGN,
+            Place::Cuda => 256,
+        }
+    }
+}
+
 /// `[run] device`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -49,6 +60,14 @@ pub fn allocate(place: Place, bytes: usize) -> Result<Arena> {
     match place {
         Place::Host => Arena::host(bytes),
         Place::Cuda => cuda::Gpu::of_this_rank()?.allocate(bytes),
+    }
+}
+
+/// An error where so many bytes cannot be had at once; allocates nothing.
+pub fn check_room(place: Place, bytes: usize) -> Result<()> {
+    match place {
+        Place::Host => Arena::check_room(bytes),
+        Place::Cuda => cuda::Gpu::of_this_rank()?.check_room(bytes),
     }
 }
 

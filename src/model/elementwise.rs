@@ -1,7 +1,6 @@
 //! What is done to whole buffers between the layers, on the device where they lie.
 
 use super::precision::{self, Precision};
-use crate::device::cuda::kernels::Element;
 use crate::device::cuda::{self, Gpu};
 use crate::device::{self, Place, Slice, SliceMut};
 use crate::error::Result;
@@ -20,11 +19,7 @@ impl Elementwise {
             Place::Host => Ok(Elementwise::Host(precision)),
             Place::Cuda => {
                 let gpu = Gpu::of_this_rank()?;
-                let element = match precision {
-                    Precision::F32 => Element::F32,
-                    Precision::Bf16 => Element::Bf16,
-                };
-                let kernels = cuda::Elementwise::new(&gpu, element)?;
+                let kernels = cuda::Elementwise::new(&gpu, precision.element())?;
                 Ok(Elementwise::Cuda { gpu, kernels, precision })
             }
         }

@@ -17,6 +17,7 @@ pub mod stopwatch;
 pub mod weights;
 mod widened;
 
+use crate::device::cuda::kernels::Element;
 use crate::device::{Place, Slice, SliceMut};
 use crate::error::Result;
 use params::ParamSpec;
@@ -68,10 +69,23 @@ pub trait LayerSpec: Send + Sync + fmt::Debug {
     /// The operator for `build.place`. Called after `infer` succeeded for the same inputs.
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>>;
 
+    /// What it will work in on a GPU, for activations of type `element`.
+    fn gpu_scratch(&self, _build: &Build<'_>, _element: Element) -> GpuScratch {
+        GpuScratch::default()
+    }
+
     /// The operator for activations in bf16. A layer that has no kernels for them works in f32 between two conversions.
     fn build_bf16(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         widened::around(self, build)
     }
+}
+
+/// A layer's scratch on a GPU, in bytes, before the layer is built.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GpuScratch {
+    pub bytes: usize,
+    /// At most so much more, for algorithms of cuDNN or cuBLASLt, of which timing chooses one.
+    pub workspace: usize,
 }
 
 /// What follows from a layer's input shapes.

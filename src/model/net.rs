@@ -1,6 +1,5 @@
-//! The network with memory: one arena for activations and activation gradients, planned once, and one of scratch, which
-//! all layers use in turn; forward and backward walk the nodes and hand each layer its buffers. Nothing is allocated
-//! after `new`.
+//! The network with memory: one arena for activations, their gradients and the layers' scratch, planned once; forward and
+//! backward walk the nodes and hand each layer its buffers. Nothing is allocated after `new`.
 
 mod plan;
 
@@ -10,7 +9,7 @@ use super::precision::Precision;
 use super::spec::{Activation, DATA, MAX_INPUTS, MAX_PARAMS, NetSpec};
 use super::stopwatch::{Part, Stopwatch};
 use super::weights::Weights;
-use super::{Backward, Build, Forward, Layer, Pass};
+use super::{Backward, Build, Forward, GpuScratch, Layer, Pass, Shape};
 use crate::device::{self, Arena, Place, Slice, SliceMut};
 use crate::error::{Error, Result};
 use plan::Plan;
@@ -36,6 +35,41 @@ pub struct Options {
     pub training: bool,
 }
 
+impl Options {
+    /// For the layer of this number, whose inputs have these shapes.
+    fn build<'a>(&self, spec: &NetSpec, number: usize, inputs: &'a [Shape]) -> Build<'a> {
+        let node = &spec.nodes[number];
+        Build {
+            inputs,
+            batch: self.batch,
+            place: self.place,
+            tf32: self.tf32,
+            nondeterministic: self.nondeterministic,
+            training: self.training,
+            grad_inputs: node.inputs.iter().any(|&input| spec.needs_gradient(input)),
+            threads: self.threads,
+            seed: self.seed,
+            layer: number,
+            masks_input: node.masks_input,
+            grad_masked: node.grad_masked,
+        }
+    }
+}
+
+/// Bytes of activations, their gradients and scratch, if the layers need this scratch.
+pub fn memory_bytes(spec: &NetSpec, options: &Options, scratch: &[usize]) -> usize {
+    Plan::new(spec, options, scratch).bytes
+}
+
+/// What the layers' scratch on a GPU takes, by layer, as far as it is known before they are built.
+pub fn gpu_scratch(spec: &NetSpec, options: &Options) -> Vec<GpuScratch> {
+    let of = |number: usize| {
+        let inputs = spec.input_shapes(number);
+        spec.nodes[number].spec.gpu_scratch(&options.build(spec, number, &inputs), options.precision.element())
+    };
+    (0..spec.nodes.len()).map(of).collect()
+}
+
 pub struct Net {
     spec: NetSpec,
     precision: Precision,
@@ -44,7 +78,6 @@ pub struct Net {
     layers: Vec<Box<dyn Layer>>,
     plan: Plan,
     memory: Arena,
-    scratch: Arena,
     /// What holds it beside the net changes parameters between passes, or those of layers whose backward is over.
     weights: Arc<Weights>,
     stopwatch: Option<Stopwatch>,
@@ -65,41 +98,28 @@ impl Net {
     pub fn with_weights(spec: NetSpec, options: &Options, weights: Arc<Weights>) -> Result<Net> {
         refuse_giants(&spec, options.batch)?;
         let table = ParamTable::new(&spec).on(options.place);
-        let plan = Plan::new(&spec, options);
-        let allocate = |bytes| device::allocate(options.place, bytes);
-        // The largest memory first: where it is not to be had, that is said before layers make tables of its size.
-        let memory =
-            allocate(plan.bytes).map_err(|e| e.context(format!("activations of {} samples", options.batch)))?;
+        let activations = |error: Error| error.context(format!("activations of {} samples", options.batch));
+        // Asked for before layers make tables of its size, and on a GPU time algorithms in as much again; taken when they say
+        // how much scratch they need.
+        device::check_room(options.place, memory_bytes(&spec, options, &vec![0; spec.nodes.len()]))
+            .map_err(activations)?;
         assert_eq!(weights.f32.bytes(), table.len() * size_of::<f32>(), "memory for the parameters");
         let mut layers = Vec::with_capacity(spec.nodes.len());
         for (number, node) in spec.nodes.iter().enumerate() {
             let inputs = spec.input_shapes(number);
-            let build = Build {
-                inputs: &inputs,
-                batch: options.batch,
-                place: options.place,
-                tf32: options.tf32,
-                nondeterministic: options.nondeterministic,
-                training: options.training,
-                grad_inputs: node.inputs.iter().any(|&input| spec.needs_gradient(input)),
-                threads: options.threads,
-                seed: options.seed,
-                layer: number,
-                masks_input: node.masks_input,
-                grad_masked: node.grad_masked,
-            };
+            let build = options.build(&spec, number, &inputs);
             let layer = match options.precision {
                 Precision::F32 => node.spec.build(&build),
                 Precision::Bf16 => node.spec.build_bf16(&build),
             };
             layers.push(layer.map_err(|e| e.context(format!("layer `{}`", node.name)))?);
         }
-        let scratch = layers.iter().map(|layer| layer.scratch_bytes()).max().unwrap_or(0);
-        let scratch = allocate(scratch).map_err(|e| e.context("scratch of the layers"))?;
+        let scratch: Vec<usize> = layers.iter().map(|layer| layer.scratch_bytes()).collect();
+        let plan = Plan::new(&spec, options, &scratch);
+        let memory = device::allocate(options.place, plan.bytes).map_err(activations)?;
         let precision = options.precision;
         let elementwise = Elementwise::new(options.place, precision)?;
-        let mut net =
-            Net { spec, precision, elementwise, table, layers, plan, memory, scratch, weights, stopwatch: None };
+        let mut net = Net { spec, precision, elementwise, table, layers, plan, memory, weights, stopwatch: None };
         net.initialise(options.seed)?;
         Ok(net)
     }
@@ -115,7 +135,7 @@ impl Net {
     }
     /// Bytes of activations, their gradients and scratch.
     pub fn memory_bytes(&self) -> usize {
-        self.plan.bytes + self.scratch.bytes()
+        self.plan.bytes
     }
     /// All parameters, in the order of the table.
     pub fn params(&self) -> Result<Cow<'_, [f32]>> {
@@ -286,7 +306,7 @@ impl Net {
             params: &params[..count],
             params_bf16: &params_bf16[..count],
             saved: self.whole(&self.plan.saved[node]),
-            scratch: self.scratch(),
+            scratch: self.whole(&self.plan.scratch[node][0]),
         };
         self.layers[node].forward(pass, io)
     }
@@ -333,7 +353,7 @@ impl Net {
             grad_params: &mut grad_params[..tensors.len()],
             factors,
             saved: self.whole(&self.plan.saved[node]).into_shared(),
-            scratch: self.scratch(),
+            scratch: self.whole(&self.plan.scratch[node][1]),
         };
         self.layers[node].backward(pass, io)?;
         if wanted == Wanted::Parameters {
@@ -384,11 +404,6 @@ impl Net {
             true => SliceMut::empty(),
             false => self.cut(&self.plan.gradients[activation], self.activation_bytes(activation, pass)),
         }
-    }
-
-    fn scratch<'a>(&self) -> SliceMut<'a> {
-        // SAFETY: one node works at a time, and only that one is handed the scratch.
-        unsafe { self.scratch.slice_mut(0..self.scratch.bytes()) }
     }
 
     fn whole<'a>(&self, range: &Range<usize>) -> SliceMut<'a> {

@@ -8,6 +8,7 @@
 use super::kernels::convert::{self, nearest};
 use super::simd::vectorized;
 use crate::device::Slice;
+use crate::device::cuda::kernels::Element;
 use half::bf16;
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -30,6 +31,14 @@ impl Precision {
         match self {
             Precision::F32 => size_of::<f32>(),
             Precision::Bf16 => size_of::<bf16>(),
+        }
+    }
+
+    /// What a GPU's kernels call it.
+    pub const fn element(self) -> Element {
+        match self {
+            Precision::F32 => Element::F32,
+            Precision::Bf16 => Element::Bf16,
         }
     }
 

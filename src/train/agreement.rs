@@ -187,8 +187,8 @@ pub fn together<T>(mine: Result<T>, rank: &Rank, comm: &mut dyn Communicator) ->
         Ok(said) => said,
         Err(lost) => return mine.and(Err(lost)),
     };
-    let said: Result<Vec<(String, Option<(Kind, String)>)>, _> =
-        said.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
+    let read = |bytes: &Vec<u8>| serde_json::from_slice::<(String, Option<(Kind, String)>)>(bytes);
+    let said: Result<Vec<_>, _> = said.iter().map(read).collect();
     let said = said.or_kind(Kind::Internal, "how the other ranks fare")?;
     let Some(first) = said.iter().position(|(_, failure)| failure.is_some()) else { return mine };
     let (host, Some((kind, text))) = &said[first] else { unreachable!("it has failed") };

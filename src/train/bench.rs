@@ -7,6 +7,7 @@
 use super::feed::Feed;
 use super::gradient::Sums;
 use super::learner::{Learner, Step};
+use super::memory::Need;
 use super::{Rank, gpus, setup};
 use crate::comm::Communicator;
 use crate::config::plan::Plan;
@@ -66,7 +67,7 @@ pub fn run(
 ) -> Result<()> {
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    gpus::take(config, rank, &mut *comm)?;
+    gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
     let learner = setup::learner(config, &plan, &parts, rank, comm)?;
     let loader = parts.loader(config)?;

@@ -141,6 +141,12 @@ pub struct Dock {
     taken: Event,
 }
 
+/// Bytes of a GPU's memory for at most `batch` samples of so many values: of the inlet, and of a dock.
+pub fn gpu_bytes(batch: usize, values: usize, resident: bool) -> (usize, usize) {
+    let pixels = if resident { 0 } else { values };
+    (batch * (values * size_of::<f32>() + size_of::<u32>()), Layout { samples: batch, pixels }.bytes())
+}
+
 impl Inlet {
     /// For at most `batch` samples of so many values.
     pub fn new(gpu: &Gpu, batch: usize, values: usize) -> Result<Inlet> {

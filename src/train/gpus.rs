@@ -4,45 +4,85 @@
 //! would share a GPU are found before either begins to work on it.
 
 use super::Rank;
-use super::agreement::{gather_bytes, together};
+use super::agreement::{gather_bytes, of_all, together};
+use super::memory::Need;
 use crate::comm::Communicator;
 use crate::config::raw::{Config, Parallel};
-use crate::device::cuda::Gpu;
 use crate::device::cuda::probe::{self, Device};
+use crate::device::cuda::{Gpu, Memory, mib};
 use crate::device::{self, Place};
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::rendezvous::{host, machine};
 use crate::report::log::SAID_ONCE;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// Takes this rank's GPU, where it is to compute on one. Where a rank has none, or shares one that it may not share, all ranks
-/// have the same error. Collective.
-pub fn take(config: &Config, rank: &Rank, comm: &mut dyn Communicator) -> Result<()> {
-    match device::choose(config.run.device) {
-        Place::Host => Ok(()),
-        Place::Cuda => take_one(&config.parallel, rank, comm),
+/// Takes this rank's GPU, where it is to compute on one. Where a rank has none, shares one that it may not share, or lacks memory
+/// for its `need`, all ranks have the same error. Collective.
+pub fn take(config: &Config, need: &Need<'_>, rank: &Rank, comm: &mut dyn Communicator) -> Result<()> {
+    if device::choose(config.run.device) == Place::Host {
+        return Ok(());
+    }
+    let (sights, taken) = choose(&config.parallel, rank, comm)?;
+    let gpu = open(&taken, rank, comm)?;
+
+    // Nobody takes memory before all have looked.
+    let room = together(gpu.memory(), rank, comm)?;
+    let rooms = gather(comm, &room)?;
+    let shares = shares(&sights, &taken, &rooms);
+    gpu.set_plan(format!("{}. {}", need.describe(), need.advice(shares[rank.world.rank], room.total)));
+    match lacking(need, &sights, &taken, &rooms, &shares) {
+        Some(text) => Err(of_all(Error::device(text), rank, comm)),
+        None => Ok(()),
     }
 }
 
-/// As `take`, where all ranks are to compute on one.
+/// As `take`, where all ranks compute on one and need next to nothing of its memory.
 pub fn take_one(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) -> Result<()> {
-    let mine = together(Sight::of_this_process(), rank, comm)?;
-    let sights = gather_bytes(comm, &serde_json::to_vec(&mine).expect("plain data"))?;
-    let sights: Result<Vec<Sight>, _> = sights.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
-    let sights = sights.or_kind(Kind::Internal, "the GPUs that the other ranks see")?;
-    let taken = assign(&sights);
-    let taken = match shared(&sights, &taken) {
-        Some(text) if parallel.allow_shared_gpu => {
-            tracing::info!(target: SAID_ONCE, "{text}");
-            Ok(taken)
-        }
-        Some(text) => Err(Error::usage(format!("{text}. {}", remedies(&sights)))),
-        None => Ok(taken),
-    };
-    let taken = together(taken, rank, comm)?;
+    let (_, taken) = choose(parallel, rank, comm)?;
+    open(&taken, rank, comm).map(drop)
+}
+
+/// For people: what is in use of the memory of this rank's GPU, if it has one, when the run has all that it takes; `net` bytes of
+/// it are the net's.
+pub fn tell_use(net: usize) -> Result<()> {
+    let Ok(gpu) = Gpu::of_this_rank() else { return Ok(()) };
+    let Memory { free, total } = gpu.memory()?;
+    let (device, given) = (gpu.device(), gpu.allocated());
+    tracing::debug!(
+        "{device} has given this run {given} bytes, {net} of them for activations and scratch; {} of its {} are in use by all",
+        mib(total - free),
+        mib(total)
+    );
+    Ok(())
+}
+
+/// What all ranks see, and the number of each one's GPU.
+fn open(taken: &[usize], rank: &Rank, comm: &mut dyn Communicator) -> Result<Gpu> {
     let gpu = together(Gpu::take(taken[rank.world.rank]), rank, comm)?;
     tracing::debug!("rank {} computes on {}", rank.world.rank, gpu.device());
-    Ok(())
+    Ok(gpu)
+}
+
+fn choose(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) -> Result<(Vec<Sight>, Vec<usize>)> {
+    let mine = together(Sight::of_this_process(), rank, comm)?;
+    let sights = gather(comm, &mine)?;
+    let taken = assign(&sights);
+    match shared(&sights, &taken) {
+        Some(text) if !parallel.allow_shared_gpu => {
+            return Err(of_all(Error::usage(format!("{text}. {}", remedies(&sights))), rank, comm));
+        }
+        Some(text) => tracing::info!(target: SAID_ONCE, "{text}"),
+        None => {}
+    }
+    Ok((sights, taken))
+}
+
+/// What every rank has, on every rank.
+fn gather<T: Serialize + DeserializeOwned>(comm: &mut dyn Communicator, mine: &T) -> Result<Vec<T>> {
+    let all = gather_bytes(comm, &serde_json::to_vec(mine).expect("plain data"))?;
+    let all: Result<Vec<T>, _> = all.iter().map(|bytes| serde_json::from_slice(bytes)).collect();
+    all.or_kind(Kind::Internal, "the GPUs of the other ranks")
 }
 
 /// What a rank sees.
@@ -94,12 +134,15 @@ fn assign(sights: &[Sight]) -> Vec<usize> {
     (0..sights.len()).map(number).collect()
 }
 
+fn is_shared(sights: &[Sight], taken: &[usize], a: usize, b: usize) -> bool {
+    sights[a].machine == sights[b].machine && sights[a].gpus[taken[a]] == sights[b].gpus[taken[b]]
+}
+
 /// Says of the first two ranks that have one GPU which they are, and which it is.
 fn shared(sights: &[Sight], taken: &[usize]) -> Option<String> {
-    let gpu = |rank: usize| &sights[rank].gpus[taken[rank]];
-    let both = |a: usize, b: usize| sights[a].machine == sights[b].machine && gpu(a) == gpu(b);
-    let (first, second) = (0..sights.len()).find_map(|b| (0..b).find(|&a| both(a, b)).map(|a| (a, b)))?;
-    let Seen { name, uuid, .. } = gpu(first);
+    let both = |b: usize| (0..b).find(|&a| is_shared(sights, taken, a, b)).map(|a| (a, b));
+    let (first, second) = (0..sights.len()).find_map(both)?;
+    let Seen { name, uuid, .. } = &sights[first].gpus[taken[first]];
     let sight = |rank: usize| {
         let (Sight { gpus, visible, .. }, number) = (&sights[rank], taken[rank]);
         let visible = visible.as_ref().map_or(String::new(), |list| format!(", by CUDA_VISIBLE_DEVICES={list}"));
@@ -124,6 +167,34 @@ fn remedies(sights: &[Sight]) -> &'static str {
              its own or all of them (CUDA_VISIBLE_DEVICES); for a test parallel.allow_shared_gpu = true lets ranks share one"
         }
     }
+}
+
+/// The free bytes that each rank may count on: ranks of one GPU divide them.
+fn shares(sights: &[Sight], taken: &[usize], rooms: &[Memory]) -> Vec<usize> {
+    let share = |rank: usize| {
+        let on_it: Vec<usize> = (0..rooms.len()).filter(|&other| is_shared(sights, taken, rank, other)).collect();
+        on_it.iter().map(|&other| rooms[other].free).min().unwrap_or(0) / on_it.len()
+    };
+    (0..rooms.len()).map(share).collect()
+}
+
+/// Says of the first rank whose GPU has too little memory free what it needs, what there is, and what would fit.
+fn lacking(need: &Need<'_>, sights: &[Sight], taken: &[usize], rooms: &[Memory], shares: &[usize]) -> Option<String> {
+    let planned = need.bill().total();
+    let rank = shares.iter().position(|&share| share < planned)?;
+    let (Sight { host, gpus, .. }, Memory { free, total }) = (&sights[rank], rooms[rank]);
+    let Seen { name, uuid, .. } = &gpus[taken[rank]];
+    let others = (0..rooms.len()).filter(|&other| other != rank && is_shared(sights, taken, rank, other)).count();
+    let among = if others > 0 { format!(", for {} ranks", others + 1) } else { String::new() };
+    Some(format!(
+        "rank {rank} on {host} lacks memory on {name} ({uuid}): {}. Free are {} of {}{among}; {} are taken, by CUDA itself or \
+         by what else runs there (nvidia-smi). {}",
+        need.describe(),
+        mib(free),
+        mib(total),
+        mib(total - free),
+        need.advice(shares[rank], total)
+    ))
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ mod inject;
 mod judge;
 mod learner;
 mod logits;
+pub(crate) mod memory;
 mod norms;
 mod replay;
 mod resume;
@@ -41,6 +42,7 @@ use crate::launch::world::World;
 use crate::report::{self, Evaluation, Set};
 use agreement::Fact;
 use logits::Logits;
+use memory::Need;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -93,7 +95,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
-        gpus::take(config, rank, &mut *comm)?;
+        gpus::take(config, &Need::new(config, &plan, parts.samples(), false)?, rank, &mut *comm)?;
         let mut net = setup::net(config, &plan)?;
         let mut judge = setup::judge(config, &plan, net.spec(), &*parts.train, None)?;
         update::import_params(&mut net, &state)

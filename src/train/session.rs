@@ -8,6 +8,7 @@ use super::feed::Feed;
 use super::gradient::Sums;
 use super::inject::{self, Faults};
 use super::learner::{Done, Learner, Step};
+use super::memory::Need;
 use super::resume::{self, Progress, Resume};
 use super::time_limit::TimeLimit;
 use super::update::export_params;
@@ -76,7 +77,7 @@ pub fn train(
     let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    gpus::take(config, rank, &mut *comm)?;
+    gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
     inject::check_ranks(&options.inject, &job, &rank.world)?;
@@ -162,6 +163,7 @@ pub fn train(
         faults,
         ended_by: None,
     };
+    gpus::tell_use(session.learner.net.memory_bytes())?;
     session.clock.lap(Category::Other);
     // Without an end, it was interrupted between its last step and its results.
     match end.map_or_else(|| session.run(), Ok) {

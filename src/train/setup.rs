@@ -20,6 +20,7 @@ use crate::data::partition::Batching;
 use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::resident::{self, Resident};
 use crate::data::{self, Dataset, order};
+use crate::device::cuda::Gpu;
 use crate::device::{self, Choice, Place, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::watch::Health;
@@ -134,7 +135,8 @@ pub fn learner(
         Place::Cuda => device::allocate(place, bytes),
     };
     let weights = Arc::new(Weights::new(len, config.run.precision, allocate)?);
-    let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone())?;
+    let net = Net::with_weights(spec, &net_options(config, plan, true)?, weights.clone());
+    let net = agreement::together(net, rank, &mut *comm)?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
     let nccl = match place {

@@ -47,13 +47,18 @@ pub fn is_lazy() -> bool {
 /// The GPU for a test that no other may disturb, as those do who wait for the same streams: the test runs in a process of its own,
 /// where this gives the GPU. None in the process that waits for that one, and as above. `test`: its name, with its modules.
 pub fn alone(test: &str) -> Option<Gpu> {
+    alone_with(test, &[])
+}
+
+/// The same on a GPU that these variables describe (driver/devices.rs, driver/memory.rs).
+pub fn alone_with(test: &str, described: &[(&str, &str)]) -> Option<Gpu> {
     const ALONE: &str = "LOCKSTEP_TEST_ALONE";
     let variables = variables()?;
     if std::env::var_os(ALONE).is_some() {
         return gpu();
     }
     let mut process = Command::new(std::env::current_exe().expect("this test's program"));
-    process.args(["--exact", test, "--nocapture"]).env(ALONE, "1").envs(variables);
+    process.args(["--exact", test, "--nocapture"]).env(ALONE, "1").envs(variables).envs(described.iter().copied());
     assert!(process.status().expect("this test's program").success(), "{test}: see above");
     None
 }

@@ -9,6 +9,7 @@ mod devices;
 mod emulator;
 mod graphs;
 mod layers;
+mod memory;
 mod nccl;
 mod operands;
 mod products;

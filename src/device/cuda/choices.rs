@@ -2,6 +2,8 @@
 //! made for a key stands, whoever makes it, so that all ranks of a host, and later runs, make the same one.
 
 use super::kernels::cache_folder;
+use super::probe::Device;
+use std::fmt::Display;
 use std::fs;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
@@ -52,6 +54,14 @@ fn keep_first_in(folder: &Path, key: &str, choice: &str, usable: impl Fn(&str) -
             .or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })?;
     }
     Ok(choice.to_owned())
+}
+
+/// The warning where there is no memory to time several `of` for `what`.
+pub fn untimed(device: &Device, what: &dyn Display, of: &str) -> String {
+    format!(
+        "{device} has no memory free to time what computes {what}: {of} with the least workspace is taken, which may be slow, and \
+         of other bits than in a run that has timed"
+    )
 }
 
 fn formatted(key: &str) -> String {

@@ -8,9 +8,11 @@ use super::stream::{Event, Stream};
 use crate::device::{Arena, Place};
 use crate::error::{Error, Kind, Result};
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUevent_flags, CUresult};
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// A handle that is cheap to clone. The GPU is given back when the last one, and all memory on it, is gone.
@@ -24,14 +26,19 @@ struct Parts {
     copies: Stream,
     modules: Mutex<HashMap<(&'static str, Element), Arc<Module>>>,
     cudnn: OnceLock<Result<cudnn::Handle>>,
+    /// See `set_plan`.
+    plan: OnceLock<String>,
 }
 
 /// Memory of a GPU, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     pub free: usize,
     pub total: usize,
 }
+
+/// The part of a GPU's memory that a workspace may be at most. Not of what is free: a choice must not depend on the neighbours.
+pub const WORKSPACE_PART: usize = 16;
 
 /// The one GPU of this process.
 static RANKS_GPU: OnceLock<Gpu> = OnceLock::new();
@@ -56,7 +63,15 @@ impl Gpu {
         let device = probe::gpus()?.device(ordinal)?.clone();
         let context = Arc::new(Context::retain(ordinal).map_err(|error| error.context(&device))?);
         let (compute, copies) = (Stream::new(&context)?, Stream::new(&context)?);
-        Ok(Gpu(Arc::new(Parts { device, context, compute, copies, modules: Mutex::default(), cudnn: OnceLock::new() })))
+        Ok(Gpu(Arc::new(Parts {
+            device,
+            context,
+            compute,
+            copies,
+            modules: Mutex::default(),
+            cudnn: OnceLock::new(),
+            plan: OnceLock::new(),
+        })))
     }
 
     pub fn device(&self) -> &Device {
@@ -80,21 +95,37 @@ impl Gpu {
 
     /// Zeroed memory of the GPU.
     pub fn allocate(&self, bytes: usize) -> Result<Arena> {
+        self.allocate_if_free(bytes)?.ok_or_else(|| self.out_of_memory(bytes))
+    }
+
+    /// The same; None where it is not to be had.
+    pub fn allocate_if_free(&self, bytes: usize) -> Result<Option<Arena>> {
         self.0.context.bind()?;
         let mut address = 0;
         // SAFETY: the driver writes the address. It refuses a length of 0.
         let code = unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) };
         if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            return Err(self.out_of_memory(bytes));
+            return Ok(None);
         }
         super::call::check("cuMemAlloc", code)?;
-        let owner = DeviceMemory { address, context: self.0.context.clone() };
+        self.0.context.allocated.fetch_add(bytes, Relaxed);
+        let owner = DeviceMemory { address, bytes, context: self.0.context.clone() };
         // SAFETY: as many bytes that the owner frees; the driver aligns to 256 bytes.
         let arena = unsafe { Arena::from_raw(Place::Cuda, address as usize, bytes, Box::new(owner)) };
         // SAFETY: nobody else knows the memory, and the wait is over before anybody does.
         unsafe { self.compute().zero(arena.slice_mut(0..bytes)) }?;
         self.compute().wait()?;
-        Ok(arena)
+        Ok(Some(arena))
+    }
+
+    /// An error where less than so many bytes are free.
+    pub fn check_room(&self, bytes: usize) -> Result<()> {
+        if bytes <= self.memory()?.free { Ok(()) } else { Err(self.out_of_memory(bytes)) }
+    }
+
+    /// What is said behind an error that memory is out: of the whole that is planned, and of what would fit. Once.
+    pub fn set_plan(&self, text: String) {
+        assert!(self.0.plan.set(text).is_ok(), "this rank has planned before");
     }
 
     /// Zeroed host memory that the GPU copies from and to without the CPU. It cannot be swapped out, so it is for staging.
@@ -116,6 +147,11 @@ impl Gpu {
     /// memory, or the kind of memory, forbids it.
     pub fn register(&self, arena: &Arc<Arena>) -> Result<Registered> {
         Registered::new(&self.0.context, arena)
+    }
+
+    /// Bytes that this process has allocated and not given back.
+    pub fn allocated(&self) -> usize {
+        self.0.context.allocated.load(Relaxed)
     }
 
     /// What is free now, for all processes on this GPU, and what there is.
@@ -159,10 +195,10 @@ impl Gpu {
             Err(error) => format!("what is free cannot be said ({error})"),
         };
         let message = format!(
-            "out of memory on {}: {} were asked for at once, {left}; take a smaller batch, or end what else runs there \
-             (nvidia-smi)",
+            "out of memory on {}: {} were asked for at once, {left}; {}",
             self.device(),
-            mib(bytes)
+            mib(bytes),
+            self.0.plan.get().map_or("take a smaller batch, or end what else runs there (nvidia-smi)", |plan| plan)
         );
         Error::new(Kind::Device, message)
     }
@@ -172,6 +208,8 @@ impl Gpu {
 pub(super) struct Context {
     handle: CUcontext,
     device: CUdevice,
+    /// Bytes.
+    allocated: AtomicUsize,
 }
 
 // SAFETY: a context may be current in several threads.
@@ -184,7 +222,7 @@ impl Context {
         let (device, mut handle) = (probe::handle(ordinal)?, ptr::null_mut());
         // SAFETY: the driver writes the handle.
         unsafe { call!(cuDevicePrimaryCtxRetain(&mut handle, device)) }?;
-        Ok(Context { handle, device })
+        Ok(Context { handle, device, allocated: AtomicUsize::new(0) })
     }
 
     /// Makes it the current one of this thread, which costs some nanoseconds.
@@ -203,6 +241,7 @@ impl Drop for Context {
 
 struct DeviceMemory {
     address: CUdeviceptr,
+    bytes: usize,
     context: Arc<Context>,
 }
 
@@ -210,8 +249,9 @@ impl Drop for DeviceMemory {
     fn drop(&mut self) {
         // What fails here has failed before, and was said there.
         let _ = self.context.bind();
-        // SAFETY: allocated by `allocate`, freed once.
+        // SAFETY: allocated by `allocate_if_free`, freed once.
         let _ = unsafe { call!(cuMemFree_v2(self.address)) };
+        self.context.allocated.fetch_sub(self.bytes, Relaxed);
     }
 }
 
@@ -229,6 +269,7 @@ impl Drop for PinnedMemory {
     }
 }
 
-fn mib(bytes: usize) -> String {
+/// For people.
+pub fn mib(bytes: usize) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }

@@ -25,7 +25,7 @@ mod search;
 mod stream;
 
 pub use elementwise::Elementwise;
-pub use gpu::{Gpu, Memory};
+pub use gpu::{Gpu, Memory, WORKSPACE_PART, mib};
 pub use graph::{Capture, Graph};
 pub use registered::Registered;
 pub use stream::{Event, Stream};

@@ -9,7 +9,6 @@ use super::super::memory::{self, Lifetime};
 use super::super::precision::Precision;
 use super::super::spec::{Activation, DATA, NetSpec};
 use super::Options;
-use crate::device;
 use std::ops::Range;
 
 /// Byte offsets in the memory arena. A range of no bytes means that the buffer does not exist.
@@ -22,6 +21,8 @@ pub struct Plan {
     /// For each node and input: where its contribution goes when another consumer has already written the gradient.
     pub extra: Vec<Vec<Option<Range<usize>>>>,
     pub saved: Vec<Range<usize>>,
+    /// For each node: what it works in, in forward and in backward. Nothing of it outlives the call.
+    pub scratch: Vec<[Range<usize>; 2]>,
     /// What the loss reads and writes, in f32: in bf16 copies of the output and its gradient, else these themselves.
     pub output: Range<usize>,
     pub output_gradient: Range<usize>,
@@ -29,7 +30,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub fn new(spec: &NetSpec, options: &Options) -> Plan {
+    /// For nodes that need this scratch, in bytes.
+    pub fn new(spec: &NetSpec, options: &Options, scratch: &[usize]) -> Plan {
         let mut planner = Planner { precision: options.precision, batch: options.batch, ..Planner::default() };
         let activations = Self::activations(spec, options, &mut planner);
         let (gradients, extra) = match options.training {
@@ -47,6 +49,13 @@ impl Plan {
             })
             .collect();
 
+        let scratch: Vec<_> = (spec.nodes.iter().zip(scratch).enumerate())
+            .map(|(i, (node, &bytes))| {
+                let backward = if options.training && node.learns { bytes } else { 0 };
+                [planner.add(bytes, i, i), planner.add(backward, end - i, end - i)]
+            })
+            .collect();
+
         let last = spec.nodes.len();
         let (output, output_gradient) = match options.precision {
             Precision::F32 => (activations[last], gradients[last]),
@@ -57,7 +66,7 @@ impl Plan {
             }
         };
 
-        let plan = memory::plan(&planner.buffers, device::ALIGN);
+        let plan = memory::plan(&planner.buffers, options.place.align());
         let place = |buffer: &Option<usize>| match *buffer {
             Some(b) => plan.offsets[b]..plan.offsets[b] + planner.buffers[b].bytes,
             None => 0..0,
@@ -69,6 +78,7 @@ impl Plan {
                 .map(|inputs| inputs.iter().map(|b| b.is_some().then(|| place(b))).collect())
                 .collect(),
             saved: saved.iter().map(place).collect(),
+            scratch: scratch.iter().map(|directions| directions.each_ref().map(place)).collect(),
             output: place(&output),
             output_gradient: place(&output_gradient),
             bytes: plan.bytes,

@@ -34,6 +34,8 @@ use tuning::Algorithm;
 const WORKSPACE_ALIGNMENT: usize = 256;
 /// Every matrix and bias begins at a multiple of so many values, as the arenas lay them out.
 const ALIGNMENT_VALUES: usize = 16;
+/// Of scratch, at most, that a product needs.
+pub const MOST_WORKSPACE_BYTES: usize = tuning::MOST_WORKSPACE + WORKSPACE_ALIGNMENT;
 /// Algorithms that are tried.
 const CANDIDATES: usize = 8;
 /// What is done to C on its way to memory.

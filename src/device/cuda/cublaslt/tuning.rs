@@ -6,13 +6,14 @@
 use super::handles::REDUCTIONS;
 use super::{ALIGNMENT_VALUES, Matmul, Product, WORKSPACE_ALIGNMENT};
 use crate::device::Arena;
+use crate::device::cuda::choices::{self, untimed};
 use crate::device::cuda::kernels::Element;
-use crate::device::cuda::{Gpu, choices, libraries};
+use crate::device::cuda::{Gpu, libraries};
 use crate::error::{Error, Result};
 use cudarc::cublaslt::sys;
 
 /// Bytes of workspace that an algorithm may use: what NVIDIA recommends for Hopper.
-const MOST_WORKSPACE: usize = 32 << 20;
+pub const MOST_WORKSPACE: usize = 32 << 20;
 /// Timed executions of each algorithm.
 const RUNS: usize = 5;
 
@@ -34,7 +35,14 @@ impl Matmul {
         if let Some(standing) = choices::read(&key).and_then(|text| usable(&text)) {
             return Ok(standing);
         }
-        let fastest = self.fastest()?;
+        let candidates = self.candidates(MOST_WORKSPACE)?;
+        let Some(fastest) = self.fastest(&candidates)? else {
+            let least = candidates.into_iter().min_by_key(|candidate| candidate.workspace);
+            let least = least.ok_or_else(|| self.no_algorithm(None))?;
+            let (device, product) = (self.gpu.device(), &self.product);
+            tracing::warn!("{}", untimed(device, product, "the algorithm"));
+            return Ok(least);
+        };
         let standing = choices::keep_first(&key, &fastest.text(), |text| usable(text).is_some());
         Ok(usable(&standing).unwrap_or(fastest))
     }
@@ -51,14 +59,14 @@ impl Matmul {
         ))
     }
 
-    fn fastest(&self) -> Result<Algorithm> {
-        let candidates = self.candidates(MOST_WORKSPACE)?;
+    /// None where there is no memory to try them in.
+    fn fastest(&self, candidates: &[Algorithm]) -> Result<Option<Algorithm>> {
         let workspace = candidates.iter().map(|candidate| candidate.workspace).max().unwrap_or(0);
-        let trial = Trial::new(&self.gpu, &self.product, workspace)?;
+        let Some(trial) = Trial::new(&self.gpu, &self.product, workspace)? else { return Ok(None) };
         // An algorithm that cannot be run has been offered by mistake.
         let (mut timed, mut failure) = (Vec::new(), None);
         for candidate in candidates {
-            match self.time(&candidate, &trial) {
+            match self.time(candidate, &trial) {
                 Ok(ms) => timed.push((ms, candidate)),
                 Err(error) => failure = Some(error),
             }
@@ -66,7 +74,7 @@ impl Matmul {
         let fastest = timed.into_iter().min_by(|(a, _), (b, _)| a.total_cmp(b));
         let (ms, algorithm) = fastest.ok_or_else(|| self.no_algorithm(failure))?;
         tracing::debug!("{}: {ms:.3} ms with {} bytes of workspace", self.product, algorithm.workspace);
-        Ok(algorithm)
+        Ok(Some(*algorithm))
     }
 
     /// With the failure of the last one that was tried, if there was one.
@@ -118,7 +126,8 @@ struct Trial {
 }
 
 impl Trial {
-    fn new(gpu: &Gpu, product: &Product, workspace: usize) -> Result<Trial> {
+    /// None where there is no room for it.
+    fn new(gpu: &Gpu, product: &Product, workspace: usize) -> Result<Option<Trial>> {
         let bytes = |element: Element, (rows, columns)| element.bytes() * rows * columns;
         let [left, right, result] = product.stored();
         // A bias is no longer than C's columns, or L's rows.
@@ -136,10 +145,10 @@ impl Trial {
             end += bytes.next_multiple_of(WORKSPACE_ALIGNMENT);
             start
         });
-        let memory = gpu.allocate(end + WORKSPACE_ALIGNMENT)?;
+        let Some(memory) = gpu.allocate_if_free(end + WORKSPACE_ALIGNMENT)? else { return Ok(None) };
         let start = memory.address().next_multiple_of(WORKSPACE_ALIGNMENT);
         let [left, right, result, bias, behind] = offsets.map(|offset| start + offset);
-        Ok(Trial { _memory: memory, matrices: [left, right, result], bias, workspace: (behind, workspace) })
+        Ok(Some(Trial { _memory: memory, matrices: [left, right, result], bias, workspace: (behind, workspace) }))
     }
 }
 

@@ -8,8 +8,9 @@ use super::engines::{self, Reason, Rules, configurations};
 use super::graph::Graph;
 use super::plan::Plan;
 use crate::device::Arena;
-use crate::device::cuda::{Gpu, choices, libraries};
-use crate::error::{Error, Result};
+use crate::device::cuda::choices::{self, untimed};
+use crate::device::cuda::{Gpu, libraries};
+use crate::error::Result;
 use std::sync::Arc;
 
 /// Runs before those that count, which load code and fill caches, and those.
@@ -34,7 +35,12 @@ pub fn fastest(gpu: &Gpu, graph: &Arc<Graph>, rules: Rules) -> Result<Plan> {
     if plans.is_empty() {
         return Err(reason.no_engine(graph, rules));
     }
-    let times = Stage::new(gpu, graph, &plans)?.times(&mut plans)?;
+    let Some(stage) = Stage::new(gpu, graph, &mut plans)? else {
+        tracing::warn!("{}", untimed(gpu.device(), graph, "the engine"));
+        let least = (0..plans.len()).min_by_key(|&plan| plans[plan].workspace_bytes()).expect("there are plans");
+        return Ok(plans.swap_remove(least));
+    };
+    let times = stage.times(&mut plans)?;
     let best = (0..plans.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).expect("there are plans");
     tracing::debug!("{graph}: {} takes {:.3} ms, the fastest of {}", plans[best].name(), times[best], plans.len());
     let number = |name: &str| plans.iter().position(|plan| plan.name() == name);
@@ -67,12 +73,18 @@ struct Stage<'a> {
 }
 
 impl Stage<'_> {
-    fn new<'a>(gpu: &'a Gpu, graph: &Graph, plans: &[Plan]) -> Result<Stage<'a>> {
-        let room = |error: Error| error.context(format_args!("buffers to time the {graph}"));
-        let memory =
-            graph.buffers().iter().map(|&bytes| gpu.allocate(bytes)).collect::<Result<Vec<_>>>().map_err(room)?;
+    /// None where there is no room for it. Plans that want more workspace than there is are taken out, if others are left.
+    fn new<'a>(gpu: &'a Gpu, graph: &Graph, plans: &mut Vec<Plan>) -> Result<Option<Stage<'a>>> {
+        let buffers = graph.buffers().iter().map(|&bytes| gpu.allocate_if_free(bytes));
+        let Some(memory) = buffers.collect::<Result<Option<Vec<_>>>>()? else { return Ok(None) };
+        let free = gpu.memory()?.free;
+        let fits = |plan: &Plan| plan.workspace_bytes() <= free;
+        if !plans.iter().any(fits) {
+            return Ok(None);
+        }
+        plans.retain(fits);
         let workspace = plans.iter().map(Plan::workspace_bytes).max().unwrap_or(0);
-        Ok(Stage { gpu, memory, workspace: gpu.allocate(workspace).map_err(room)? })
+        Ok(gpu.allocate_if_free(workspace)?.map(|workspace| Stage { gpu, memory, workspace }))
     }
 
     /// Milliseconds of each plan, the median of its runs. An engine that fails has been proposed by mistake: it is taken out.

@@ -53,15 +53,37 @@ type ForwardKernel = Kernel<(Read<T>, F32, F32, F32, F32, Write<T>, u32, u32, u3
 type BackwardKernel = Kernel<(Read<T>, Read<T>, Read<T>, F32, F32, F32, F32, Write<T>, u32, u32, u32, u32)>;
 type F32 = Read<f32>;
 
+/// How the rows of a batch are cut into chunks, a block of threads each.
+pub struct Chunks {
+    /// Of a block: over packs of channels, over rows.
+    threads: [usize; 2],
+    /// Of a chunk.
+    rows: usize,
+    count: usize,
+    channels: usize,
+}
+
+impl Chunks {
+    pub fn new(build: &Build<'_>, element: Element) -> Chunks {
+        let input = build.inputs[0];
+        let across = (input.c / lanes(element, &[input.c])).min(LANES);
+        let threads = [across, THREADS / across];
+        let all = build.batch * input.h * input.w;
+        let rows = all.div_ceil(MOST_CHUNKS).max(4 * threads[1]);
+        Chunks { threads, rows, count: all.div_ceil(rows), channels: input.c }
+    }
+
+    /// Two sums of each channel, by chunk.
+    pub fn scratch_bytes(&self) -> usize {
+        2 * size_of::<f32>() * self.channels * self.count
+    }
+}
+
 impl BatchNorm {
     pub fn new(epsilon: f32, activation: Activation, build: &Build<'_>, element: Element) -> Result<BatchNorm> {
         let (gpu, input) = (Gpu::of_this_rank()?, build.inputs[0]);
         check_batch(build, &[input])?;
-        let packs = input.c / lanes(element, &[input.c]);
-        let across = packs.min(LANES);
-        let threads = [across, THREADS / across];
-        let rows = build.batch * input.h * input.w;
-        let chunk = rows.div_ceil(MOST_CHUNKS).max(4 * threads[1]);
+        let chunks = Chunks::new(build, element);
         let module = gpu.module(&SOURCE, element)?;
         let kernels = Kernels {
             moments: module.kernel("batch_norm_moments")?,
@@ -78,9 +100,9 @@ impl BatchNorm {
             epsilon,
             activation,
             undo: activation.to_undo(build),
-            threads,
-            chunk,
-            scratch: 2 * size_of::<f32>() * input.c * rows.div_ceil(chunk),
+            threads: chunks.threads,
+            chunk: chunks.rows,
+            scratch: chunks.scratch_bytes(),
             kernels,
         })
     }

@@ -12,7 +12,7 @@ mod cpu;
 mod cuda;
 
 use super::super::params::{Init, Layout, ParamSpec, Role};
-use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::super::{Build, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, single};
 use crate::device::Place;
 use crate::device::cuda::kernels::Element;
@@ -66,6 +66,10 @@ impl LayerSpec for BatchNorm {
             ..Inferred::default()
         })
     }
+    fn gpu_scratch(&self, build: &Build<'_>, element: Element) -> GpuScratch {
+        GpuScratch { bytes: cuda::Chunks::new(build, element).scratch_bytes(), workspace: 0 }
+    }
+
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {
         Ok(match build.place {
             Place::Host => Box::new(cpu::BatchNorm::new(self.epsilon, self.activation, build)),

@@ -16,7 +16,7 @@ use super::super::init::Initializer;
 use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
 use super::super::widened;
-use super::super::{Build, Inferred, Layer, LayerSpec, Shape};
+use super::super::{Build, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::window::{self, Axis, NamedPadding};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
@@ -223,6 +223,11 @@ impl LayerSpec for Conv2d {
             relu_output: self.activation == Activation::Relu,
             ..Inferred::default()
         })
+    }
+
+    fn gpu_scratch(&self, build: &Build<'_>, element: Element) -> GpuScratch {
+        let geometry = self.geometry(build.inputs).expect("inferred before");
+        cuda::scratch(&geometry, self.bias, element, build)
     }
 
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {

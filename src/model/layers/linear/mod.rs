@@ -11,9 +11,10 @@ use super::super::init::Initializer;
 use super::super::kernels::gemm16::Kernel;
 use super::super::params::{Layout, ParamSpec, Role};
 use super::super::widened;
-use super::super::{Build, Factors, Inferred, Layer, LayerSpec, Shape};
+use super::super::{Build, Factors, GpuScratch, Inferred, Layer, LayerSpec, Shape};
 use super::{Activation, addressable, refuse_unused_bias_init, single};
 use crate::device::Place;
+use crate::device::cuda::cublaslt;
 use crate::device::cuda::kernels::Element;
 use crate::error::{Error, Result};
 use schemars::JsonSchema;
@@ -73,6 +74,10 @@ impl LayerSpec for Linear {
             factors: Some(Factors { inputs: width, units: self.units, bias: self.bias }),
             ..Inferred::default()
         })
+    }
+
+    fn gpu_scratch(&self, _: &Build<'_>, _: Element) -> GpuScratch {
+        GpuScratch { bytes: 0, workspace: cublaslt::MOST_WORKSPACE_BYTES }
     }
 
     fn build(&self, build: &Build<'_>) -> Result<Box<dyn Layer>> {

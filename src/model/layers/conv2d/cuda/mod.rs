@@ -9,13 +9,13 @@ mod arrangement;
 mod kernels;
 mod plans;
 
-use super::super::super::{Backward, Build, Forward, Layer, Pass};
+use super::super::super::{Backward, Build, Forward, GpuScratch, Layer, Pass};
 use super::super::Activation;
 use super::super::activation::cuda::{Function, Gradient};
 use super::{Algorithm, Geometry};
 use crate::device::cuda::cudnn::{Plan, Product, Rules};
 use crate::device::cuda::kernels::Element;
-use crate::device::cuda::{Elementwise, Gpu};
+use crate::device::cuda::{Elementwise, Gpu, WORKSPACE_PART};
 use crate::device::{Slice, SliceMut};
 use crate::error::Result;
 use arrangement::Arrangement;
@@ -26,8 +26,6 @@ use plans::{Planner, Plans};
 /// one of 871 MiB for AlexNet's first layer at batch 512, and below that only slow ones.
 const WORKSPACE_16_BITS: usize = 128 << 20;
 const WORKSPACE_F32: usize = 1 << 30;
-/// The part of the GPU's memory that it may be at most. Not of what is free: a choice must not depend on the neighbours.
-const WORKSPACE_PART: usize = 16;
 /// Bytes to whose multiples the parts of the scratch are aligned: a GPU's transaction.
 const ALIGN: usize = 128;
 
@@ -100,7 +98,7 @@ impl Conv2d {
         };
         let plans = planner.timed(build.batch)?;
         Ok(Conv2d {
-            lengths: Lengths::new(&planner, &plans),
+            lengths: Lengths::new(&geometry, bias, element, build, plans.workspace_bytes()),
             plans: vec![plans],
             kernels: Kernels::new(&gpu, element)?,
             function: Function::new(&gpu, activation, element)?,
@@ -248,6 +246,12 @@ impl Conv2d {
     }
 }
 
+/// What the layer will work in: all but the workspace, which timing decides on, and the most that this may be.
+pub fn scratch(geometry: &Geometry, bias: bool, element: Element, build: &Build<'_>) -> GpuScratch {
+    let lengths = Lengths::new(geometry, bias, element, build, 0);
+    GpuScratch { bytes: lengths.total(), workspace: workspace(element) }
+}
+
 fn workspace(element: Element) -> usize {
     if element == Element::F32 { WORKSPACE_F32 } else { WORKSPACE_16_BITS }
 }
@@ -297,28 +301,28 @@ impl Layer for Conv2d {
 }
 
 impl Lengths {
-    /// For the plans of the greatest number of samples.
-    fn new(planner: &Planner, plans: &Plans) -> Lengths {
-        let Geometry { input, output, .. } = planner.geometry;
-        let (value, channels) = (planner.element.bytes(), planner.geometry.channels());
-        let [images, filters, weights] = match &planner.arrangement {
+    /// For the greatest number of samples, and plans that want so much workspace.
+    fn new(geometry: &Geometry, bias: bool, element: Element, build: &Build<'_>, workspace: usize) -> Lengths {
+        let Geometry { input, output, .. } = *geometry;
+        let &Build { batch, training, grad_inputs, .. } = build;
+        let (value, channels) = (element.bytes(), geometry.channels());
+        let [images, filters, weights] = match Arrangement::of(geometry) {
             Some(arrangement) => {
                 let filters = output.c * arrangement.len(arrangement.filter, channels);
-                [plans.batch * arrangement.len(arrangement.image, input.c), filters, filters]
+                [batch * arrangement.len(arrangement.image, input.c), filters, filters]
             }
-            None => [0, 0, planner.geometry.taps() * output.c],
+            None => [0, 0, geometry.taps() * output.c],
         };
-        // Whether a product leaves f32 may depend on the number of samples.
-        let narrow = planner.training && planner.element != Element::F32;
-        let sums = planner.training && planner.bias;
+        let if_wanted = |wanted: bool, bytes: usize| if wanted { bytes } else { 0 };
         Lengths {
-            workspace: plans.workspace_bytes(),
+            workspace,
             images: images * value,
             filters: filters * value,
-            grad_images: if plans.data.is_some() { images * value } else { 0 },
-            grad_filters: if plans.weight.is_some() { filters * size_of::<f32>() } else { 0 },
-            narrow: if narrow { weights * value } else { 0 },
-            sums: if sums { Kernels::sums_bytes(plans.batch * output.h * output.w, output.c) } else { 0 },
+            grad_images: if_wanted(training && grad_inputs, images * value),
+            grad_filters: if_wanted(training, filters * size_of::<f32>()),
+            // Whether a product leaves f32 may depend on the number of samples.
+            narrow: if_wanted(training && element != Element::F32, weights * value),
+            sums: if_wanted(training && bias, Kernels::sums_bytes(batch * output.h * output.w, output.c)),
         }
     }
 
