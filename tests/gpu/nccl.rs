@@ -130,7 +130,7 @@ fn without_nccl_its_package_is_named_and_auto_does_without() {
 }
 
 #[test]
-fn ranks_on_one_gpu_are_refused_by_nccl_unless_they_may_share_it() {
+fn bench_comm_measures_nccl_also_where_ranks_share_a_gpu() {
     let Some(variables) = emulator::variables() else { return };
     let bench = |more: &[&str], version: &str| {
         let mut bench = program();
