@@ -187,12 +187,15 @@ Examples:
   trainer -n 2 bench-comm --transport shm
   trainer -n 4 bench-comm --transport tcp --max-bytes 1048576 --json")]
 pub struct BenchCommArgs {
-    /// auto, shm, tcp or mpi
+    /// auto, shm, tcp, mpi or nccl
     #[arg(long, value_enum, default_value_t = TransportChoice::Auto, hide_possible_values = true)]
     pub transport: TransportChoice,
     /// Over mpi: ring or native
     #[arg(long, value_enum, default_value_t = Algorithm::Ring, hide_possible_values = true)]
     pub algorithm: Algorithm,
+    /// Over nccl: ranks may be on one GPU
+    #[arg(long)]
+    pub allow_shared_gpu: bool,
     #[command(flatten)]
     pub options: comm::bench::Options,
 }
@@ -301,8 +304,12 @@ fn bench_step(config: &Config, args: &BenchStepArgs, verbosity: i8) -> Result<()
 
 fn bench_comm(args: &BenchCommArgs, verbosity: i8) -> Result<()> {
     let (algorithm, reduce_dtype) = (args.algorithm, args.options.reduce_dtype);
-    let parallel = Parallel { algorithm, reduce_dtype, ..Parallel::over(args.transport) };
-    train::join(&parallel, verbosity, |_, comm| comm::bench::run(comm, &args.options))
+    let allow_shared_gpu = args.allow_shared_gpu;
+    let parallel = Parallel { algorithm, reduce_dtype, allow_shared_gpu, ..Parallel::over(args.transport) };
+    train::join(&parallel, verbosity, |rank, mut comm| {
+        let nccl = train::join_gpus(&parallel, rank, &mut *comm)?;
+        comm::bench::run(comm, nccl, &args.options)
+    })
 }
 
 /// Writes to stdout; a reader that has gone, as in `trainer schema | head`, is no error.

@@ -60,8 +60,12 @@ fn gpus(found: Result<Found>) -> Vec<(&'static str, String)> {
     // A container may hide the module.
     let module = module.or_else(nvml::driver_version).map_or(String::new(), |version| format!("driver {version}, "));
     let driver = ("CUDA", format!("{module}for CUDA up to {}, {}", driver.version, driver.path.display()));
-    let libraries =
-        [("NVRTC", libraries::nvrtc()), ("cuBLASLt", libraries::cublas_lt()), ("cuDNN", libraries::cudnn())];
+    let libraries = [
+        ("NVRTC", libraries::nvrtc()),
+        ("cuBLASLt", libraries::cublas_lt()),
+        ("cuDNN", libraries::cudnn()),
+        ("NCCL", libraries::nccl()),
+    ];
     let library = |found: Result<&Library>| match found {
         Ok(library) => format!("{}, {}", library.version, library.path.display()),
         Err(error) => error.to_string(),

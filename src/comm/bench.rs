@@ -4,10 +4,12 @@
 //! that of the slowest rank. algbw = bytes / p50. busbw is, for an all-reduce, algbw * 2 (N - 1) / N, the rate at which each
 //! link of a ring would have to run; for a reduction with an update, algbw * (N + 4) / N, what a rank's memory moves: the N
 //! gradients of its share, and parameter and momentum in and out. Through shared memory a plain loop over the same mappings
-//! runs beside each size, as the ceiling.
+//! runs beside each size, as the ceiling. Over NCCL the time is that from device memory to device memory.
 
+mod gpu;
 mod update;
 
+use super::nccl::Nccl;
 use super::sum::{values_mut, vectorised};
 use super::{Communicator, chunk};
 use crate::config::raw::ReduceDtype;
@@ -15,6 +17,7 @@ use crate::device::{Arena, SliceMut};
 use crate::error::{Context, Error, Kind, Result};
 use crate::report::print;
 use clap::{Args, ValueEnum};
+use gpu::OnGpu;
 use serde::Serialize;
 use std::ops::Range;
 use std::time::Instant;
@@ -79,8 +82,8 @@ struct Row {
     ceiling_gb_s: Option<f64>,
 }
 
-/// Measures and, on rank 0, prints. Collective.
-pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
+/// Measures and, on rank 0, prints: `comm`, or `nccl` where it is given. Collective.
+pub fn run(mut comm: Box<dyn Communicator>, nccl: Option<Nccl>, options: &Options) -> Result<()> {
     let Options { operation, reduce_dtype, min_bytes, max_bytes, factor, .. } = *options;
     if min_bytes < 4 || max_bytes < min_bytes || factor < 2 {
         return Err(Error::usage(format!(
@@ -91,6 +94,9 @@ pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
         return Err(Error::usage(
             "--reduce-dtype bf16 is for gradients; an all_reduce sums in f32. Add --operation reduce_update",
         ));
+    }
+    if operation == Operation::ReduceUpdate && nccl.is_some() {
+        return Err(Error::usage("over nccl only an all_reduce is measured; leave --operation out"));
     }
     if options.pin {
         pin(comm.rank())?;
@@ -105,11 +111,13 @@ pub fn run(mut comm: Box<dyn Communicator>, options: &Options) -> Result<()> {
         // Integers up to 256 have a bf16.
         ReduceDtype::Bf16 => (256 / comm.size() as u32).max(1),
     };
-    let mut bench = Bench { comm, operation, arena, update, terms, iteration: 0 };
+    let gpu = nccl.map(|nccl| OnGpu::new(nccl, max_bytes)).transpose()?;
+    let transport = if gpu.is_some() { "nccl" } else { comm.transport() };
+    let mut bench = Bench { comm, operation, arena, gpu, update, terms, iteration: 0 };
     let first = bench.comm.rank() == 0;
     if first && !options.json {
         let name = operation.to_possible_value().expect("none is hidden");
-        print(format_args!("# {} over {}, {} ranks", name.get_name(), bench.comm.transport(), bench.comm.size()));
+        print(format_args!("# {} over {}, {} ranks", name.get_name(), transport, bench.comm.size()));
         print(format_args!(
             "{:>12} {:>11} {:>11} {:>9} {:>9} {:>7} {:>8} {:>6}",
             "bytes", "p50 us", "p99 us", "algbw", "busbw", "#wrong", "ceiling", "ratio"
@@ -147,6 +155,8 @@ struct Bench {
     comm: Box<dyn Communicator>,
     operation: Operation,
     arena: Arena,
+    /// What is summed by NCCL goes there before, and back afterwards.
+    gpu: Option<OnGpu>,
     update: Option<Update>,
     /// Values that are summed are integers below this, so that every sum is exact.
     terms: u32,
@@ -202,23 +212,30 @@ impl Bench {
         if let Some(update) = &mut self.update {
             update.fill(chunk(len, self.comm.size(), rank), self.iteration);
         }
+        self.gpu.iter().try_for_each(|gpu| gpu.upload(self.data(len)))?;
         self.comm.barrier()?;
         let start = Instant::now();
         let done = operation(self, len)?;
-        Ok((start.elapsed().as_secs_f64(), done))
+        let seconds = start.elapsed().as_secs_f64();
+        self.gpu.iter().try_for_each(|gpu| gpu.download(self.data(len)))?;
+        Ok((seconds, done))
     }
 
     fn collective(&mut self, len: usize) -> Result<bool> {
         let data = self.data(len);
-        match &mut self.update {
-            None => self.comm.all_reduce(data)?,
-            Some(update) => update.run(&mut *self.comm, data)?,
-        };
+        match (&self.gpu, &mut self.update) {
+            (Some(gpu), _) => gpu.all_reduce(data.bytes())?,
+            (None, None) => drop(self.comm.all_reduce(data)?),
+            (None, Some(update)) => drop(update.run(&mut *self.comm, data)?),
+        }
         Ok(true)
     }
 
     /// The same work without any of our care, as one would write it first.
     fn plain(&mut self, len: usize) -> Result<bool> {
+        if self.gpu.is_some() {
+            return Ok(false);
+        }
         let data = self.data(len);
         let update = &mut self.update;
         self.comm.expose(data, &mut |addresses, mine| match update {

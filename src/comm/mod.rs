@@ -10,6 +10,8 @@ mod guard;
 pub mod hosts;
 #[cfg_attr(not(feature = "mpi"), path = "without_mpi.rs")]
 mod mpi;
+pub mod nccl;
+mod patience;
 mod ring;
 mod shm;
 mod solo;
@@ -26,7 +28,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The communicator that `parallel` asks for, among the ranks of `control`. Collective. `health` ends its waits.
+/// The communicator that `parallel` asks for, among the ranks of `control`; beside NCCL, that of `auto`. Collective. `health`
+/// ends its waits.
 pub fn connect(parallel: &Parallel, mut control: Control, health: Arc<Health>) -> Result<Box<dyn Communicator>> {
     let size = control.size();
     if parallel.algorithm == Algorithm::Native && size > 1 {
@@ -36,15 +39,17 @@ pub fn connect(parallel: &Parallel, mut control: Control, health: Arc<Health>) -
         let native = mpi::native(control.rank(), size, parallel.reduce_dtype, health.clone())?;
         return Ok(Box::new(guard::Guarded::new(native, health)));
     }
-    if parallel.reduce_dtype != ReduceDtype::F32 && size > 1 {
+    if parallel.reduce_dtype != ReduceDtype::F32 && parallel.transport != TransportChoice::Nccl && size > 1 {
         return Err(Error::usage(
-            "reduce_dtype = \"bf16\" goes with transport = \"mpi\" and algorithm = \"native\"; all else sums in f32, in one \
-             order, which gives the same bits on every layout of ranks",
+            "reduce_dtype = \"bf16\" goes with transport = \"nccl\", or with transport = \"mpi\" and algorithm = \"native\"; \
+             all else sums in f32, in one order, which gives the same bits on every layout of ranks",
         ));
     }
     let (hosts, between) = match parallel.transport {
-        TransportChoice::Auto if mpi::is_running() => (Hosts::new(&control.hosts()?), Between::Mpi),
-        TransportChoice::Auto => (Hosts::new(&control.hosts()?), Between::Tcp),
+        TransportChoice::Auto | TransportChoice::Nccl if mpi::is_running() => {
+            (Hosts::new(&control.hosts()?), Between::Mpi)
+        }
+        TransportChoice::Auto | TransportChoice::Nccl => (Hosts::new(&control.hosts()?), Between::Tcp),
         TransportChoice::Shm => (Hosts::new(&vec![(); size]), Between::Tcp),
         TransportChoice::Tcp => (Hosts::apart(size), Between::Tcp),
         TransportChoice::Mpi => (Hosts::apart(size), Between::Mpi),

@@ -1,7 +1,7 @@
 //! Rules between keys, which a schema of single keys cannot say.
 
 use super::check::{Path, Problem};
-use super::raw::{Config, FactorExchange, LayerEntry, Rule, ScheduleShape};
+use super::raw::{Config, FactorExchange, LayerEntry, Rule, ScheduleShape, TransportChoice};
 use crate::device::Choice;
 use crate::model::precision::Precision;
 
@@ -56,6 +56,15 @@ fn parallel(Config { run, parallel, .. }: &Config, problems: &mut Vec<Problem>) 
                 "parallel.factor_exchange = \"on\" is for ranks that compute on the CPU",
             )
             .help("ranks on GPUs exchange gradients: take it out, or set run.device = \"cpu\""),
+        );
+    }
+    if run.device != Choice::Cuda && parallel.transport == TransportChoice::Nccl {
+        problems.push(
+            Problem::value(
+                &Path::dotted("parallel.transport"),
+                "parallel.transport = \"nccl\" is for ranks that compute on GPUs",
+            )
+            .help("set run.device = \"cuda\", or leave transport out"),
         );
     }
 }

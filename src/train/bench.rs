@@ -82,7 +82,6 @@ pub fn run(
     mut comm: Box<dyn Communicator>,
     say: impl FnOnce(&Measured<'_>) -> Result<()>,
 ) -> Result<()> {
-    let transport = comm.transport();
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
     gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
@@ -103,7 +102,7 @@ pub fn run(
     let measured = Measured {
         net,
         plan: &plan,
-        transport,
+        transport: bench.learner.transport,
         precision: config.run.precision,
         overlap: gpu.is_none() && config.parallel.overlap && plan.ranks > 1,
         steps: steps.steps,

@@ -7,7 +7,7 @@ use super::Rank;
 use super::agreement::{gather_bytes, of_all, together};
 use super::memory::Need;
 use crate::comm::Communicator;
-use crate::config::raw::Config;
+use crate::config::raw::{Config, Parallel};
 use crate::device::cuda::probe::{self, Device};
 use crate::device::cuda::{Gpu, Memory, mib};
 use crate::device::{self, Place};
@@ -23,9 +23,8 @@ pub fn take(config: &Config, need: &Need<'_>, rank: &Rank, comm: &mut dyn Commun
     if device::choose(config.run.device) == Place::Host {
         return Ok(());
     }
-    let (sights, taken) = choose(config, rank, comm)?;
-    let gpu = together(Gpu::take(taken[rank.world.rank]), rank, comm)?;
-    tracing::debug!("rank {} computes on {}", rank.world.rank, gpu.device());
+    let (sights, taken) = choose(&config.parallel, rank, comm)?;
+    let gpu = open(&taken, rank, comm)?;
 
     // Nobody takes memory before all have looked.
     let room = together(gpu.memory(), rank, comm)?;
@@ -36,6 +35,12 @@ pub fn take(config: &Config, need: &Need<'_>, rank: &Rank, comm: &mut dyn Commun
         Some(text) => Err(of_all(Error::device(text), rank, comm)),
         None => Ok(()),
     }
+}
+
+/// As `take`, where all ranks compute on one and need next to nothing of its memory.
+pub fn take_one(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) -> Result<()> {
+    let (_, taken) = choose(parallel, rank, comm)?;
+    open(&taken, rank, comm).map(drop)
 }
 
 /// For people: what is in use of the memory of this rank's GPU, if it has one, when the run has all that it takes; `net` bytes of
@@ -53,12 +58,18 @@ pub fn tell_use(net: usize) -> Result<()> {
 }
 
 /// What all ranks see, and the number of each one's GPU.
-fn choose(config: &Config, rank: &Rank, comm: &mut dyn Communicator) -> Result<(Vec<Sight>, Vec<usize>)> {
+fn open(taken: &[usize], rank: &Rank, comm: &mut dyn Communicator) -> Result<Gpu> {
+    let gpu = together(Gpu::take(taken[rank.world.rank]), rank, comm)?;
+    tracing::debug!("rank {} computes on {}", rank.world.rank, gpu.device());
+    Ok(gpu)
+}
+
+fn choose(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) -> Result<(Vec<Sight>, Vec<usize>)> {
     let mine = together(Sight::of_this_process(), rank, comm)?;
     let sights = gather(comm, &mine)?;
     let taken = assign(&sights);
     match shared(&sights, &taken) {
-        Some(text) if !config.parallel.allow_shared_gpu => {
+        Some(text) if !parallel.allow_shared_gpu => {
             return Err(of_all(Error::usage(format!("{text}. {}", remedies(&sights))), rank, comm));
         }
         Some(text) => tracing::info!(target: SAID_ONCE, "{text}"),

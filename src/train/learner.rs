@@ -26,6 +26,8 @@ pub struct Learner {
     pub samples: usize,
     /// The only rank.
     pub alone: bool,
+    /// By which gradients are summed.
+    pub transport: &'static str,
     /// What the training thread spent on each part after backward, in the last step, and behind them on `finish`.
     pub part_times: Vec<Duration>,
 }

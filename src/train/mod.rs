@@ -27,8 +27,9 @@ pub(crate) mod update;
 pub use inject::Injection;
 pub use resume::Resume;
 
+use crate::comm::nccl::Nccl;
 use crate::comm::{self, Communicator};
-use crate::config::raw::{Config, Parallel};
+use crate::config::raw::{Config, Parallel, TransportChoice};
 use crate::data::Batch;
 use crate::error::{Context, Error, Kind, Result};
 #[cfg(feature = "mpi")]
@@ -124,6 +125,15 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
 
 fn print(evaluation: &Evaluation) {
     report::print(format_args!("{:?}: {}  ({} samples)", evaluation.set, evaluation.scores(), evaluation.samples));
+}
+
+/// NCCL among the ranks, of which each takes a GPU, if it is the transport that `parallel` names. Collective.
+pub fn join_gpus(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) -> Result<Option<Nccl>> {
+    if parallel.transport != TransportChoice::Nccl {
+        return Ok(None);
+    }
+    gpus::take_one(parallel, rank, comm)?;
+    update::nccl::connect(parallel, rank, comm)
 }
 
 /// Meets the other ranks, watches them while `work` runs on this rank's thread pool, and takes leave of them.

@@ -302,6 +302,8 @@ impl Session<'_> {
         let Progress { step, position, best_accuracy } = self.progress;
         self.rank.health.set(step, Phase::Checkpoint);
         let tensors = self.learner.export()?;
+        // Where a rank was lost meanwhile, they are not what they should be.
+        self.rank.health.check()?;
         if let Some(report) = &self.report {
             let state = State {
                 run: self.config.run.name.clone(),

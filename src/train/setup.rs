@@ -11,6 +11,7 @@ use super::learner::Learner;
 use super::replay::Replay;
 use super::update::{self, GpuUpdater, Update, Updater};
 use crate::comm::Communicator;
+use crate::comm::nccl::Nccl;
 use crate::config::plan::{Plan, Ranks, Samples};
 use crate::config::raw::{self, Config};
 use crate::data::augment::{self, Augmenter};
@@ -138,7 +139,12 @@ pub fn learner(
     let net = agreement::together(net, rank, &mut *comm)?;
     // Where they share one copy, every rank has written the same initial values.
     comm.barrier()?;
-    let updater = updater(config, plan, &net, weights, &rank.health, &mut *comm)?;
+    let nccl = match place {
+        Place::Host => None,
+        Place::Cuda => update::nccl::connect(&config.parallel, rank, &mut *comm)?,
+    };
+    let transport = if nccl.is_some() { "nccl" } else { comm.transport() };
+    let updater = updater(config, plan, &net, weights, (&rank.health, nccl), &mut *comm)?;
     let judge = judge(config, plan, net.spec(), &*parts.train, updater.control())?;
     let alone = comm.size() == 1;
     let replay = match place {
@@ -155,6 +161,7 @@ pub fn learner(
         schedule: Schedule::new(&config.schedule, config.optimizer.shared.lr, plan),
         samples: parts.train.len(),
         alone,
+        transport,
     })
 }
 
@@ -163,7 +170,7 @@ fn updater(
     plan: &Plan,
     net: &Net,
     weights: Arc<Weights>,
-    health: &Arc<Health>,
+    (health, nccl): (&Arc<Health>, Option<Nccl>),
     comm: &mut dyn Communicator,
 ) -> Result<Box<dyn Update>> {
     let (optimizer, table) = (&config.optimizer, net.table());
@@ -172,7 +179,7 @@ fn updater(
             let exchanges = exchanges(config, plan, net, comm)?;
             Box::new(Updater::new(optimizer, table, plan.bucket_bytes, weights, exchanges, comm)?)
         }
-        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, health, comm)?),
+        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, (health, nccl), comm)?),
     })
 }
 

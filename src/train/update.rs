@@ -33,7 +33,7 @@ use std::time::Duration;
 
 mod gpu;
 
-pub use gpu::{GpuUpdater, Reduction};
+pub use gpu::{GpuUpdater, Reduction, nccl};
 
 /// The optimizer on one rank, and the way of its gradients to new parameters on all ranks.
 pub trait Update: Work {

@@ -17,6 +17,7 @@ fn a_missing_library_is_named_with_where_it_was_looked_for_and_what_brings_it() 
         says(libraries::nvrtc(), "NVRTC was not found: libnvrtc.so.13 or libnvrtc.so.12", "nvidia-cuda-nvrtc");
         says(libraries::cublas_lt(), "cuBLASLt was not found: libcublasLt.so.13", "nvidia-cublas");
         says(libraries::cudnn(), "cuDNN was not found: libcudnn.so.9", "nvidia-cudnn-cu13");
+        says(libraries::nccl(), "NCCL was not found: libnccl.so.2", "nvidia-nccl-cu13");
     });
 }
 

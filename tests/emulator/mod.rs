@@ -11,12 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// A source in this folder, and the library that it stands for.
-const LIBRARIES: [(&str, &str); 4] = [
-    ("driver/lib.rs", "libcuda.so.1"),
-    ("nvrtc.rs", "libnvrtc.so.13"),
-    ("cublaslt/lib.rs", "libcublasLt.so.13"),
-    ("cudnn/lib.rs", "libcudnn.so.9"),
+/// A source in this folder, the library that it stands for, and the name by which that is asked for first, so that a real
+/// library of this machine does not come before it.
+const LIBRARIES: [(&str, &str, &str); 5] = [
+    ("driver/lib.rs", "libcuda.so.1", "libcuda.so"),
+    ("nvrtc.rs", "libnvrtc.so.13", "libnvrtc.so"),
+    ("cublaslt/lib.rs", "libcublasLt.so.13", "libcublasLt.so"),
+    ("cudnn/lib.rs", "libcudnn.so.9", "libcudnn.so"),
+    ("nccl/lib.rs", "libnccl.so.2", "libnccl.so.2"),
 ];
 
 /// The GPU of this process. None, and a line that says why, where there is no compiler for kernels.
@@ -32,9 +34,14 @@ pub fn gpu() -> Option<Gpu> {
     GPU.get_or_init(start).clone()
 }
 
+/// Whether the GPU is the emulator's.
+pub fn is_emulated() -> bool {
+    std::env::var_os("LOCKSTEP_TEST_GPU").is_none()
+}
+
 /// Whether its streams work as late as they may (driver/streams.rs).
 pub fn is_lazy() -> bool {
-    std::env::var_os("LOCKSTEP_TEST_GPU").is_none() && std::env::var_os("LOCKSTEP_EMULATOR_STREAMS").is_none()
+    is_emulated() && std::env::var_os("LOCKSTEP_EMULATOR_STREAMS").is_none()
 }
 
 /// The GPU for a test that no other may disturb, as those do who wait for the same streams: the test runs in a process of its own,
@@ -91,12 +98,10 @@ fn build() -> PathBuf {
     hash_folder(&sources, &mut hash);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulator-{:016x}", hash.finish()));
     fs::create_dir_all(&folder).expect("a folder for the emulator");
-    for (source, name) in LIBRARIES.into_iter().filter(|(_, name)| !folder.join(name).exists()) {
+    for (source, name, soname) in LIBRARIES.into_iter().filter(|(_, name, _)| !folder.join(name).exists()) {
         // Another test may be at the same.
         let unfinished = folder.join(format!("{name}.{}", std::process::id()));
         let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| OsString::from("rustc"));
-        // The name by which cudarc asks first, so that a real library of this machine does not come before it.
-        let (soname, _) = name.split_at(name.find(".so").expect("a library's name") + ".so".len());
         let mut command = Command::new(rustc);
         command
             .args(["--edition", "2024", "-O", "--crate-type", "cdylib"])

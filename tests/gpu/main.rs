@@ -13,6 +13,7 @@ mod graphs;
 mod layers;
 mod loss_scale;
 mod memory;
+mod nccl;
 mod operands;
 mod oracles;
 mod products;

@@ -66,35 +66,35 @@ every_steps = 3
 "#;
 
 /// Where runs leave what they have, and the variables with which they find a GPU.
-struct Runs {
+pub struct Runs {
     config: String,
     folder: TempDir,
     variables: Vec<(&'static str, PathBuf)>,
 }
 
 impl Runs {
-    fn new() -> Option<Runs> {
+    pub fn new() -> Option<Runs> {
         Runs::of(CONFIG.to_owned())
     }
 
-    fn of(config: String) -> Option<Runs> {
+    pub fn of(config: String) -> Option<Runs> {
         Some(Runs { config, variables: emulator::variables()?, folder: tempfile::tempdir().unwrap() })
     }
 
-    fn out(&self, name: &str) -> PathBuf {
+    pub fn out(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn command(&self, out: &str, ranks: usize, settings: &[&str]) -> Command {
+    pub fn command(&self, out: &str, ranks: usize, settings: &[&str]) -> Command {
         // Wherever the ranks are more than the GPUs.
-        let settings = [settings, &["parallel.allow_shared_gpu=true"]].concat();
+        let settings = [&["parallel.allow_shared_gpu=true"], settings].concat();
         let mut command = trainer(&self.config, &self.out(out), ranks, &settings);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command
     }
 
     /// Trains to the end; gives the summary.
-    fn train(&self, out: &str, ranks: usize, settings: &[&str]) -> Value {
+    pub fn train(&self, out: &str, ranks: usize, settings: &[&str]) -> Value {
         self.command(out, ranks, settings).assert().success();
         summary(&self.out(out))
     }
@@ -107,7 +107,7 @@ impl Runs {
     }
 
     /// The greatest relative difference (of norms) of a tensor between two runs, parameters and the optimizer's state.
-    fn difference(&self, one: &str, other: &str) -> (String, f64) {
+    pub fn difference(&self, one: &str, other: &str) -> (String, f64) {
         let [one, other] = [one, other].map(|out| self.checkpoint(out));
         let [one, other] = [&one, &other].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
         let values = |tensors: &SafeTensors<'_>, name: &str| -> Vec<f64> {

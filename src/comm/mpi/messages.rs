@@ -8,7 +8,7 @@
 //! MPI moves a long message only while both ends call it. So an operation ends with `flush`: a rank that went on to other
 //! work with a message half sent would keep its peer waiting.
 
-use super::Patience;
+use crate::comm::patience::Patience;
 use crate::comm::ring::Mesh;
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;

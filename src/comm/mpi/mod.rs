@@ -17,7 +17,6 @@ use crate::launch::watch::Health;
 use messages::Messages;
 use native::Native;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 pub use mpi::is_running;
 
@@ -46,29 +45,4 @@ fn must_run() -> Result<()> {
         "transport = \"mpi\", but these ranks were not started through MPI; start them with `mpirun -np N trainer ...` or \
          `srun --mpi=pmix trainer ...`, or leave transport out",
     ))
-}
-
-/// What a wait does between two looks at MPI, which has nothing to sleep on: at first nothing much, since most answers
-/// come at once; then it lets others have the core, and at last it sleeps.
-struct Patience(Instant);
-
-impl Patience {
-    const SPIN: Duration = Duration::from_micros(20);
-    const YIELD: Duration = Duration::from_millis(1);
-    const SLEEP: Duration = Duration::from_micros(50);
-
-    fn new() -> Patience {
-        Patience(Instant::now())
-    }
-
-    fn rest(&self) {
-        let waited = self.0.elapsed();
-        if waited < Self::SPIN {
-            std::hint::spin_loop();
-        } else if waited < Self::YIELD {
-            std::thread::yield_now();
-        } else {
-            std::thread::sleep(Self::SLEEP);
-        }
-    }
 }

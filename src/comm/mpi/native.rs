@@ -10,9 +10,9 @@
 //! all chunks before the second, so that every rank is the root of some of the pieces under way. A rank that calls another operation, or
 //! another length, than its peers is not noticed here: MPI does not say.
 
-use super::Patience;
 use super::rounded::Rounded;
 use crate::comm::hosts::Hosts;
+use crate::comm::patience::Patience;
 use crate::comm::{Communicator, Operation, Words, chunk};
 use crate::config::raw::ReduceDtype;
 use crate::device::{Arena, SliceMut};

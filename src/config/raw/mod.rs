@@ -156,7 +156,7 @@ pub struct Parallel {
     pub transport: TransportChoice,
     /// Of the transport mpi.
     pub algorithm: Algorithm,
-    /// Of the algorithm native: what gradients are summed in. bf16 sends half the bytes.
+    /// Of nccl and of the algorithm native: what gradients are summed in. bf16 sends half the bytes.
     pub reduce_dtype: ReduceDtype,
     /// Gradients of about this many MiB are reduced together.
     #[schemars(range(max = 1_048_576), extend("exclusiveMinimum" = 0))]
@@ -209,12 +209,15 @@ impl Default for Parallel {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum TransportChoice {
-    /// shm where all ranks share a node, else mpi where the ranks were started through it, else tcp.
+    /// On GPUs nccl, where each rank has one of its own and NCCL; else shm where all ranks share a node, else mpi where the
+    /// ranks were started through it, else tcp.
     Auto,
     Shm,
     Tcp,
     /// Needs a build with `--features mpi`.
     Mpi,
+    /// Of ranks on GPUs, for their gradients; for all else as auto.
+    Nccl,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]

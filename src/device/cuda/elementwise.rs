@@ -1,7 +1,7 @@
 //! What is done to whole buffers outside of layers: filled, scaled, added up, converted.
 
-use super::Gpu;
 use super::kernels::{Element, Kernel, Read, Source, T, Write};
+use super::{Gpu, Stream};
 use crate::device::{Slice, SliceMut};
 use crate::error::Result;
 
@@ -72,22 +72,40 @@ impl Elementwise {
     ///
     /// # Safety
     /// As the type says.
-    pub unsafe fn narrow(&self, x: Slice<'_>, mut y: SliceMut<'_>) -> Result<()> {
+    pub unsafe fn narrow(&self, x: Slice<'_>, y: SliceMut<'_>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.narrow_in(self.gpu.compute(), x, y) }
+    }
+
+    /// The same in another stream.
+    ///
+    /// # Safety
+    /// As the type says, of that stream.
+    pub unsafe fn narrow_in(&self, stream: &Stream, x: Slice<'_>, mut y: SliceMut<'_>) -> Result<()> {
         let n = self.values(y.bytes());
         assert_eq!(x.bytes(), n * size_of::<f32>());
         // SAFETY: n values each; the caller vouches for the rest.
-        unsafe { self.narrow.launch(self.gpu.compute(), self.gpu.grid_over(n), (x.into(), (&mut y).into(), n as u64)) }
+        unsafe { self.narrow.launch(stream, self.gpu.grid_over(n), (x.into(), (&mut y).into(), n as u64)) }
     }
 
     /// This type to f32.
     ///
     /// # Safety
     /// As the type says.
-    pub unsafe fn widen(&self, x: Slice<'_>, mut y: SliceMut<'_>) -> Result<()> {
+    pub unsafe fn widen(&self, x: Slice<'_>, y: SliceMut<'_>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.widen_in(self.gpu.compute(), x, y) }
+    }
+
+    /// The same in another stream.
+    ///
+    /// # Safety
+    /// As the type says, of that stream.
+    pub unsafe fn widen_in(&self, stream: &Stream, x: Slice<'_>, mut y: SliceMut<'_>) -> Result<()> {
         let n = self.values(x.bytes());
         assert_eq!(y.bytes(), n * size_of::<f32>());
         // SAFETY: n values each; the caller vouches for the rest.
-        unsafe { self.widen.launch(self.gpu.compute(), self.gpu.grid_over(n), (x.into(), (&mut y).into(), n as u64)) }
+        unsafe { self.widen.launch(stream, self.gpu.grid_over(n), (x.into(), (&mut y).into(), n as u64)) }
     }
 
     fn values(&self, bytes: usize) -> usize {

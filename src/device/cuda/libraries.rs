@@ -5,6 +5,7 @@
 //! It stays loaded until the process ends.
 
 use super::call::check;
+use super::nccl;
 use super::search::{Search, VARIABLE};
 use crate::error::{Error, Result};
 use cudarc::{cublaslt, cudnn, driver, nvrtc};
@@ -56,6 +57,12 @@ pub fn cudnn() -> Result<&'static Library> {
     found(&FOUND, &CUDNN)
 }
 
+/// Sums over the ranks' GPUs.
+pub fn nccl() -> Result<&'static Library> {
+    static FOUND: OnceLock<Result<Library>> = OnceLock::new();
+    found(&FOUND, &NCCL)
+}
+
 fn found(cell: &'static OnceLock<Result<Library>>, wanted: &Wanted) -> Result<&'static Library> {
     cell.get_or_init(|| wanted.load(&Search::new(|name| std::env::var_os(name)))).as_ref().map_err(Clone::clone)
 }
@@ -69,8 +76,8 @@ struct Wanted {
     packages: &'static str,
     /// All functions of it that this program calls.
     functions: &'static [&'static str],
-    is_present: unsafe fn() -> bool,
-    library: unsafe fn() -> &'static libloading::Library,
+    /// By its name, once it is loaded.
+    library: unsafe fn() -> Option<&'static libloading::Library>,
     version: fn() -> Result<Version>,
 }
 
@@ -129,8 +136,8 @@ static DRIVER: Wanted = Wanted {
         "cuStreamSynchronize",
         "cuStreamWaitEvent",
     ],
-    is_present: driver::sys::is_culib_present,
-    library: driver::sys::culib,
+    // SAFETY: the caller's promise.
+    library: || unsafe { driver::sys::is_culib_present().then(|| driver::sys::culib()) },
     version: || {
         let mut version = 0;
         // SAFETY: `load` has asked for the function.
@@ -155,8 +162,8 @@ static NVRTC: Wanted = Wanted {
         "nvrtcGetProgramLogSize",
         "nvrtcVersion",
     ],
-    is_present: nvrtc::sys::is_culib_present,
-    library: nvrtc::sys::culib,
+    // SAFETY: the caller's promise.
+    library: || unsafe { nvrtc::sys::is_culib_present().then(|| nvrtc::sys::culib()) },
     version: || {
         let (mut major, mut minor): (c_int, c_int) = (0, 0);
         // SAFETY: `load` has asked for the function.
@@ -187,8 +194,8 @@ static CUBLAS_LT: Wanted = Wanted {
         "cublasLtMatrixLayoutDestroy",
         "cublasLtMatrixLayoutSetAttribute",
     ],
-    is_present: cublaslt::sys::is_culib_present,
-    library: cublaslt::sys::culib,
+    // SAFETY: the caller's promise.
+    library: || unsafe { cublaslt::sys::is_culib_present().then(|| cublaslt::sys::culib()) },
     // SAFETY: `load` has asked for the function.
     version: || Ok(Version::from_ten_thousands(unsafe { cublaslt::sys::cublasLtGetVersion() })),
 };
@@ -211,24 +218,32 @@ static CUDNN: Wanted = Wanted {
         "cudnnGetVersion",
         "cudnnSetStream",
     ],
-    is_present: cudnn::sys::is_culib_present,
-    library: cudnn::sys::culib,
+    // SAFETY: the caller's promise.
+    library: || unsafe { cudnn::sys::is_culib_present().then(|| cudnn::sys::culib()) },
     // SAFETY: `load` has asked for the function.
     version: || Ok(Version::from_ten_thousands(unsafe { cudnn::sys::cudnnGetVersion() })),
+};
+
+static NCCL: Wanted = Wanted {
+    name: "NCCL",
+    files: &["libnccl.so.2"],
+    packages: "pip's nvidia-nccl-cu13 or nvidia-nccl-cu12, or NVIDIA's apt package libnccl2",
+    functions: nccl::NAMES,
+    // SAFETY: the caller's promise.
+    library: || unsafe { nccl::library() },
+    version: nccl::version,
 };
 
 impl Wanted {
     fn load(&self, search: &Search) -> Result<Library> {
         let named = self.open(search)?;
         // SAFETY: loading these libraries runs their constructors, which is what is wanted.
-        if !unsafe { (self.is_present)() } {
-            return Err(Error::device(format!(
+        let library = unsafe { (self.library)() }.ok_or_else(|| {
+            Error::device(format!(
                 "{} was loaded but is not known by its name; put its folder into LD_LIBRARY_PATH",
                 self.name
-            )));
-        }
-        // SAFETY: as above; it does not panic, since the library is there.
-        let library = unsafe { (self.library)() };
+            ))
+        })?;
         let path = self.check_functions(library)?;
         if let Some(named) = named.filter(|named| named.canonicalize().ok() != path.canonicalize().ok()) {
             return Err(Error::device(format!(
@@ -301,8 +316,8 @@ impl Wanted {
 }
 
 impl Version {
-    /// From a number such as 130100 or 91002; cuDNN 9 and cuBLASLt 12 on write them so.
-    fn from_ten_thousands(version: usize) -> Version {
+    /// From a number such as 130100 or 91002; cuDNN 9, cuBLASLt 12 and NCCL 2.9 on write them so.
+    pub(super) fn from_ten_thousands(version: usize) -> Version {
         let version = u32::try_from(version).unwrap_or(0);
         Version { major: version / 10_000, minor: version % 10_000 / 100, patch: version % 100 }
     }

@@ -1,7 +1,7 @@
 //! GPUs through CUDA. Nothing of it is linked: the libraries are looked for when a GPU is asked for (`libraries`), and what
 //! is missing is an error that says which package brings it. `probe` lists the GPUs; `Gpu` is the one that this rank works
 //! on, with its memory and streams; `kernels` compiles the `.cu` files that stand beside their layers; `nvml` reads what the
-//! driver measures.
+//! driver measures; `nccl` has NCCL's functions, with which `comm::nccl` sums over ranks.
 //!
 //! The crate cudarc has the declarations and looks functions up by name. Only its `sys` modules are used: what its safe
 //! wrappers add, events at each allocation and allocations at each launch, is what a captured step must not have. A function
@@ -17,6 +17,7 @@ mod gpu;
 mod graph;
 pub mod kernels;
 pub mod libraries;
+pub mod nccl;
 pub mod nvml;
 pub mod probe;
 mod registered;

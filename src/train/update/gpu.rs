@@ -13,9 +13,10 @@
 //! ahead by then: it learns the sums of a step (`tail`) without the GPU's updates.
 //!
 //! The sums are the transport's, in its fixed order, and the rule has the CPU's bits, so all ranks keep equal parameters.
-//! A bucket of P parameters costs the bus 4 P bytes in each direction, at the same time, since it carries both. A rank that is
-//! alone copies nothing.
+//! A bucket of P parameters costs the bus 4 P bytes in each direction, at the same time, since it carries both. With NCCL, which
+//! sums where the gradients are (`nccl`), and on a rank that is alone nothing goes to the host.
 
+pub mod nccl;
 mod reduction;
 
 pub use reduction::Reduction;
@@ -23,6 +24,7 @@ pub use reduction::Reduction;
 use super::{Content, Part, Update, canonical, trainable};
 use crate::comm::Communicator;
 use crate::comm::bucket::{Waited, Work};
+use crate::comm::nccl::Nccl;
 use crate::config::raw;
 use crate::device::cuda::{Event, Gpu, Stream};
 use crate::device::{Arena, Slice, SliceMut};
@@ -35,6 +37,7 @@ use crate::optim::cuda::Control;
 use crate::optim::loss_scale::LossScale;
 use crate::optim::{self, At};
 use crate::train::checkpoint::{State, Tensor, state_name};
+use nccl::ByNccl;
 use reduction::{Alone, Staged};
 use std::ops::Range;
 use std::sync::Arc;
@@ -61,13 +64,13 @@ pub struct GpuUpdater {
 }
 
 impl GpuUpdater {
-    /// For the parameters in `weights`. Makes the arenas of the gradients. Collective.
+    /// For the parameters in `weights`. Makes the arenas of the gradients, which NCCL sums if it is there. Collective.
     pub fn new(
         config: &raw::Optimizer,
         table: &ParamTable,
         bucket_bytes: usize,
         weights: Arc<Weights>,
-        health: &Arc<Health>,
+        (health, nccl): (&Arc<Health>, Option<Nccl>),
         comm: &mut dyn Communicator,
     ) -> Result<GpuUpdater> {
         let gpu = Gpu::of_this_rank()?;
@@ -75,9 +78,10 @@ impl GpuUpdater {
         let buckets = table.buckets(bucket_bytes, |_| false);
         let names = optim::new(config).state();
         let grads = Arc::new(allocate("gradients")?);
-        let reduction: Arc<dyn Reduction> = match comm.size() {
-            1 => Arc::new(Alone::new(&gpu, buckets.len())?),
-            _ => Arc::new(Staged::new(&gpu, health, &grads, &buckets, comm)?),
+        let reduction: Arc<dyn Reduction> = match nccl {
+            Some(nccl) => Arc::new(ByNccl::new(nccl, &gpu, &grads, &buckets)?),
+            None if comm.size() == 1 => Arc::new(Alone::new(&gpu, buckets.len())?),
+            None => Arc::new(Staged::new(&gpu, health, &grads, &buckets, comm)?),
         };
         let rule = optim::cuda::Update::new(config, table, weights.precision)?;
         Ok(GpuUpdater {

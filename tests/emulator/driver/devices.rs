@@ -4,7 +4,7 @@
 use crate::memory::total_bytes;
 use crate::{
     CURRENT, Code, Driver, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NOT_INITIALIZED, NOT_SUPPORTED, SUCCESS, driver,
-    give, require,
+    give, in_context, require,
 };
 use std::env;
 use std::ffi::{c_char, c_int, c_uint};
@@ -124,6 +124,19 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> Code {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Code {
+    match driver().initialized {
+        true => unsafe { give(context, CURRENT.get()) }.err().unwrap_or(SUCCESS),
+        false => NOT_INITIALIZED,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetDevice(device: *mut c_int) -> Code {
+    in_context(|_| unsafe { give(device, (CURRENT.get() - CONTEXT) as c_int) })
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
     let driver = driver();
     match () {
@@ -133,13 +146,5 @@ pub unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
             CURRENT.set(context);
             SUCCESS
         }
-    }
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Code {
-    match driver().initialized {
-        true => unsafe { give(context, CURRENT.get()) }.err().unwrap_or(SUCCESS),
-        false => NOT_INITIALIZED,
     }
 }

@@ -232,6 +232,12 @@ pub unsafe extern "C" fn emulator_put(
     put(stream, Arc::new(call))
 }
 
+/// As above: runs what is in the stream now, as if somebody waited for it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn emulator_run(stream: usize) {
+    run_all(stream);
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut usize, flags: c_uint) -> Code {
     in_context(|driver| {
