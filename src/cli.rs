@@ -82,7 +82,7 @@ pub enum Command {
     /// Make and change data sets: pack, generate
     #[command(subcommand)]
     Data(data::DataCommand),
-    /// Show this machine and this build: CPU, memory, transports
+    /// Show this machine and this build: CPU, GPUs, memory, transports
     Info,
     /// Print the JSON schema of the configuration, for editors
     #[command(after_help = "Example:\n  trainer schema > lockstep.schema.json")]

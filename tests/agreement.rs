@@ -56,6 +56,17 @@ fn another_configuration_on_one_rank_is_named_by_its_keys() {
     }
 }
 
+/// Before any rank looks for a GPU, which all do together.
+#[test]
+fn a_gpu_that_one_rank_wants_is_named() {
+    let refused = Shells::new(2).run(|rank, command| {
+        if rank == 1 {
+            command.args(["--set", "run.device=cuda"]);
+        }
+    });
+    assert_refused(&refused, &["configuration: run.device | 1 (", "| \"cuda\" | \"auto\""]);
+}
+
 #[test]
 fn a_transport_that_one_rank_does_not_want_is_named_before_they_connect() {
     let refused = Shells::new(2).run(|rank, command| {

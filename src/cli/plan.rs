@@ -2,7 +2,7 @@
 
 use super::bytes;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
-use crate::config::raw::{Config, Resident};
+use crate::config::raw::{Config, Resident, TransportChoice};
 use crate::data::augment;
 use crate::device::{self, Place};
 use crate::error::{Error, Result};
@@ -155,11 +155,11 @@ fn traffic(config: &Config, params: &ParamTable, plan: &Plan) -> String {
     let names = if states.is_empty() { "none".to_owned() } else { states.join(", ") };
     let state = states.len() * gradients;
     if device::choose(config.run.device) == Place::Cuda {
-        let bus = if ranks > 1 { 2 * gradients } else { 0 };
+        let bus = if ranks > 1 && config.parallel.transport != TransportChoice::Nccl { 2 * gradients } else { 0 };
         return format!(
             "gradients    {}\n\
              state        {}, the optimizer's ({names}), on every rank\n\
-             bus          {} between the GPU and host memory, where the ranks sum\n",
+             bus          {} between the GPU and host memory, where the ranks sum if not by NCCL\n",
             bytes(gradients),
             bytes(state),
             bytes(bus)

@@ -90,6 +90,9 @@ pub fn run(mut comm: Box<dyn Communicator>, nccl: Option<Nccl>, options: &Option
             "--min-bytes {min_bytes} --max-bytes {max_bytes} --factor {factor}: expected 4 <= min <= max and factor >= 2"
         )));
     }
+    if reduce_dtype == ReduceDtype::Bf16 && nccl.is_some() {
+        return Err(Error::usage("over nccl sums in f32 are measured; leave --reduce-dtype out"));
+    }
     if reduce_dtype == ReduceDtype::Bf16 && operation == Operation::AllReduce {
         return Err(Error::usage(
             "--reduce-dtype bf16 is for gradients; an all_reduce sums in f32. Add --operation reduce_update",

@@ -84,8 +84,8 @@ pub fn run(
 ) -> Result<()> {
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
+    gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     let gpu = match device::choose(config.run.device) {
         Place::Host => None,
         Place::Cuda => Some(Gpu::of_this_rank()?),
@@ -253,6 +253,9 @@ impl Bench<'_> {
             let start = Instant::now();
             gradient.reducer().with(|comm, updater| {
                 updater.begin(at)?;
+                if let Some(reduction) = updater.reduction() {
+                    (0..gradient.parts() - 1).try_for_each(|bucket| reduction.written(bucket))?;
+                }
                 (0..gradient.parts()).try_for_each(|part| updater.run(part, comm).map(drop))?;
                 updater.finish(comm)
             })?;

@@ -57,13 +57,13 @@ pub fn tell_use(net: usize) -> Result<()> {
     Ok(())
 }
 
-/// What all ranks see, and the number of each one's GPU.
 fn open(taken: &[usize], rank: &Rank, comm: &mut dyn Communicator) -> Result<Gpu> {
     let gpu = together(Gpu::take(taken[rank.world.rank]), rank, comm)?;
     tracing::debug!("rank {} computes on {}", rank.world.rank, gpu.device());
     Ok(gpu)
 }
 
+/// What all ranks see, and the number of each one's GPU.
 fn choose(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) -> Result<(Vec<Sight>, Vec<usize>)> {
     let mine = together(Sight::of_this_process(), rank, comm)?;
     let sights = gather(comm, &mine)?;

@@ -136,6 +136,9 @@ impl<'a> Need<'a> {
         let ways: Vec<String> = whole.into_iter().chain(micro).collect();
         match low {
             0 => "Not even one sample fits: take a GPU with more memory, or a smaller model".to_owned(),
+            _ if ways.is_empty() => {
+                format!("At most {low} samples fit, in one pass: take batch.micro out, and lower the batch")
+            }
             _ => format!("At most {low} samples at once fit: set {}", ways.join(", or ")),
         }
     }

@@ -78,9 +78,9 @@ pub fn train(
     let checkpoints = options.checkpoints(config);
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
-    gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
+    gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     inject::check_ranks(&options.inject, &job, &rank.world)?;
     let anew = resume::agree_on_anew(&options.resume, &job, &checkpoints, &mut *comm)?;
     let faults = Faults::new(options, anew, &directory, &rank.world)?;
@@ -233,7 +233,11 @@ impl Session<'_> {
             true => self.learner.loss_scale()?,
             false => None,
         };
-        loss_scale.map_or(Ok(()), |scale| scale.check())?;
+        if let Some(Err(error)) = loss_scale.map(|scale| scale.check()) {
+            let error = Error::new(error.kind(), format!("{error}{}", self.last_checkpoint()));
+            let world = &self.rank.world;
+            return Err(if world.rank > 0 && world.joins_output { error.said_by_rank_0() } else { error });
+        }
         self.rank.health.set_waiting(self.clock.budget().spent(Category::Waiting));
         if let Some(report) = &mut self.report {
             let step = report::Step {

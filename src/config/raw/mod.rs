@@ -42,7 +42,7 @@ pub struct Run {
     /// Of activations and of the matrix work; parameters, gradients and optimizer state are f32 in any case.
     #[serde(default)]
     pub precision: Precision,
-    /// What each rank computes on. auto: a GPU where one can be used, else the CPU.
+    /// What each rank computes on. auto: the CPU, until a GPU has run this version.
     #[serde(default)]
     pub device: Choice,
     /// On GPUs: f32 values are cut to TF32, 11 significant bits, before they are multiplied. Many times as fast, less exact.

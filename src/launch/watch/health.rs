@@ -174,11 +174,15 @@ impl Health {
             last = now;
             if waited > self.timeout {
                 let Beat { step, phase, .. } = self.beat();
-                return Err(Error::device(format!(
+                // So that the watch ends this process, where memory of a GPU that hangs cannot be given back.
+                let error = Error::device(format!(
                     "the GPU has spent {:.1} s {what}, in {phase} of step {step}, and is not done: see nvidia-smi for its \
-                     state and dmesg for errors of its driver (Xid). [parallel] timeout sets how long a rank waits",
+                     state and dmesg for errors of its driver (Xid); over NCCL it may be a peer's GPU that it waits for. \
+                     [parallel] timeout sets how long a rank waits",
                     waited.as_secs_f64()
-                )));
+                ));
+                self.fail(error.clone());
+                return Err(error);
             }
             match looks < LOOKS {
                 true => std::thread::yield_now(),

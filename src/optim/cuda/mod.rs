@@ -147,6 +147,11 @@ impl Update {
         self.overflow.is_some()
     }
 
+    /// Whether the loss is scaled by what the configuration says, in all steps.
+    pub fn loss_scale_is_fixed(&self) -> bool {
+        self.overflow.as_ref().is_some_and(Overflow::is_fixed)
+    }
+
     /// A step begins, which nothing halts yet: its learning rate and number go to the GPU, in the compute stream.
     pub fn begin(&self, at: At) -> Result<()> {
         let one = Grid { blocks: [1; 3], threads: [1; 3], shared_bytes: 0 };

@@ -22,6 +22,10 @@ impl Overflow {
         Ok(Overflow { scaling, find: module.kernel("find_overflow")?, settle: module.kernel("settle_scale")? })
     }
 
+    pub fn is_fixed(&self) -> bool {
+        self.scaling.growth_every == 0
+    }
+
     /// Halts the step if a gradient is not finite, and settles the scale of the next one.
     ///
     /// # Safety

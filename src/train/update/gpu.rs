@@ -206,8 +206,13 @@ impl Update for GpuUpdater {
 
     fn import(&mut self, found: Option<&State>, comm: &mut dyn Communicator) -> Result<()> {
         if let Some(now) = self.loss_scale()? {
-            // One that was saved in another precision has none.
-            let found = found.and_then(|state| state.loss_scale).unwrap_or(now);
+            // One that was saved in another precision has none; one that does not change is the configuration's.
+            let found = match found.and_then(|state| state.loss_scale) {
+                Some(found) if self.rule.loss_scale_is_fixed() && found.scale != now.scale => {
+                    LossScale { scale: now.scale, skipped_in_a_row: 0, ..found }
+                }
+                found => found.unwrap_or(now),
+            };
             let LossScale { scale, good_steps, skipped, skipped_in_a_row } = found;
             // Each f32 is 32 bits of an integer, never a number.
             let mut words = [scale.to_bits(), good_steps, skipped, skipped_in_a_row].map(f32::from_bits);
