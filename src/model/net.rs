@@ -173,7 +173,7 @@ impl Net {
         (self.output(pass), self.cut(&self.plan.output_gradient, self.output_bytes(pass)))
     }
 
-    /// `images` (batch, H, W, C), in f32 on the net's device, to `output`.
+    /// `images` (batch, H, W, C), on the net's device, in f32 or, on a GPU, in the net's precision, to `output`.
     pub fn forward(&mut self, pass: &Pass, images: Slice<'_>) -> Result<()> {
         self.begin(pass)?;
         self.forward_begun(pass, images)
@@ -246,7 +246,11 @@ impl Net {
     /// Looks for the place where a non-finite value arose: runs forward again and checks parameters and outputs in order.
     pub fn find_non_finite(&mut self, pass: &Pass, images: Slice<'_>) -> Result<String> {
         let bad = |values: &[f32]| values.iter().any(|x| !x.is_finite());
-        if bad(&self.elementwise.to_host(images)?) {
+        let finite = match self.place() {
+            Place::Host => !bad(images.f32()),
+            Place::Cuda => self.elementwise.is_finite(images)?,
+        };
+        if !finite {
             return Ok("the input data hold a value that is not finite".into());
         }
         self.begin(pass)?;
@@ -278,9 +282,10 @@ impl Net {
         })
     }
 
-    /// In 16 bits the layers read a copy of the images.
+    /// In 16 bits the CPU's layers read a copy of the images. To a GPU they come in 16 bits.
     fn take_images(&mut self, pass: &Pass, images: Slice<'_>) -> Result<()> {
-        if self.precision == Precision::F32 {
+        if !self.copies_images() {
+            assert_eq!(images.bytes(), self.activation_bytes(DATA, pass), "images of another precision");
             return Ok(());
         }
         let copy = self.cut(&self.plan.activations[DATA], self.activation_bytes(DATA, pass));
@@ -397,8 +402,12 @@ impl Net {
         pass.batch * self.spec.output().len() * size_of::<f32>()
     }
 
+    fn copies_images(&self) -> bool {
+        !self.plan.activations[DATA].is_empty()
+    }
+
     fn activation<'a>(&self, activation: Activation, pass: &Pass, images: Slice<'a>) -> Slice<'a> {
-        if activation == DATA && self.precision == Precision::F32 {
+        if activation == DATA && !self.copies_images() {
             return images;
         }
         self.cut(&self.plan.activations[activation], self.activation_bytes(activation, pass)).into_shared()

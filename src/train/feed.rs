@@ -126,7 +126,8 @@ pub struct Way {
 
 /// Where passes read samples.
 pub struct Inlet {
-    /// f32 (batch, H, W, C)
+    element: Element,
+    /// (batch, H, W, C)
     images: Arena,
     /// u32 (batch)
     labels: Arena,
@@ -141,17 +142,18 @@ pub struct Dock {
     taken: Event,
 }
 
-/// Bytes of a GPU's memory for at most `batch` samples of so many values: of the inlet, and of a dock.
-pub fn gpu_bytes(batch: usize, values: usize, resident: bool) -> (usize, usize) {
+/// Bytes of a GPU's memory for at most `batch` samples of so many values of a type: of the inlet, and of a dock.
+pub fn gpu_bytes(batch: usize, values: usize, element: Element, resident: bool) -> (usize, usize) {
     let pixels = if resident { 0 } else { values };
-    (batch * (values * size_of::<f32>() + size_of::<u32>()), Layout { samples: batch, pixels }.bytes())
+    (batch * (values * element.bytes() + size_of::<u32>()), Layout { samples: batch, pixels }.bytes())
 }
 
 impl Inlet {
-    /// For at most `batch` samples of so many values.
-    pub fn new(gpu: &Gpu, batch: usize, values: usize) -> Result<Inlet> {
-        let images = gpu.allocate(batch * values * size_of::<f32>());
+    /// For at most `batch` samples of so many values of a type, the net's.
+    pub fn new(gpu: &Gpu, batch: usize, values: usize, element: Element) -> Result<Inlet> {
+        let images = gpu.allocate(batch * values * element.bytes());
         Ok(Inlet {
+            element,
             images: images.map_err(|error| error.context("images of a batch"))?,
             labels: gpu.allocate(batch * size_of::<u32>())?,
         })
@@ -196,7 +198,7 @@ impl Way {
         augmenter: &Augmenter,
         resident: Option<Resident>,
     ) -> Result<Way> {
-        let augment = OnGpu::new(gpu, augmenter, Element::F32)?;
+        let augment = OnGpu::new(gpu, augmenter, inlet.element)?;
         Ok(Way { gpu: gpu.clone(), inlet, dock, layout, augment, resident })
     }
 

@@ -90,7 +90,8 @@ impl<'a> Need<'a> {
     /// Batches, and sets that are to stay on the GPU. A set that may is no need: it does if there is room.
     fn data(&self, plan: &Plan) -> [(&'static str, usize); 2] {
         let (values, resident) = (self.net.input.len(), self.config.data.shared.resident == Resident::On);
-        let (inlet, dock) = feed::gpu_bytes(plan.micro_batch, values, resident);
+        let element = self.config.run.precision.element();
+        let (inlet, dock) = feed::gpu_bytes(plan.micro_batch, values, element, resident);
         let Samples { train, validation, test } = self.samples;
         // Training has a dock, and so has evaluation.
         let (docks, samples) = if self.training { (2, train) } else { (1, 0) };

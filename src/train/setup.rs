@@ -262,7 +262,8 @@ pub fn inlet(config: &Config, plan: &Plan) -> Result<Option<Arc<Inlet>>> {
         Place::Host => Ok(None),
         Place::Cuda => {
             let values = config.model.input.iter().product();
-            Ok(Some(Arc::new(Inlet::new(&Gpu::of_this_rank()?, plan.micro_batch, values)?)))
+            let (gpu, element) = (Gpu::of_this_rank()?, config.run.precision.element());
+            Ok(Some(Arc::new(Inlet::new(&gpu, plan.micro_batch, values, element)?)))
         }
     }
 }

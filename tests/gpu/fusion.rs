@@ -63,7 +63,7 @@ fn gradients(gpu: &Gpu, spec: NetSpec, precision: Precision) -> Vec<f32> {
     let options =
         Options { batch: BATCH, place: Place::Cuda, seed: 3, precision, training: true, ..Options::default() };
     let images =
-        Values::of(gpu, &(0..BATCH * spec.input.len()).map(|i| value(i, 1.0)).collect::<Vec<_>>(), Element::F32);
+        Values::of(gpu, &(0..BATCH * spec.input.len()).map(|i| value(i, 1.0)).collect::<Vec<_>>(), precision.element());
     let mut net = Net::new(spec, &options).unwrap();
     let grads = gpu.allocate(net.table().len() * size_of::<f32>()).unwrap();
     let pass = Pass { batch: BATCH, training: true, first_sample: 0, share: 1.0 };

@@ -4,10 +4,11 @@
 
 use crate::emulator;
 use crate::layers::relative_error;
-use crate::values::download;
+use crate::values::{Values, download};
 use half::bf16;
 use lockstep::config::raw;
 use lockstep::device::cuda::Gpu;
+use lockstep::device::cuda::kernels::Element;
 use lockstep::device::{self, Place, Slice, SliceMut};
 use lockstep::model::net::{Net, Options};
 use lockstep::model::params::Param;
@@ -67,10 +68,10 @@ fn gradients(place: Place, gpu: &Gpu, rounded: bool) -> Vec<(String, Vec<f32>)> 
         net.edit_params(|_, params| params.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32())).unwrap();
     }
     let pass = Pass { batch: BATCH, training: true, first_sample: 0, share: 1.0 };
-    let images = device::allocate(place, 4 * BATCH * net.spec().input.len()).unwrap();
-    // SAFETY: of the arena, first written and then read.
-    write_normal(gpu, 1, unsafe { images.slice_mut(0..images.bytes()) });
-    let images = unsafe { images.slice(0..images.bytes()) };
+    let values = normal(1, BATCH * net.spec().input.len());
+    // To a GPU they come rounded; the net on the CPU rounds them itself.
+    let on_gpu = Values::of(gpu, &values, Element::Bf16);
+    let images = if place == Place::Host { Slice::from(&values[..]) } else { on_gpu.slice() };
     net.forward(&pass, images).unwrap();
     write_normal(gpu, 2, net.output_and_gradient(&pass).1);
     let grads = device::allocate(place, 4 * net.table().len_with_tail()).unwrap();
@@ -88,9 +89,14 @@ fn gradients(place: Place, gpu: &Gpu, rounded: bool) -> Vec<(String, Vec<f32>)> 
     net.table().params.iter().map(canonical).collect()
 }
 
-fn write_normal(gpu: &Gpu, number: u32, mut to: SliceMut<'_>) {
-    let mut values = vec![0.0; to.bytes() / 4];
+fn normal(number: u32, len: usize) -> Vec<f32> {
+    let mut values = vec![0.0; len];
     Rng::new(5, Purpose::Test, number, 0).fill_normal(1.0, &mut values);
+    values
+}
+
+fn write_normal(gpu: &Gpu, number: u32, mut to: SliceMut<'_>) {
+    let values = normal(number, to.bytes() / 4);
     match to.place() {
         Place::Host => to.f32().copy_from_slice(&values),
         Place::Cuda => gpu.compute().copy_and_wait(Slice::from(&values[..]), to).unwrap(),

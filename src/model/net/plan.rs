@@ -9,6 +9,7 @@ use super::super::memory::{self, Lifetime};
 use super::super::precision::Precision;
 use super::super::spec::{Activation, DATA, NetSpec};
 use super::Options;
+use crate::device::Place;
 use std::ops::Range;
 
 /// Byte offsets in the memory arena. A range of no bytes means that the buffer does not exist.
@@ -96,9 +97,11 @@ impl Plan {
             });
             times.fold(from, usize::max)
         };
-        let data = match options.precision {
-            Precision::F32 => None,
-            Precision::Bf16 | Precision::Fp16 => planner.add_activation(spec.input, 0, last_reader(DATA, 0)),
+        let data = match (options.precision, options.place) {
+            (Precision::F32, _) | (_, Place::Cuda) => None,
+            (Precision::Bf16 | Precision::Fp16, Place::Host) => {
+                planner.add_activation(spec.input, 0, last_reader(DATA, 0))
+            }
         };
         let mut buffers = vec![data];
         for (i, node) in spec.nodes.iter().enumerate() {
