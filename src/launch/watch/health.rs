@@ -389,9 +389,11 @@ mod tests {
         assert_eq!(error.kind(), Kind::Device);
         assert!(error.to_string().contains("s computing, in all-reduce of step 40, and is not done"), "{error}");
 
+        assert_eq!(health.failure().unwrap().to_string(), error.to_string(), "what the watch is to say");
+
+        let health = Health::new(Duration::from_secs(60));
         let broken = || Err(Error::device("the GPU is dead"));
         assert_eq!(health.wait_for_gpu("computing", broken).unwrap_err().to_string(), "the GPU is dead");
-
         health.fail(Error::peer_lost("rank 1 is gone"));
         let error = health.wait_for_gpu("computing", || Ok(false)).unwrap_err();
         assert_eq!(error.to_string(), "rank 1 is gone");
