@@ -109,7 +109,7 @@ fn a_step_on_a_gpu_allocates_nothing() {
         .replace("shapes", "synthetic")
         .replace("input = [32, 32, 3]", "input = [6, 6, 3]");
     for sets in ["data.resident=off run.cuda_graphs=false", "data.resident=on"] {
-        check((&config, 200), &format!("run.device=cuda batch.global=8 {sets}"), || {
+        check((&config, 200), &format!("run.device=cuda parallel.allow_shared_gpu=true batch.global=8 {sets}"), || {
             let mut program = Command::new(std::env::current_exe().unwrap());
             program.envs(variables.iter().map(|(name, value)| (name, value)));
             program
