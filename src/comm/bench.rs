@@ -29,7 +29,7 @@ pub struct Options {
     /// all_reduce; reduce_update: SGD with momentum
     #[arg(long, value_enum, default_value_t = Operation::AllReduce, hide_possible_values = true)]
     pub operation: Operation,
-    /// f32; bf16: of reduce_update, by native
+    /// f32; bf16: reduce_update, native
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = ReduceDtype::F32, hide_possible_values = true)]
     pub reduce_dtype: ReduceDtype,
     /// Smallest message, bytes
