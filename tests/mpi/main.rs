@@ -344,7 +344,7 @@ fn transport_mpi_without_mpi_says_what_to_do() {
     for (arguments, remedy) in [
         ("--transport mpi", remedy),
         ("--algorithm native", "it goes with transport = \"mpi\""),
-        ("--reduce-dtype bf16", "goes with transport = \"mpi\" and algorithm = \"native\""),
+        ("--reduce-dtype bf16", "with transport = \"mpi\" and algorithm = \"native\""),
     ] {
         let output = runs::program().args(["-n", "2", "bench-comm"]).args(arguments.split(' ')).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
