@@ -143,8 +143,10 @@ impl Learner {
         if self.net.place() == Place::Cuda && !Gpu::of_this_rank().ok()?.compute().is_soon_done() {
             return None;
         }
-        let weights = export_params(&self.net).ok()?;
-        (!self.is_over_nccl() || health.check().is_ok()).then(|| checkpoint::weights_digest(&weights))
+        if self.is_over_nccl() && health.check().is_err() {
+            return None;
+        }
+        export_params(&self.net).ok().map(|weights| checkpoint::weights_digest(&weights))
     }
 
     /// Whether a checkpoint is of this net and optimizer; else what differs.

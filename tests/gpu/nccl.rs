@@ -109,8 +109,7 @@ fn a_slow_rank_is_named() {
     for (slow, form) in [(1, "replicated"), (0, "sharded")] {
         let form = format!("parallel.nccl_update={form}");
         let mut run = runs.command(&format!("slow-{slow}"), 2, &[NCCL, &[&form]].concat());
-        // As a GPU works, without being asked for it.
-        run.env("LOCKSTEP_EMULATOR_STREAMS", "eager").args(["--inject", &format!("delay:rank={slow}:300ms")]);
+        run.env("LOCKSTEP_EMULATOR_STREAMS", "busy").args(["--inject", &format!("delay:rank={slow}:300ms")]);
         let output = run.assert().success().get_output().clone();
         let said = String::from_utf8(output.stdout).unwrap();
         assert!(said.contains(&format!("waiting for the slowest rank (rank {slow})")), "{said}");

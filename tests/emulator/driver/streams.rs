@@ -4,7 +4,8 @@
 //! for which the host waits. A stream that should have waited for another thus finds what the other has not done yet, and a
 //! host that should have waited finds nothing. With `LOCKSTEP_EMULATOR_STREAMS=eager` all work runs at once instead. With
 //! `mixed` any stream may run a bit of what its order allows whenever something is put into any: that shows where one
-//! overtakes another for which it should have waited.
+//! overtakes another for which it should have waited. With `busy` a thread runs whatever may run, as a GPU does: then times are
+//! as there.
 //!
 //! Work that needs another process, as NCCL's does, stays where it is and is tried again while that has not come: its stream waits, and
 //! the others go on.
@@ -20,7 +21,7 @@ use crate::{
 use std::collections::VecDeque;
 use std::ffi::{c_uint, c_void};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -137,6 +138,7 @@ fn after_call(stream: usize, code: Code) -> Code {
         _ if code != SUCCESS => {}
         "eager" => while run_one(stream) == Ran::Step {},
         "mixed" => run_some(),
+        "busy" => run_by_itself(),
         _ => {}
     }
     code
@@ -170,6 +172,20 @@ fn run_some() {
     let stream = streams[chance as usize % streams.len()];
     let steps = chance / streams.len() as u64 % 16;
     let _ = (0..steps).try_for_each(|_| (run_next(|driver| driver.next_of(stream)) == Ran::Step).then_some(()));
+}
+
+/// From now on.
+fn run_by_itself() {
+    static STARTED: Once = Once::new();
+    let work = || {
+        loop {
+            let ran = |stream| run_next(|driver| driver.next_of(stream)) == Ran::Step;
+            if all_streams().into_iter().filter(|&stream| ran(stream)).count() == 0 {
+                thread::sleep(PAUSE);
+            }
+        }
+    };
+    STARTED.call_once(|| drop(thread::spawn(work)));
 }
 
 fn all_streams() -> Vec<usize> {
