@@ -2,7 +2,7 @@
 
 use super::bytes;
 use crate::config::plan::{Cadence, Plan, Ranks, Samples};
-use crate::config::raw::{Config, Resident, TransportChoice};
+use crate::config::raw::{Config, NcclUpdate, Resident, TransportChoice};
 use crate::data::augment;
 use crate::device::{self, Place};
 use crate::error::{Error, Result};
@@ -41,8 +41,9 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
         );
     }
     let chosen = |node| estimates.iter().any(|estimate| estimate.node == node && estimate.chosen);
-    let _ =
-        write!(text, "\n# Buckets, in the order in which backward fills them\n\n{}\n", buckets(&params, &plan, chosen));
+    let bucket_bytes = if is_over_nccl(config) { plan.nccl_bucket_bytes } else { plan.bucket_bytes };
+    let buckets = buckets(&params, bucket_bytes, chosen);
+    let _ = write!(text, "\n# Buckets, in the order in which backward fills them\n\n{buckets}\n");
     let _ = write!(text, "\n# A step and rank\n\n{}", traffic(config, &params, &plan));
     if device::choose(config.run.device) == Place::Cuda {
         let bill = Need::new(config, &plan, parts.samples(), true)?.bill();
@@ -117,10 +118,10 @@ fn exchange(config: &Config, net: &NetSpec, estimates: &[Estimate]) -> String {
     format!("{table}\n\nat {link} Gbit/s (parallel.network_gbit_s), the products that factors take included\n")
 }
 
-fn buckets(params: &ParamTable, plan: &Plan, apart: impl Fn(usize) -> bool) -> Table {
+fn buckets(params: &ParamTable, bucket_bytes: usize, apart: impl Fn(usize) -> bool) -> Table {
     let mut table = table(&["bucket", "bytes", "parameters"]);
     table.set_content_arrangement(ContentArrangement::Dynamic).set_width(100);
-    for (number, bucket) in params.buckets(plan.bucket_bytes, apart).into_iter().enumerate() {
+    for (number, bucket) in params.buckets(bucket_bytes, apart).into_iter().enumerate() {
         let inside = params.params.iter().filter(|param| bucket.contains(&param.range.start));
         let names: Vec<&str> = inside.map(|param| param.name.as_str()).collect();
         table.add_row([number.to_string(), (bucket.len() * size_of::<f32>()).to_string(), names.join(" ")]);
@@ -139,7 +140,7 @@ fn device_memory(bill: &Bill) -> String {
         "{table}\n\n\
          total        {}\n\
          workspaces   {} more at most: cuDNN's and cuBLASLt's algorithms are chosen on the GPU\n\
-         CUDA         some hundred MiB for itself\n",
+         CUDA         some hundred MiB for itself, and so takes NCCL\n",
         bytes(bill.total()),
         bytes(bill.workspaces)
     )
@@ -156,12 +157,15 @@ fn traffic(config: &Config, params: &ParamTable, plan: &Plan) -> String {
     let state = states.len() * gradients;
     if device::choose(config.run.device) == Place::Cuda {
         let bus = if ranks > 1 && config.parallel.transport != TransportChoice::Nccl { 2 * gradients } else { 0 };
+        let held = match config.parallel.nccl_update {
+            NcclUpdate::Replicated => format!("{}, the optimizer's ({names}), on every rank", bytes(state)),
+            NcclUpdate::Sharded => format!("{} of {}, the optimizer's ({names})", bytes(state / ranks), bytes(state)),
+        };
         return format!(
             "gradients    {}\n\
-             state        {}, the optimizer's ({names}), on every rank\n\
+             state        {held}\n\
              bus          {} between the GPU and host memory, where the ranks sum if not by NCCL\n",
             bytes(gradients),
-            bytes(state),
             bytes(bus)
         );
     }
@@ -178,6 +182,13 @@ fn traffic(config: &Config, params: &ParamTable, plan: &Plan) -> String {
         bytes(shm),
         bytes(tcp)
     )
+}
+
+/// As far as that is known before: `auto` may find that it is not there.
+fn is_over_nccl(config: &Config) -> bool {
+    let transport = config.parallel.transport;
+    device::choose(config.run.device) == Place::Cuda
+        && matches!(transport, TransportChoice::Nccl | TransportChoice::Auto)
 }
 
 fn run(plan: &Plan, samples: Samples) -> String {

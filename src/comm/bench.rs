@@ -1,8 +1,8 @@
 //! `bench-comm`: collectives over a range of sizes, in the manner of nccl-tests.
 //!
 //! Every iteration has fresh, index-dependent data, filled and checked outside of the timing; the time of an iteration is
-//! that of the slowest rank. algbw = bytes / p50. busbw is, for an all-reduce, algbw * 2 (N - 1) / N, the rate at which each
-//! link of a ring would have to run; for a reduction with an update, algbw * (N + 4) / N, what a rank's memory moves: the N
+//! that of the slowest rank. algbw = bytes / p50. busbw is, for an all-reduce, in one or as a reduce-scatter and an all-gather,
+//! algbw * 2 (N - 1) / N, the rate at which each link of a ring would have to run; for a reduction with an update, algbw * (N + 4) / N, what a rank's memory moves: the N
 //! gradients of its share, and parameter and momentum in and out. Through shared memory a plain loop over the same mappings
 //! runs beside each size, as the ceiling. Over NCCL the time is that from device memory to device memory.
 
@@ -26,7 +26,7 @@ use update::Update;
 /// Options of `bench-comm`.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
-    /// all_reduce; reduce_update: SGD with momentum
+    /// all_reduce; scatter_gather: in its two halves; reduce_update: SGD with momentum
     #[arg(long, value_enum, default_value_t = Operation::AllReduce, hide_possible_values = true)]
     pub operation: Operation,
     /// f32; bf16: reduce_update, native
@@ -53,6 +53,7 @@ pub struct Options {
 #[value(rename_all = "snake_case")]
 pub enum Operation {
     AllReduce,
+    ScatterGather,
     ReduceUpdate,
 }
 
@@ -61,7 +62,7 @@ impl Operation {
     fn traffic(self, ranks: usize) -> f64 {
         let size = ranks as f64;
         match self {
-            Operation::AllReduce => 2.0 * (size - 1.0) / size,
+            Operation::AllReduce | Operation::ScatterGather => 2.0 * (size - 1.0) / size,
             Operation::ReduceUpdate => (size + 4.0) / size,
         }
     }
@@ -99,14 +100,16 @@ pub fn run(mut comm: Box<dyn Communicator>, nccl: Option<Nccl>, options: &Option
         ));
     }
     if operation == Operation::ReduceUpdate && nccl.is_some() {
-        return Err(Error::usage("over nccl only an all_reduce is measured; leave --operation out"));
+        return Err(Error::usage("over nccl all_reduce and scatter_gather are measured; leave --operation out"));
     }
     if options.pin {
         pin(comm.rank())?;
     }
-    let arena = comm.allocate(max_bytes)?;
+    // A part of one value for each rank is the least.
+    let most = max_bytes.max(4 * comm.size());
+    let arena = comm.allocate(most)?;
     let update = match operation {
-        Operation::AllReduce => None,
+        Operation::AllReduce | Operation::ScatterGather => None,
         Operation::ReduceUpdate => Some(Update::new(&mut *comm, max_bytes / size_of::<f32>())?),
     };
     let terms = match reduce_dtype {
@@ -114,7 +117,7 @@ pub fn run(mut comm: Box<dyn Communicator>, nccl: Option<Nccl>, options: &Option
         // Integers up to 256 have a bf16.
         ReduceDtype::Bf16 => (256 / comm.size() as u32).max(1),
     };
-    let gpu = nccl.map(|nccl| OnGpu::new(nccl, max_bytes)).transpose()?;
+    let gpu = nccl.map(|nccl| OnGpu::new(nccl, most)).transpose()?;
     let transport = if gpu.is_some() { "nccl" } else { comm.transport() };
     let mut bench = Bench { comm, operation, arena, gpu, update, terms, iteration: 0 };
     let first = bench.comm.rank() == 0;
@@ -129,7 +132,7 @@ pub fn run(mut comm: Box<dyn Communicator>, nccl: Option<Nccl>, options: &Option
     let mut wrong = 0;
     let sizes = std::iter::successors(Some(min_bytes), |bytes| bytes.checked_mul(factor));
     for bytes in sizes.take_while(|bytes| *bytes <= max_bytes) {
-        let row = bench.measure(bytes / 4 * 4)?;
+        let row = bench.measure(bench.whole(bytes))?;
         if first && options.json {
             print(serde_json::to_string(&row).or_kind(Kind::Internal, "writing a row")?);
         } else if first {
@@ -167,6 +170,15 @@ struct Bench {
 }
 
 impl Bench {
+    /// Bytes that the operation takes, so many or a little fewer: NCCL scatters and gathers equal parts.
+    fn whole(&self, bytes: usize) -> usize {
+        let unit = match self.operation {
+            Operation::ScatterGather if self.gpu.is_some() => 4 * self.comm.size(),
+            _ => 4,
+        };
+        (bytes / unit).max(1) * unit
+    }
+
     fn measure(&mut self, bytes: usize) -> Result<Row> {
         let len = bytes / size_of::<f32>();
         // About a gigabyte in all, and a tenth more to warm up.
@@ -226,10 +238,16 @@ impl Bench {
 
     fn collective(&mut self, len: usize) -> Result<bool> {
         let data = self.data(len);
-        match (&self.gpu, &mut self.update) {
-            (Some(gpu), _) => gpu.all_reduce(data.bytes())?,
-            (None, None) => drop(self.comm.all_reduce(data)?),
-            (None, Some(update)) => drop(update.run(&mut *self.comm, data)?),
+        match (&self.gpu, &mut self.update, self.operation) {
+            (Some(gpu), _, Operation::ScatterGather) => gpu.scatter_and_gather(data.bytes())?,
+            (Some(gpu), ..) => gpu.all_reduce(data.bytes())?,
+            (None, Some(update), _) => drop(update.run(&mut *self.comm, data)?),
+            (None, None, Operation::ScatterGather) => {
+                let mut data = data;
+                self.comm.reduce_scatter(data.reborrow())?;
+                self.comm.all_gather(data)?;
+            }
+            (None, None, _) => drop(self.comm.all_reduce(data)?),
         }
         Ok(true)
     }

@@ -1,4 +1,4 @@
-//! Sums over the ranks' GPUs by NCCL, in device memory, on a stream.
+//! Collectives of the ranks' GPUs by NCCL, in device memory, on a stream.
 //!
 //! NCCL knows nothing of this program's ranks. The communicator that joins them hands round NCCL's id, and stays for all that
 //! lies in host memory; NCCL has the gradients alone. The order of its sums is its own: it depends on the ranks, their GPUs and
@@ -19,6 +19,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::launch::watch::Health;
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -32,7 +33,8 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// This rank's end of a communicator of NCCL's, with the thread that watches it.
 pub struct Nccl {
     shared: Arc<Shared>,
-    of: DataType,
+    rank: usize,
+    size: usize,
     watcher: Option<Watcher>,
 }
 
@@ -57,9 +59,9 @@ struct Watcher {
 }
 
 impl Nccl {
-    /// Joins the GPUs of all ranks of `comm`, for sums of such values. Collective; no two ranks have one GPU, unless `share_gpus`
-    /// was called. Fails with the kind Device if NCCL does, with PeerLost if a rank does not come.
-    pub fn connect(gpu: &Gpu, of: DataType, comm: &mut dyn Communicator, health: &Arc<Health>) -> Result<Nccl> {
+    /// Joins the GPUs of all ranks of `comm`. Collective; no two ranks have one GPU, unless `share_gpus` was called. Fails with
+    /// the kind Device if NCCL does, with PeerLost if a rank does not come.
+    pub fn connect(gpu: &Gpu, comm: &mut dyn Communicator, health: &Arc<Health>) -> Result<Nccl> {
         let nccl = nccl::functions()?;
         let mut id = UniqueId([0; 32]);
         if comm.rank() == 0 {
@@ -72,37 +74,70 @@ impl Nccl {
         let (mut handle, mut config) = (ptr::null_mut(), Config::non_blocking());
         // NCCL takes the GPU that is current in this thread.
         gpu.compute().handle()?;
-        let (size, rank) = (comm.size() as c_int, comm.rank() as c_int);
+        let (size, rank) = (comm.size(), comm.rank());
         // SAFETY: NCCL writes the handle and reads the config, which says how long it is.
-        let code = unsafe { (nccl.ncclCommInitRankConfig)(&mut handle, size, id, rank, &mut config) };
+        let code = unsafe { (nccl.ncclCommInitRankConfig)(&mut handle, size as c_int, id, rank as c_int, &mut config) };
         nccl::check(nccl, "ncclCommInitRankConfig", code)?;
         let handle = Mutex::new(Some(Communicating(handle)));
         let shared = Arc::new(Shared { nccl, gpu: gpu.clone(), health: health.clone(), handle });
-        let joined = Nccl { watcher: Some(Watcher::start(shared.clone())?), shared, of };
+        let joined = Nccl { watcher: Some(Watcher::start(shared.clone())?), shared, rank, size };
         joined.shared.settle("ncclCommInitRankConfig", "waiting for the other ranks to join NCCL")?;
         Ok(joined)
     }
 
-    /// What its sums are of.
-    pub fn sums_in(&self) -> DataType {
-        self.of
-    }
-
-    /// Puts a sum over all ranks, in place, into the stream. All ranks give as many values, sum after sum in the same order. The
-    /// host waits until NCCL has put it there, not for the sum.
+    /// Puts a sum over all ranks, in place, into the stream. All ranks give as many values of the type, and ask for one thing after
+    /// the other in the same order. The host waits until NCCL has put it there, not for the sum.
     ///
     /// # Safety
     /// Until the stream has come past it, `data` stays allocated and nobody else touches it.
-    pub unsafe fn sum(&self, data: SliceMut<'_>, stream: &Stream) -> Result<()> {
-        assert_eq!(data.place(), Place::Cuda, "NCCL was given memory of the CPU");
-        let (address, of, stream) = (data.address() as *mut c_void, self.of, stream.handle()?);
-        let count = data.bytes() / of.bytes();
+    pub unsafe fn all_reduce(&self, data: SliceMut<'_>, of: DataType, stream: &Stream) -> Result<()> {
+        let (all, count, stream) = (address(&data), data.bytes() / of.bytes(), stream.handle()?);
         self.shared.call("ncclAllReduce", |nccl, handle| {
             // SAFETY: `count` values of device memory; for how long, the caller says.
-            unsafe { (nccl.ncclAllReduce)(address, address, count, of, SUM, handle, stream) }
+            unsafe { (nccl.ncclAllReduce)(all, all, count, of, SUM, handle, stream) }
         })?;
         self.shared.settle("ncclAllReduce", "waiting for NCCL to begin an all-reduce")
     }
+
+    /// As `all_reduce`, but rank r gets the sums of `part(r)` alone, in their place; the rest of `data` is unspecified.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn reduce_scatter(&self, data: SliceMut<'_>, of: DataType, stream: &Stream) -> Result<()> {
+        let (all, part, stream) = (address(&data), self.part(data.bytes()), stream.handle()?);
+        let (mine, count) = (all.wrapping_byte_add(part.start), part.len() / of.bytes());
+        self.shared.call("ncclReduceScatter", |nccl, handle| {
+            // SAFETY: as above, for each rank; the results at their place among the terms, which NCCL takes for "in place".
+            unsafe { (nccl.ncclReduceScatter)(all, mine, count, of, SUM, handle, stream) }
+        })?;
+        self.shared.settle("ncclReduceScatter", "waiting for NCCL to begin a reduce-scatter")
+    }
+
+    /// Every rank gets what rank r has in `part(r)`, in its place. For the rest as `all_reduce`.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn all_gather(&self, data: SliceMut<'_>, stream: &Stream) -> Result<()> {
+        let (all, part, stream) = (address(&data), self.part(data.bytes()), stream.handle()?);
+        let (mine, of) = (all.wrapping_byte_add(part.start), DataType::Float32);
+        self.shared.call("ncclAllGather", |nccl, handle| {
+            // SAFETY: as above.
+            unsafe { (nccl.ncclAllGather)(mine, all, part.len() / of.bytes(), of, handle, stream) }
+        })?;
+        self.shared.settle("ncclAllGather", "waiting for NCCL to begin an all-gather")
+    }
+
+    /// This rank's of as many equal parts as there are ranks.
+    fn part(&self, bytes: usize) -> Range<usize> {
+        assert!(bytes.is_multiple_of(self.size), "{bytes} bytes for {} ranks", self.size);
+        let each = bytes / self.size;
+        self.rank * each..(self.rank + 1) * each
+    }
+}
+
+fn address(data: &SliceMut<'_>) -> *mut c_void {
+    assert_eq!(data.place(), Place::Cuda, "NCCL was given memory of the CPU");
+    data.address() as *mut c_void
 }
 
 impl Drop for Nccl {

@@ -41,8 +41,9 @@ pub struct Plan {
     /// When the ranks compare their parameters.
     pub audit: Cadence,
     pub log_every_steps: u64,
-    /// A bucket of gradients is reduced when it holds at least this much.
+    /// A bucket of gradients is reduced when it holds at least this much; over NCCL, this much.
     pub bucket_bytes: usize,
+    pub nccl_bucket_bytes: usize,
     /// Threads of this rank.
     pub threads: usize,
 }
@@ -76,6 +77,7 @@ impl Plan {
         let steps_per_epoch = samples.train.div_ceil(global_batch) as u64;
         let of_epochs = |epochs: u64| epochs.saturating_mul(steps_per_epoch);
         let total_steps = [config.run.epochs.map(of_epochs), config.run.steps].into_iter().flatten().min();
+        let bucket_bytes = |default: f64| (config.parallel.bucket_mib.unwrap_or(default) * f64::from(1 << 20)) as usize;
         let cadence = |every_steps, every_epochs: Option<u64>| Cadence {
             every_steps,
             every_epochs_steps: every_epochs.map(of_epochs),
@@ -93,7 +95,8 @@ impl Plan {
             checkpoint: cadence(config.checkpoint.every_steps, config.checkpoint.every_epochs),
             audit: cadence(Some(config.parallel.audit_every_steps).filter(|steps| *steps > 0), None),
             log_every_steps: config.log.every_steps,
-            bucket_bytes: (config.parallel.bucket_mib * f64::from(1 << 20)) as usize,
+            bucket_bytes: bucket_bytes(1.0),
+            nccl_bucket_bytes: bucket_bytes(4.0),
             threads: ranks.threads,
         })
     }
@@ -208,12 +211,14 @@ mod tests {
                 audit: Cadence { every_steps: Some(100), every_epochs_steps: None },
                 log_every_steps: 50,
                 bucket_bytes: 1 << 19,
+                nccl_bucket_bytes: 1 << 19,
                 threads: 2,
             }
         );
         let local = plan(&["batch={ local = 24, micro = 8 }", "run.steps=5"], 4, 1000).unwrap();
         assert_eq!((local.global_batch, local.local_batch, local.micro_batch, local.micros_per_rank), (96, 24, 8, 3));
         assert_eq!(local.total_steps, Some(5));
+        assert_eq!((local.bucket_bytes, local.nccl_bucket_bytes), (1 << 20, 4 << 20));
     }
 
     #[test]

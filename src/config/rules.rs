@@ -1,7 +1,7 @@
 //! Rules between keys, which a schema of single keys cannot say.
 
 use super::check::{Path, Problem};
-use super::raw::{Config, FactorExchange, LayerEntry, Rule, ScheduleShape, TransportChoice};
+use super::raw::{Config, FactorExchange, LayerEntry, NcclUpdate, Rule, ScheduleShape, TransportChoice};
 use crate::device::Choice;
 use crate::model::precision::Precision;
 
@@ -65,6 +65,15 @@ fn parallel(Config { run, parallel, .. }: &Config, problems: &mut Vec<Problem>) 
                 "parallel.transport = \"nccl\" is for ranks that compute on GPUs",
             )
             .help("set run.device = \"cuda\", or leave transport out"),
+        );
+    }
+    if parallel.nccl_update == NcclUpdate::Sharded && parallel.transport != TransportChoice::Nccl {
+        problems.push(
+            Problem::value(
+                &Path::dotted("parallel.nccl_update"),
+                "parallel.nccl_update = \"sharded\" goes with parallel.transport = \"nccl\"",
+            )
+            .help("other transports to GPUs update all parameters on each rank; ranks on CPUs always share the update"),
         );
     }
 }

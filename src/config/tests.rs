@@ -100,6 +100,11 @@ fn every_kind_of_mistake_is_named() {
             &["factor_exchange = \"on\" is for ranks that compute on the CPU", "run.device"],
         ),
         (
+            "[optimizer]",
+            "[parallel]\nnccl_update = \"sharded\"\n[optimizer]",
+            &["nccl_update = \"sharded\" goes with parallel.transport = \"nccl\"", "always share"],
+        ),
+        (
             "epochs = 2",
             "epochs = 2\nprecision = \"fp16\"",
             &["test.toml:5", "is for GPUs: run.device = \"cuda\"", "bf16"],

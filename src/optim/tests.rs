@@ -212,6 +212,7 @@ fn schedule(shape: ScheduleShape, shared: ScheduleShared, warmup_steps: u64, tot
         audit: never,
         log_every_steps: 1,
         bucket_bytes: 1,
+        nccl_bucket_bytes: 1,
         threads: 1,
     };
     Schedule::new(&raw::Schedule { shape, shared }, 0.8, &plan)

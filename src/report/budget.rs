@@ -72,6 +72,14 @@ impl Clock {
         exposed
     }
 
+    /// Of what was given to computation, so much was standing still, as it turns out later: a GPU that sums over NCCL waits by
+    /// itself for the link and for other ranks, which is communication.
+    pub fn stood_still(&mut self, time: Duration) {
+        let time = time.min(self.budget.spent(Compute));
+        self.budget.spent[Compute as usize] -= time;
+        self.budget.spent[Communication as usize] += time;
+    }
+
     pub fn budget(&self) -> &Budget {
         &self.budget
     }
@@ -100,9 +108,9 @@ impl Budget {
         self.seconds(category) / self.training_seconds().max(f64::MIN_POSITIVE)
     }
 
-    /// What was spent after `earlier` was read from the same clock.
+    /// What was spent after `earlier` was read from the same clock. What stood still before and was known after is left out.
     pub fn since(&self, earlier: &Budget) -> Budget {
-        Budget { spent: std::array::from_fn(|i| self.spent[i] - earlier.spent[i]) }
+        Budget { spent: std::array::from_fn(|i| self.spent[i].saturating_sub(earlier.spent[i])) }
     }
 }
 
@@ -131,6 +139,17 @@ impl Merged {
         let (ranks, _) = seconds.as_chunks();
         let duration = |&seconds: &f32| Duration::try_from_secs_f32(seconds).unwrap_or_default();
         Merged { ranks: ranks.iter().map(|rank| Budget { spent: rank.each_ref().map(duration) }).collect() }
+    }
+
+    /// Where ranks cannot tell communication from waiting: all end it together, so what each has beyond the rank with the least
+    /// of it was waiting.
+    pub fn tell_waiting_apart(mut self) -> Merged {
+        let least = self.ranks.iter().map(|rank| rank.spent(Communication)).min().unwrap_or_default();
+        for Budget { spent } in &mut self.ranks {
+            spent[Waiting as usize] += spent[Communication as usize] - least;
+            spent[Communication as usize] = least;
+        }
+        self
     }
 
     /// The mean over ranks.
@@ -269,6 +288,22 @@ mod tests {
         assert_eq!(rows.last().unwrap()[..], ["total", "10.00", "100.0", "%"]);
         assert!(!table.contains("evaluation"), "empty rows are left out:\n{table}");
         assert_eq!(Merged { ranks: vec![ranks[0]; 2] }.slowest(), None);
+    }
+
+    /// The second rank is late, and knows of the link's time alone.
+    #[test]
+    fn what_a_gpu_stood_still_is_communication_and_waiting_for_the_late() {
+        let rank = |stood_still| {
+            let mut clock = Clock { last: Instant::now(), budget: budget([4.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]) };
+            clock.stood_still(Duration::from_secs(stood_still));
+            clock.budget
+        };
+        assert_eq!(rank(3), budget([1.0, 3.0, 0.0, 1.0, 0.0, 0.0, 0.0]));
+        assert_eq!(rank(5).seconds(Compute), 0.0, "no more than there was");
+        assert_eq!(rank(3).since(&rank(1)), budget([0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]));
+        let merged = Merged { ranks: vec![rank(3), rank(1), rank(3)] }.tell_waiting_apart();
+        assert_eq!(merged.ranks[0], budget([1.0, 1.0, 2.0, 1.0, 0.0, 0.0, 0.0]));
+        assert_eq!(merged.slowest(), Some(Stragglers { rank: 1, count: 1, seconds: 2.0 }));
     }
 
     #[test]

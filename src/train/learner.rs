@@ -1,20 +1,22 @@
 //! What learns on one rank, and the step that all ranks take together.
 
 use super::audit::Audit;
-use super::checkpoint::{State, Tensor};
+use super::checkpoint::{self, State, Tensor};
 use super::feed::Feed;
 use super::gradient::{Gradient, Sums, Work};
 use super::judge::Judge;
-use super::update::import_params;
+use super::update::{Update, export_params, import_params};
+use crate::comm::Communicator;
 use crate::comm::bucket::Waited;
-use crate::device::SliceMut;
+use crate::device::cuda::Gpu;
+use crate::device::{Place, SliceMut};
 use crate::error::{Kind, Result};
 use crate::launch::watch::{Health, Phase};
 use crate::model::net::Net;
 use crate::optim::At;
 use crate::optim::loss_scale::LossScale;
 use crate::optim::schedule::Schedule;
-use crate::report::budget::{Category, Clock};
+use crate::report::budget::{Budget, Category, Clock, Merged};
 use std::time::Duration;
 
 pub struct Learner {
@@ -88,17 +90,40 @@ impl Learner {
             self.part_times[part] = self.lap(clock, waited);
         }
         health.set(number + 1, Phase::Update);
-        let waited = self.gradient.reducer().with(|comm, updater| updater.finish(comm))?;
+        let finish = |comm: &mut dyn Communicator, updater: &mut Box<dyn Update>| {
+            updater.finish(comm).map(|waited| (waited, updater.stood_still()))
+        };
+        let (waited, stood_still) = self.gradient.reducer().with(finish)?;
         self.part_times[self.gradient.parts()] = self.lap(clock, Waited::for_peers(waited));
+        if let Some(time) = stood_still {
+            clock.stood_still(time);
+        }
         Ok(Done { sums: self.gradient.sums(), lr: at.lr, non_finite })
     }
 
-    /// Reducing and updating are one pass. It counts as communication, but for a rank that has nobody to communicate with.
+    /// Reducing and updating are one pass. It counts as communication, but for a rank that has nobody to communicate with, and for
+    /// one whose GPU does it by itself: there the host waits while the GPU computes, and what that stood still comes later.
     fn lap(&self, clock: &mut Clock, waited: Waited) -> Duration {
-        match self.alone {
+        match self.alone || self.is_over_nccl() {
             true => clock.lap(Category::Compute),
             false => clock.lap_communication(waited),
         }
+    }
+
+    /// How long this rank has waited for others, or longer by what is the same for all ranks: NCCL's own time.
+    pub fn waited(&self, budget: &Budget) -> Duration {
+        let communicated = if self.is_over_nccl() { budget.spent(Category::Communication) } else { Duration::ZERO };
+        budget.spent(Category::Waiting) + communicated
+    }
+
+    /// What all ranks have spent, waiting for each other set apart.
+    pub fn merged(&self, budgets: &[f32]) -> Merged {
+        let merged = Merged::from_sum(budgets);
+        if self.is_over_nccl() { merged.tell_waiting_apart() } else { merged }
+    }
+
+    fn is_over_nccl(&self) -> bool {
+        self.transport == "nccl"
     }
 
     /// Between steps, where the loss is scaled. Waits for the GPU.
@@ -110,6 +135,18 @@ impl Learner {
     pub fn checkpoint_bytes(&self) -> usize {
         let copies = 1 + self.gradient.reducer().with(|_, updater| updater.state_tensors());
         copies * self.net.table().len() * size_of::<f32>()
+    }
+
+    /// The digest of the weights after an error. None where a GPU that has failed, or waits for a lost rank, does not give them
+    /// back, or NCCL was aborted on the way to them.
+    pub fn last_digest(&self, health: &Health) -> Option<String> {
+        if self.net.place() == Place::Cuda && !Gpu::of_this_rank().ok()?.compute().is_soon_done() {
+            return None;
+        }
+        if self.is_over_nccl() && health.check().is_err() {
+            return None;
+        }
+        export_params(&self.net).ok().map(|weights| checkpoint::weights_digest(&weights))
     }
 
     /// Whether a checkpoint is of this net and optimizer; else what differs.

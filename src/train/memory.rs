@@ -1,10 +1,12 @@
 //! What a rank takes of its GPU's memory, counted before any of it is taken: for `trainer plan`, and to refuse a batch that
 //! does not fit by the one that would. Only the workspaces of cuDNN's and cuBLASLt's algorithms, among which timing chooses, are
-//! not known before; of them there is a bound.
+//! not known before; of them there is a bound. What CUDA and NCCL take for themselves is not counted: it depends on their versions
+//! and, NCCL's, on how the GPUs are connected.
 
 use super::feed;
+use super::update::{nccl::bytes_to_sum_in, shards};
 use crate::config::plan::{Plan, Samples};
-use crate::config::raw::{Config, Resident};
+use crate::config::raw::{Config, NcclUpdate, Parallel, Resident, TransportChoice};
 use crate::device::Place;
 use crate::device::cuda::{WORKSPACE_PART, mib};
 use crate::error::Result;
@@ -68,10 +70,27 @@ impl<'a> Need<'a> {
             // See `gradient`: a sum for each level of the tree over micro-batches.
             let levels = plan.micros_per_rank.next_power_of_two().ilog2() as usize;
             rows.push(("gradients of micro-batches", levels * parameters));
-            rows.push(("optimizer state", optim::new(&config.optimizer).state().len() * parameters));
+            let (held, to_sum) = self.update(plan, &ParamTable::new(net));
+            rows.push(("optimizer state", optim::new(&config.optimizer).state().len() * held));
+            rows.push(("gradients in 16 bits", to_sum));
         }
         rows.retain(|(_, bytes)| *bytes > 0);
         Bill { rows, workspaces }
+    }
+
+    /// Bytes of a tensor of the optimizer's state, and those in which NCCL sums.
+    fn update(&self, plan: &Plan, table: &ParamTable) -> (usize, usize) {
+        let Parallel { transport, nccl_update, reduce_dtype, .. } = self.config.parallel;
+        if transport != TransportChoice::Nccl || plan.ranks == 1 {
+            return (table.len() * size_of::<f32>(), 0);
+        }
+        let buckets = table.buckets(plan.nccl_bucket_bytes, |_| false);
+        let shards = match nccl_update {
+            NcclUpdate::Replicated => shards::replicated(&buckets),
+            // All ranks hold as much.
+            NcclUpdate::Sharded => shards::sharded(&buckets, plan.ranks, 0),
+        };
+        (shards::held(&shards) * size_of::<f32>(), bytes_to_sum_in(reduce_dtype, &shards))
     }
 
     /// Bytes of the net's arena without workspaces, and how much more it is at most with them.

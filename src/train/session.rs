@@ -172,6 +172,8 @@ pub fn train(
         Err(error) => {
             rank.health.ending();
             session.summarise_failure(&error);
+            // Nothing waits for the others any more: NCCL aborts what this rank's GPU has under way with them.
+            rank.health.fail(error.clone());
             Err(error)
         }
     }
@@ -238,7 +240,7 @@ impl Session<'_> {
             let world = &self.rank.world;
             return Err(if world.rank > 0 && world.joins_output { error.said_by_rank_0() } else { error });
         }
-        self.rank.health.set_waiting(self.clock.budget().spent(Category::Waiting));
+        self.rank.health.set_waiting(self.learner.waited(self.clock.budget()));
         if let Some(report) = &mut self.report {
             let step = report::Step {
                 step: self.progress.step,
@@ -366,7 +368,7 @@ impl Session<'_> {
                 exit_reason: reason.clone(),
                 epochs: u64::from(self.progress.position.epoch),
                 weights_digest: checkpoint::weights_digest(&export_params(&self.learner.net)?),
-                budget: Merged::from_sum(&told),
+                budget: self.learner.merged(&told),
                 skipped_images: skipped as u64,
                 job_restarts: self.job.requeues(),
                 gpu_energy_joules: energy.map(f64::from),
@@ -443,14 +445,11 @@ impl Session<'_> {
     /// What can still be told after an error; the error itself goes to the caller.
     fn summarise_failure(&mut self, error: &Error) {
         let Some(report) = self.report.take() else { return };
-        // A GPU that has failed may give nothing back.
-        let weights_digest =
-            export_params(&self.learner.net).map_or_else(|_| String::new(), |all| checkpoint::weights_digest(&all));
         let ending = Ending {
             stopped_by: StoppedBy::Error,
             exit_reason: error.to_string(),
             epochs: u64::from(self.progress.position.epoch),
-            weights_digest,
+            weights_digest: self.learner.last_digest(&self.rank.health).unwrap_or_default(),
             budget: Merged::single(self.clock.budget()),
             skipped_images: self.skipped(),
             job_restarts: self.job.requeues(),

@@ -179,7 +179,11 @@ fn updater(
             let exchanges = exchanges(config, plan, net, comm)?;
             Box::new(Updater::new(optimizer, table, plan.bucket_bytes, weights, exchanges, comm)?)
         }
-        Place::Cuda => Box::new(GpuUpdater::new(optimizer, table, plan.bucket_bytes, weights, (health, nccl), comm)?),
+        Place::Cuda => {
+            let bucket_bytes = if nccl.is_some() { plan.nccl_bucket_bytes } else { plan.bucket_bytes };
+            let parallel = &config.parallel;
+            Box::new(GpuUpdater::new(optimizer, parallel, table, bucket_bytes, weights, (health, nccl), comm)?)
+        }
     })
 }
 

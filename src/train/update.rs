@@ -33,7 +33,7 @@ use std::time::Duration;
 
 mod gpu;
 
-pub use gpu::{GpuUpdater, Reduction, nccl};
+pub use gpu::{GpuUpdater, Reduction, nccl, shards};
 
 /// The optimizer on one rank, and the way of its gradients to new parameters on all ranks.
 pub trait Update: Work {
@@ -63,6 +63,11 @@ pub trait Update: Work {
     fn state_tensors(&self) -> usize;
     /// A step begins.
     fn begin(&mut self, at: At) -> Result<()>;
+    /// In the last step of which that is known, how long this rank's GPU stood still for its parameters, where it waits for other
+    /// ranks by itself. None where the host does.
+    fn stood_still(&self) -> Option<Duration> {
+        None
+    }
     /// All buckets are done: what is left to do where the update needs norms. Collective; gives the time waited.
     fn finish(&mut self, comm: &mut dyn Communicator) -> Result<Duration>;
     /// Whether all tensors of a checkpoint are of this net and optimizer; else what differs.

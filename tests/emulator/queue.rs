@@ -5,13 +5,13 @@ use std::sync::OnceLock;
 
 type Data = *mut c_void;
 type Put = unsafe extern "C" fn(usize, unsafe extern "C" fn(Data) -> c_int, Data, unsafe extern "C" fn(Data)) -> c_int;
-type Work = Box<dyn Fn() + Send + Sync>;
+type Work = Box<dyn Fn() -> bool + Send + Sync>;
 
-/// Whether the stream takes the work, which is done when it is its turn; in a graph again and again.
-pub fn put(stream: usize, work: impl Fn() + Send + Sync + 'static) -> bool {
+/// Whether the stream takes the work, which is done when it is its turn; in a graph again and again. It says whether it is over: if
+/// not, its turn comes again.
+pub fn put(stream: usize, work: impl Fn() -> bool + Send + Sync + 'static) -> bool {
     unsafe extern "C" fn run(work: Data) -> c_int {
-        unsafe { (*work.cast::<Work>())() };
-        0
+        if unsafe { (*work.cast::<Work>())() } { 0 } else { NOT_READY }
     }
     unsafe extern "C" fn free(work: Data) {
         drop(unsafe { Box::from_raw(work.cast::<Work>()) });
@@ -30,6 +30,9 @@ fn driver() -> Option<Put> {
         (!put.is_null()).then(|| std::mem::transmute::<*mut c_void, Put>(put))
     })
 }
+
+/// CUDA_ERROR_NOT_READY
+const NOT_READY: c_int = 600;
 
 const RTLD_NOW: c_int = 2;
 const RTLD_NOLOAD: c_int = 4;

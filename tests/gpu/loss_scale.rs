@@ -52,6 +52,7 @@ impl<'a> Subject<'a> {
             params: self.params.slice_mut(),
             grads: grads.slice(),
             state: &self.state,
+            first_state: 0,
             rounded: self.rounded.slice_mut(),
         };
         // SAFETY: all live until `download` has waited.
@@ -193,6 +194,7 @@ fn a_net_without_parameters_is_updated_too() {
             params: nothing.slice_mut(0..0),
             grads: nothing.slice(0..0),
             state: std::slice::from_ref(&nothing),
+            first_state: 0,
             rounded: nothing.slice_mut(0..0),
         };
         update.measure(gpu.compute(), nothing.slice(0..0), nothing.slice(0..0)).unwrap();

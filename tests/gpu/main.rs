@@ -20,6 +20,7 @@ mod products;
 mod rounding;
 #[path = "../common/runs.rs"]
 mod runs;
+mod sharded;
 mod step;
 mod strictness;
 mod training;

@@ -89,8 +89,8 @@ impl Runs {
     }
 
     /// Bytes that `trainer plan` has for a rank, without workspaces: for activations and scratch, and for all else.
-    fn planned(&self, settings: &[&str]) -> (usize, usize) {
-        let output = self.command(&["plan"], settings).assert().success().get_output().stdout.clone();
+    fn planned(&self, ranks: &str, settings: &[&str]) -> (usize, usize) {
+        let output = self.command(&["plan", "--np", ranks], settings).assert().success().get_output().stdout.clone();
         let text = String::from_utf8(output).unwrap();
         let (_, table) = text.split_once("# Device memory of a rank").unwrap_or_else(|| panic!("{text}"));
         let rows = table.lines().skip_while(|line| !line.starts_with("| activations"));
@@ -104,9 +104,17 @@ impl Runs {
 #[test]
 fn a_run_takes_what_trainer_plan_says() {
     let Some(runs) = Runs::new() else { return };
-    for settings in [&["run.tf32=true"][..], &["run.precision=bf16"], &["run.tf32=true", "batch.micro=16"]] {
-        let (net, rest) = runs.planned(settings);
-        let (code, said) = runs.train("1", "100", settings);
+    let nccl = ["parallel.transport=nccl", "run.precision=bf16", "parallel.reduce_dtype=bf16"];
+    let mut taken = Vec::new();
+    for (ranks, settings) in [
+        ("1", &["run.tf32=true"][..]),
+        ("1", &["run.precision=bf16"]),
+        ("1", &["run.tf32=true", "batch.micro=16"]),
+        ("2", &nccl),
+        ("2", &[&nccl[..], &["parallel.nccl_update=sharded"]].concat()),
+    ] {
+        let (net, rest) = runs.planned(ranks, settings);
+        let (code, said) = runs.train(ranks, "100", settings);
         assert_eq!(code, Some(0), "{said}");
         let number = |before: &str| {
             let (_, after) = said.split_once(before).unwrap_or_else(|| panic!("{said}"));
@@ -117,7 +125,11 @@ fn a_run_takes_what_trainer_plan_says() {
         assert!(net <= for_net && for_net <= net + WORKSPACES, "{what}");
         assert!(for_net + rest <= given && given <= for_net + rest + TABLES, "{what}");
         assert!(rest > 10 * TABLES && net > 10 * TABLES, "{what}");
+        taken.push(rest);
     }
+    // Two tensors of state, of which each of two ranks holds a half where they share the update.
+    let parameters = 4 * (16 * 28 + 4 * 16 + 64 * (16 * 49 + 1) + 10 * 65);
+    assert!((taken[3] - taken[4]).abs_diff(parameters) < TABLES, "{taken:?}, {parameters} of parameters");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! are fewer GPUs than ranks, these share them.
 
 use crate::emulator;
-use crate::runs::program;
+use crate::runs::{program, summary};
 use crate::training::Runs;
 use assert_cmd::Command;
 use lockstep::comm::{connect, nccl::Nccl};
@@ -84,7 +84,7 @@ fn a_sum_ends_when_a_rank_is_lost() {
     let [first, second] = Control::local(2).unwrap().try_into().ok().unwrap();
     let join = |control: Control, health: &Arc<Health>| {
         let mut comm = connect(&Parallel::over(TransportChoice::Shm), control, health.clone()).unwrap();
-        Nccl::connect(&gpu, DataType::Float32, &mut *comm, health).unwrap()
+        Nccl::connect(&gpu, &mut *comm, health).unwrap()
     };
     let healths = [0, 1].map(|_| Health::new(WATCHDOG));
     let [here, there] = thread::scope(|scope| {
@@ -94,12 +94,42 @@ fn a_sum_ends_when_a_rank_is_lost() {
 
     let (memory, stream) = (gpu.allocate(4096).unwrap(), gpu.stream().unwrap());
     // SAFETY: the memory is used by this stream alone, which is waited for.
-    let sum = || unsafe { here.sum(memory.slice_mut(0..4096), &stream) };
+    let sum = || unsafe { here.all_reduce(memory.slice_mut(0..4096), DataType::Float32, &stream) };
     sum().unwrap();
     healths[0].fail(Error::peer_lost("rank 1 is gone"));
     stream.wait().unwrap();
     assert_eq!(sum().unwrap_err().to_string(), "rank 1 is gone");
     drop((here, there));
+}
+
+/// A rank is slow; its GPU is not, so what the other's GPU stands still for is not seen by hosts alone.
+#[test]
+fn a_slow_rank_is_named() {
+    let Some(runs) = Runs::new() else { return };
+    for (slow, form) in [(1, "replicated"), (0, "sharded")] {
+        let form = format!("parallel.nccl_update={form}");
+        let mut run = runs.command(&format!("slow-{slow}"), 2, &[NCCL, &[&form]].concat());
+        run.env("LOCKSTEP_EMULATOR_STREAMS", "busy").args(["--inject", &format!("delay:rank={slow}:300ms")]);
+        let output = run.assert().success().get_output().clone();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(said.contains(&format!("waiting for the slowest rank (rank {slow})")), "{said}");
+        let summary = summary(&runs.out(&format!("slow-{slow}")));
+        assert_eq!(summary["slowest_rank"], slow, "{summary}");
+    }
+}
+
+/// Its GPU waits for the one that is stopped, which sends no word, and whose links do not end.
+#[test]
+fn a_rank_that_ends_with_an_error_does_not_wait_for_one_that_is_stopped() {
+    let Some(runs) = Runs::new().filter(|_| emulator::is_emulated()) else { return };
+    for form in ["replicated", "sharded"] {
+        let form = format!("parallel.nccl_update={form}");
+        let mut run = runs.command(&form, 2, &[NCCL, &[&form]].concat());
+        run.env("LOCKSTEP_EMULATOR_FAILS", "lrn_forward").args(["--inject", "stop:rank=1@step=1"]);
+        let output = run.timeout(WATCHDOG).assert().code(6).get_output().clone();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("noticed in step 1: ") && said.contains("CUDA_ERROR_LAUNCH_FAILED"), "{said}");
+    }
 }
 
 #[test]
@@ -143,12 +173,14 @@ fn bench_comm_measures_nccl_also_where_ranks_share_a_gpu() {
         (output.status.code(), out, err)
     };
     for version in ["22902", "23007"] {
-        let (code, out, err) = bench(&["--allow-shared-gpu", "--json"], version);
-        assert_eq!(code, Some(0), "{err}");
-        let row: Value = serde_json::from_str(&out).unwrap();
-        assert_eq!((&row["bytes"], &row["wrong"]), (&4096.into(), &0.into()), "{row}");
+        for operation in ["all_reduce", "scatter_gather"] {
+            let (code, out, err) = bench(&["--operation", operation, "--allow-shared-gpu", "--json"], version);
+            assert_eq!(code, Some(0), "{err}");
+            let row: Value = serde_json::from_str(&out).unwrap();
+            assert_eq!((&row["bytes"], &row["wrong"]), (&4096.into(), &0.into()), "{row}");
+        }
     }
     let (code, _, err) = bench(&["--operation", "reduce_update", "--allow-shared-gpu"], "22902");
     assert_eq!(code, Some(2), "{err}");
-    assert!(err.contains("over nccl only an all_reduce is measured"), "{err}");
+    assert!(err.contains("over nccl all_reduce and scatter_gather are measured"), "{err}");
 }

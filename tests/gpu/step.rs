@@ -125,6 +125,7 @@ fn check_update(gpu: &Gpu, config: &raw::Optimizer, precision: Precision) {
                     params: params.slice_mut(),
                     grads: on_gpu.slice(),
                     state: &state,
+                    first_state: elements.start,
                     rounded: rounded.slice_mut(),
                 };
                 // SAFETY: as above.

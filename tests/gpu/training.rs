@@ -358,7 +358,7 @@ fn a_checkpoint_goes_on_on_either_device() {
 }
 
 /// `CONFIG` with its two linear layers alone.
-fn two_layers() -> String {
+pub fn two_layers() -> String {
     let (before, rest) = CONFIG.split_once("[[model.layers]]\ntype = \"conv2d\"").unwrap();
     let (_, behind) = rest.split_once("[[model.layers]]\ntype = \"flatten\"").unwrap();
     format!("{before}[[model.layers]]\ntype = \"flatten\"{behind}")

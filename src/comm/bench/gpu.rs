@@ -1,6 +1,7 @@
-//! An all-reduce by NCCL, of data that lies on the GPU meanwhile.
+//! An all-reduce by NCCL, in one or in its two halves, of data that lies on the GPU meanwhile.
 
 use crate::comm::nccl::Nccl;
+use crate::device::cuda::nccl::DataType;
 use crate::device::cuda::{Gpu, Stream};
 use crate::device::{Arena, SliceMut};
 use crate::error::Result;
@@ -25,7 +26,17 @@ impl OnGpu {
     /// Of the first so many bytes; returns when the GPU has the sums.
     pub fn all_reduce(&self, bytes: usize) -> Result<()> {
         // SAFETY: waited for here.
-        unsafe { self.nccl.sum(self.values(bytes), &self.stream) }?;
+        unsafe { self.nccl.all_reduce(self.values(bytes), DataType::Float32, &self.stream) }?;
+        self.stream.wait()
+    }
+
+    /// The same as a reduce-scatter and an all-gather; so many bytes are equal parts of whole values for all ranks.
+    pub fn scatter_and_gather(&self, bytes: usize) -> Result<()> {
+        // SAFETY: waited for here.
+        unsafe {
+            self.nccl.reduce_scatter(self.values(bytes), DataType::Float32, &self.stream)?;
+            self.nccl.all_gather(self.values(bytes), &self.stream)?;
+        }
         self.stream.wait()
     }
 

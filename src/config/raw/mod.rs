@@ -158,9 +158,11 @@ pub struct Parallel {
     pub algorithm: Algorithm,
     /// Of nccl and of the algorithm native: what gradients are summed in. bf16 sends half the bytes.
     pub reduce_dtype: ReduceDtype,
-    /// Gradients of about this many MiB are reduced together.
+    /// Of nccl: whether each rank updates all parameters, or its share, of which alone it holds the optimizer's state.
+    pub nccl_update: NcclUpdate,
+    /// Gradients of about this many MiB are reduced together. Default: 4 over nccl, else 1.
     #[schemars(range(max = 1_048_576), extend("exclusiveMinimum" = 0))]
-    pub bucket_mib: f64,
+    pub bucket_mib: Option<f64>,
     /// Reduce while backward goes on.
     pub overlap: bool,
     /// Between hosts, exchange the factors of linear layers' gradients (activations and deltas) instead of the gradients: the
@@ -194,7 +196,8 @@ impl Default for Parallel {
             transport: TransportChoice::Auto,
             algorithm: Algorithm::Ring,
             reduce_dtype: ReduceDtype::F32,
-            bucket_mib: 1.0,
+            nccl_update: NcclUpdate::Replicated,
+            bucket_mib: None,
             overlap: true,
             factor_exchange: FactorExchange::Auto,
             network_gbit_s: 10.0,
@@ -235,6 +238,15 @@ pub enum ReduceDtype {
     F32,
     /// Terms and sums are rounded to the nearest.
     Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NcclUpdate {
+    /// All-reduce of the gradients.
+    Replicated,
+    /// Reduce-scatter of the gradients, all-gather of the parameters.
+    Sharded,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

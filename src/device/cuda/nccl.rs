@@ -28,10 +28,11 @@ pub type Handle = *mut c_void;
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct UniqueId(pub [u32; 32]);
 
-/// ncclDataType_t, those in which gradients are summed.
+/// ncclDataType_t, those that are asked for.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DataType {
+    Uint32 = 3,
     Float32 = 7,
     Bfloat16 = 9,
 }
@@ -39,7 +40,7 @@ pub enum DataType {
 impl DataType {
     pub fn bytes(self) -> usize {
         match self {
-            DataType::Float32 => 4,
+            DataType::Uint32 | DataType::Float32 => 4,
             DataType::Bfloat16 => 2,
         }
     }
@@ -91,6 +92,8 @@ functions! {
     ncclCommDestroy: fn(Handle) -> Code;
     ncclCommAbort: fn(Handle) -> Code;
     ncclAllReduce: fn(*const c_void, *mut c_void, usize, DataType, c_int, Handle, CUstream) -> Code;
+    ncclReduceScatter: fn(*const c_void, *mut c_void, usize, DataType, c_int, Handle, CUstream) -> Code;
+    ncclAllGather: fn(*const c_void, *mut c_void, usize, DataType, Handle, CUstream) -> Code;
     ncclGetErrorString: fn(Code) -> *const c_char;
     ncclGetLastError: fn(Handle) -> *const c_char;
 }

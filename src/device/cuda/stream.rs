@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult, CUstream, CUstream_flags};
 use std::ptr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is put into a stream happens in order, after the call has returned. Two streams know of each other only by events.
 pub struct Stream {
@@ -115,7 +115,24 @@ impl Stream {
         // SAFETY: the stream lives.
         is_ready("cuStreamQuery", unsafe { cudarc::driver::sys::cuStreamQuery(stream) })
     }
+
+    /// Whether the stream is empty within two seconds: for a rank that ends, when what it has put there may wait for a rank that
+    /// does not come. False too where its work has failed.
+    pub fn is_soon_done(&self) -> bool {
+        let start = Instant::now();
+        loop {
+            match self.is_done() {
+                Ok(false) if start.elapsed() < SOON => std::thread::sleep(PAUSE),
+                done => return done.unwrap_or(false),
+            }
+        }
+    }
 }
+
+/// Less than a rank that has failed is given for its last words (`launch::watch`).
+const SOON: Duration = Duration::from_secs(2);
+/// Between two looks.
+const PAUSE: Duration = Duration::from_millis(1);
 
 impl Drop for Stream {
     fn drop(&mut self) {

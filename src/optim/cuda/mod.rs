@@ -56,13 +56,15 @@ pub struct Update {
     norms: Option<Norms>,
 }
 
-/// The arenas that an update works on, each with all elements of the parameters.
+/// The arenas that an update works on; all but those of the state have all elements of the parameters.
 pub struct Buffers<'a> {
     pub params: SliceMut<'a>,
     /// Sums over all ranks.
     pub grads: Slice<'a>,
     /// In the order of `Optimizer::state`, zeros at first.
     pub state: &'a [Arena],
+    /// Where in `state` the first of the elements lies that are updated, a multiple of 16.
+    pub first_state: usize,
     /// The rounded weights; empty where layers read f32.
     pub rounded: SliceMut<'a>,
 }
@@ -201,9 +203,11 @@ impl Update {
     pub unsafe fn update(&self, stream: &Stream, elements: Range<usize>, buffers: Buffers<'_>) -> Result<()> {
         assert!(elements.start.is_multiple_of(16), "an update from element {} on", elements.start);
         assert_eq!(buffers.state.len(), self.states, "tensors of state");
+        assert!(buffers.first_state.is_multiple_of(16), "state from element {} on", buffers.first_state);
         let bytes = elements.end * size_of::<f32>();
-        let arenas = [buffers.params.bytes(), buffers.grads.bytes()];
-        assert!(arenas.into_iter().chain(buffers.state.iter().map(Arena::bytes)).all(|arena| arena >= bytes));
+        assert!([buffers.params.bytes(), buffers.grads.bytes()].into_iter().all(|arena| arena >= bytes));
+        let held = (buffers.first_state + elements.len()) * size_of::<f32>();
+        assert!(buffers.state.iter().all(|arena| arena.bytes() >= held), "state of {elements:?}");
         assert_eq!(buffers.params.place(), Place::Cuda, "a CUDA kernel was given memory of the CPU");
         let chunks = self.starts.len() - 1;
         let first = self.starts[1..].partition_point(|&end| end <= elements.start).min(chunks);
@@ -211,7 +215,9 @@ impl Update {
         if first >= last {
             return Ok(());
         }
-        let state = |number: usize| buffers.state.get(number).map_or(0, Arena::address);
+        // Kernels count from the first of all elements, which may not be there.
+        let shift = (elements.start * size_of::<f32>()).wrapping_sub(buffers.first_state * size_of::<f32>());
+        let state = |number: usize| buffers.state.get(number).map_or(0, |arena| arena.address().wrapping_sub(shift));
         let rates = self.norms.as_ref().and_then(|norms| norms.rates.as_ref());
         let arenas = Arenas {
             chunks: self.chunks.address() + first * size_of::<Chunk>(),

@@ -1,5 +1,6 @@
-//! The update where the net is on a GPU. Every rank has all parameters and all state on its GPU, and takes the whole step by
-//! itself; only gradients travel. No stream waits for another longer than it must, and the host waits for none:
+//! The update where the net is on a GPU. Every rank has all parameters and, unless `nccl::Sharded` shares it, all state on its GPU, and
+//! takes the whole step by itself; only gradients travel. No stream waits for another longer than it must, and the host waits for
+//! none:
 //!
 //! ```text
 //! compute         ... backward of bucket 0 | of bucket 1 | of bucket 2 |               waits | forward ...
@@ -18,14 +19,16 @@
 
 pub mod nccl;
 mod reduction;
+pub mod shards;
+mod stall;
 
 pub use reduction::Reduction;
 
-use super::{Content, Part, Update, canonical, trainable};
+use super::{Content, Part, Update, bytes, canonical, trainable};
 use crate::comm::Communicator;
 use crate::comm::bucket::{Waited, Work};
 use crate::comm::nccl::Nccl;
-use crate::config::raw;
+use crate::config::raw::{self, NcclUpdate};
 use crate::device::cuda::{Event, Gpu, Stream};
 use crate::device::{Arena, Slice, SliceMut};
 use crate::error::Result;
@@ -37,8 +40,10 @@ use crate::optim::cuda::Control;
 use crate::optim::loss_scale::LossScale;
 use crate::optim::{self, At};
 use crate::train::checkpoint::{State, Tensor, state_name};
-use nccl::ByNccl;
+use nccl::{Sharded, Sums};
 use reduction::{Alone, Staged};
+use shards::{Shard, Share};
+use stall::Stall;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,13 +51,15 @@ use std::time::Duration;
 pub struct GpuUpdater {
     gpu: Gpu,
     table: ParamTable,
-    buckets: Vec<Range<usize>>,
+    shards: Vec<Shard>,
+    /// What this rank updates where all sums are there, and holds the state of.
+    shares: Vec<Share>,
     weights: Arc<Weights>,
     grads: Arc<Arena>,
     /// In host memory.
     tail: Arc<Arena>,
     rule: optim::cuda::Update,
-    /// For each of these names a value for every element.
+    /// For each of these names a value for every element of the shares.
     names: &'static [&'static str],
     state: Vec<Arena>,
     /// The update of any parameter waits for all gradients.
@@ -61,12 +68,17 @@ pub struct GpuUpdater {
     updates: Stream,
     /// In that stream: the last update of a step is done.
     updated: Event,
+    /// Where the host does not see how long the GPU waits.
+    stall: Option<Arc<Stall>>,
+    stood_still: Duration,
 }
 
 impl GpuUpdater {
-    /// For the parameters in `weights`. Makes the arenas of the gradients, which NCCL sums if it is there. Collective.
+    /// For the parameters in `weights`. Makes the arenas of the gradients, which NCCL sums if it is there, as `parallel` says.
+    /// Collective.
     pub fn new(
         config: &raw::Optimizer,
+        parallel: &raw::Parallel,
         table: &ParamTable,
         bucket_bytes: usize,
         weights: Arc<Weights>,
@@ -74,35 +86,60 @@ impl GpuUpdater {
         comm: &mut dyn Communicator,
     ) -> Result<GpuUpdater> {
         let gpu = Gpu::of_this_rank()?;
-        let allocate = |what: &str| gpu.allocate(table.len() * size_of::<f32>()).map_err(|error| error.context(what));
-        let buckets = table.buckets(bucket_bytes, |_| false);
-        let names = optim::new(config).state();
-        let grads = Arc::new(allocate("gradients")?);
-        let reduction: Arc<dyn Reduction> = match nccl {
-            Some(nccl) => Arc::new(ByNccl::new(nccl, &gpu, &grads, &buckets)?),
-            None if comm.size() == 1 => Arc::new(Alone::new(&gpu, buckets.len())?),
-            None => Arc::new(Staged::new(&gpu, health, &grads, &buckets, comm)?),
+        let allocate = |elements: usize, what: &str| {
+            gpu.allocate(elements * size_of::<f32>()).map_err(|error| error.context(what))
         };
+        let buckets = table.buckets(bucket_bytes, |_| false);
+        let shards = match &nccl {
+            Some(_) if parallel.nccl_update == NcclUpdate::Sharded => {
+                shards::sharded(&buckets, comm.size(), comm.rank())
+            }
+            _ => shards::replicated(&buckets),
+        };
+        let grads = Arc::new(allocate(table.len(), "gradients")?);
         let rule = optim::cuda::Update::new(config, table, weights.precision)?;
+        let waits = super::needs_norms(config) || rule.scales_loss();
+        let stall = match nccl.is_some() && !shards.is_empty() {
+            true => Some(Arc::new(Stall::new(&gpu)?)),
+            false => None,
+        };
+        let reduction: Arc<dyn Reduction> = match nccl {
+            None if comm.size() == 1 => Arc::new(Alone::new(&gpu, shards.len())?),
+            None => Arc::new(Staged::new(&gpu, health, &grads, &buckets, comm)?),
+            Some(nccl) => {
+                let sums = Sums::new((nccl, parallel.reduce_dtype), &gpu, &grads, &shards, stall.as_ref())?;
+                match parallel.nccl_update {
+                    NcclUpdate::Replicated => Arc::new(sums),
+                    NcclUpdate::Sharded => {
+                        Arc::new(Sharded::new(sums, (&gpu, health), &shards, &weights, rule.control(), waits)?)
+                    }
+                }
+            }
+        };
+        let names = optim::new(config).state();
+        let state = |_| allocate(shards::held(&shards), "optimizer state");
         Ok(GpuUpdater {
             table: table.clone(),
             tail: Arc::new(comm.allocate(TAIL * size_of::<f32>())?),
-            waits: super::needs_norms(config) || rule.scales_loss(),
-            rule,
-            names,
-            state: names.iter().map(|_| allocate("optimizer state")).collect::<Result<_>>()?,
+            state: names.iter().map(state).collect::<Result<_>>()?,
+            shares: shards::joined(&shards),
             updates: gpu.stream()?,
             updated: gpu.event()?,
-            buckets,
+            names,
+            waits,
+            rule,
+            shards,
             weights,
             grads,
             reduction,
+            stall,
+            stood_still: Duration::ZERO,
             gpu,
         })
     }
 
     /// Behind what is in the stream of updates.
-    fn update(&self, elements: &Range<usize>) -> Result<()> {
+    fn update(&self, Share { elements, state }: &Share) -> Result<()> {
         let whole = |arena: &Arena| {
             // SAFETY: these elements are left alone by all other streams until they have waited for this one; the host looks
             // only when the compute stream, which waits too, is empty.
@@ -112,6 +149,7 @@ impl GpuUpdater {
             params: whole(&self.weights.f32),
             grads: whole(&self.grads).into_shared(),
             state: &self.state,
+            first_state: *state,
             rounded: if self.weights.rounded.bytes() > 0 { whole(&self.weights.rounded) } else { SliceMut::empty() },
         };
         // SAFETY: as above.
@@ -121,14 +159,15 @@ impl GpuUpdater {
 
 impl Work for GpuUpdater {
     fn run(&mut self, part: usize, comm: &mut dyn Communicator) -> Result<Waited> {
-        let Some(bucket) = self.buckets.get(part) else {
+        let Some(shard) = self.shards.get(part) else {
             // SAFETY: this rank has written its tail, and leaves it alone until this is done.
             let tail = unsafe { self.tail.slice_mut(0..self.tail.bytes()) };
             return comm.all_reduce(tail).map(Waited::for_peers);
         };
         let waited = self.reduction.sum(part, &self.updates, comm)?;
         if !self.waits {
-            self.update(bucket)?;
+            self.update(&shard.mine)?;
+            self.reduction.updated(part, &self.updates)?;
         }
         Ok(waited)
     }
@@ -144,9 +183,9 @@ impl Update for GpuUpdater {
     }
 
     fn parts(&self) -> Vec<Part> {
-        let bucket = |elements: &Range<usize>| Part { elements: elements.clone(), content: Content::Gradients };
+        let bucket = |shard: &Shard| Part { elements: shard.bucket.clone(), content: Content::Gradients };
         let tail = Part { elements: self.table.tail.clone(), content: Content::Tail };
-        self.buckets.iter().map(bucket).chain([tail]).collect()
+        self.shards.iter().map(bucket).chain([tail]).collect()
     }
 
     fn reduction(&self) -> Option<Arc<dyn Reduction>> {
@@ -159,6 +198,10 @@ impl Update for GpuUpdater {
 
     fn loss_scale(&self) -> Result<Option<LossScale>> {
         self.rule.scales_loss().then(|| self.rule.control().loss_scale()).transpose()
+    }
+
+    fn stood_still(&self) -> Option<Duration> {
+        self.stall.as_ref().map(|_| self.stood_still)
     }
 
     fn state_tensors(&self) -> usize {
@@ -176,10 +219,15 @@ impl Update for GpuUpdater {
                 let [grads, params] = [&self.grads, &self.weights.f32].map(|arena| arena.slice(0..arena.bytes()));
                 self.rule.measure(&self.updates, grads, params)?;
             }
-            self.update(&(0..self.table.len()))?;
+            self.shares.iter().try_for_each(|share| self.update(share))?;
+            (0..self.shards.len()).try_for_each(|bucket| self.reduction.updated(bucket, &self.updates))?;
         }
+        self.reduction.finish(&self.updates)?;
         self.updates.record(&self.updated)?;
         self.gpu.compute().wait_for(&self.updated)?;
+        if let Some(stall) = &self.stall {
+            self.stood_still = stall.ends(self.gpu.compute())?;
+        }
         Ok(Duration::ZERO)
     }
 
@@ -187,19 +235,20 @@ impl Update for GpuUpdater {
         super::fits(&self.table, self.names, state)
     }
 
-    /// Rank 0 has all of it.
     fn export(&mut self, net: &Net, comm: &mut dyn Communicator) -> Result<Vec<Tensor>> {
-        if comm.rank() > 0 {
-            return Ok(Vec::new());
-        }
-        let mut tensors = super::export_params(net)?;
-        let mut values = vec![0.0; self.table.len()];
+        let first = comm.rank() == 0;
+        let mut tensors = if first { super::export_params(net)? } else { Vec::new() };
         for (name, arena) in self.names.iter().zip(&self.state) {
-            // SAFETY: between steps, and the compute stream is waited for.
-            let held = unsafe { arena.slice(0..arena.bytes()) };
-            self.gpu.compute().copy_and_wait(held, SliceMut::from(&mut values[..]))?;
-            let tensor = |param: &Param| canonical(state_name(name, &param.name), param, &values[param.range.clone()]);
-            tensors.extend(trainable(&self.table).map(tensor));
+            let whole = self.reduction.collect(arena)?;
+            if first {
+                let mut values = vec![0.0; self.table.len()];
+                // SAFETY: between steps, and the compute stream is waited for.
+                let whole = unsafe { whole.slice(0..whole.bytes()) };
+                self.gpu.compute().copy_and_wait(whole, SliceMut::from(&mut values[..]))?;
+                let tensor =
+                    |param: &Param| canonical(state_name(name, &param.name), param, &values[param.range.clone()]);
+                tensors.extend(trainable(&self.table).map(tensor));
+            }
         }
         Ok(tensors)
     }
@@ -230,17 +279,20 @@ impl Update for GpuUpdater {
                 }
             }
             comm.broadcast(SliceMut::from(&mut values[..]), 0)?;
-            // SAFETY: between steps, and the compute stream is waited for.
-            let held = unsafe { arena.slice_mut(0..arena.bytes()) };
-            self.gpu.compute().copy_and_wait(Slice::from(&values[..]), held)?;
+            for share in &self.shares {
+                // SAFETY: between steps, and the compute stream is waited for.
+                let held = unsafe { arena.slice_mut(bytes(&share.held())) };
+                self.gpu.compute().copy_and_wait(Slice::from(&values[share.elements.clone()]), held)?;
+            }
         }
         Ok(())
     }
 }
 
 impl Drop for GpuUpdater {
-    /// The GPU must have done with memory that is about to go. What fails here has failed before, and was said there.
+    /// The GPU should have done with memory that is about to go; else giving that back waits for it. Where ranks are lost, NCCL is
+    /// being aborted meanwhile. What fails here has failed before, and was said there.
     fn drop(&mut self) {
-        let _ = self.updates.wait();
+        self.updates.is_soon_done();
     }
 }

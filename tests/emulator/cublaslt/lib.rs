@@ -417,6 +417,7 @@ pub unsafe extern "C" fn cublasLtMatmul(
         if problem.description.epilogue == BGRADB {
             sum_right(&problem, b as *const c_void);
         }
+        true
     };
     if queue::put(stream, work) { SUCCESS } else { EXECUTION_FAILED }
 }

@@ -25,6 +25,7 @@ pub fn execute(table: &Table, stream: usize, plan: Id, pack: Id) -> Result<(), F
         if let Err((_, message)) = run(&table, &engine, &pointers) {
             eprintln!("emulator: cuDNN: {message}");
         }
+        true
     };
     match queue::put(stream, work) {
         true => Ok(()),

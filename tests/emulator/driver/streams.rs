@@ -4,7 +4,11 @@
 //! for which the host waits. A stream that should have waited for another thus finds what the other has not done yet, and a
 //! host that should have waited finds nothing. With `LOCKSTEP_EMULATOR_STREAMS=eager` all work runs at once instead. With
 //! `mixed` any stream may run a bit of what its order allows whenever something is put into any: that shows where one
-//! overtakes another for which it should have waited.
+//! overtakes another for which it should have waited. With `busy` a thread runs whatever may run, as a GPU does: then times are
+//! as there.
+//!
+//! Work that needs another process, as NCCL's does, stays where it is and is tried again while that has not come: its stream waits, and
+//! the others go on.
 //!
 //! While a stream is captured, what is put into it goes into a graph instead (graphs.rs).
 //!
@@ -17,11 +21,11 @@ use crate::{
 use std::collections::VecDeque;
 use std::ffi::{c_uint, c_void};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// What a step of a stream does. In a graph it does it again and again.
+/// What a step of a stream does; `NOT_READY` where it cannot be done yet. In a graph it does it again and again.
 pub type Work = Arc<dyn Fn() -> Result<(), Code> + Send + Sync>;
 
 pub struct Stream {
@@ -54,6 +58,9 @@ pub struct Event {
     /// Where it was recorded last.
     mark: Option<Arc<Mark>>,
 }
+
+/// Between two attempts at work that waits for another process.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Work runs one piece at a time, whichever thread waits for it.
 static RUNNING: Mutex<()> = Mutex::new(());
@@ -129,8 +136,9 @@ fn after_call(stream: usize, code: Code) -> Code {
     let order = ORDER.get_or_init(|| std::env::var("LOCKSTEP_EMULATOR_STREAMS").unwrap_or_default());
     match &**order {
         _ if code != SUCCESS => {}
-        "eager" => run_all(stream),
+        "eager" => while run_one(stream) == Ran::Step {},
         "mixed" => run_some(),
+        "busy" => run_by_itself(),
         _ => {}
     }
     code
@@ -163,7 +171,21 @@ fn run_some() {
     let streams = all_streams();
     let stream = streams[chance as usize % streams.len()];
     let steps = chance / streams.len() as u64 % 16;
-    let _ = (0..steps).try_for_each(|_| run_next(|driver| driver.next_of(stream)).then_some(()));
+    let _ = (0..steps).try_for_each(|_| (run_next(|driver| driver.next_of(stream)) == Ran::Step).then_some(()));
+}
+
+/// From now on.
+fn run_by_itself() {
+    static STARTED: Once = Once::new();
+    let work = || {
+        loop {
+            let ran = |stream| run_next(|driver| driver.next_of(stream)) == Ran::Step;
+            if all_streams().into_iter().filter(|&stream| ran(stream)).count() == 0 {
+                thread::sleep(PAUSE);
+            }
+        }
+    };
+    STARTED.call_once(|| drop(thread::spawn(work)));
 }
 
 fn all_streams() -> Vec<usize> {
@@ -172,24 +194,45 @@ fn all_streams() -> Vec<usize> {
 }
 
 fn run_until(stream: usize, over: impl Fn(&mut Driver) -> bool) {
-    while !over(&mut driver()) && run_one(stream) {}
+    while !over(&mut driver()) {
+        match run_one(stream) {
+            Ran::Step => {}
+            Ran::NotYet => thread::sleep(PAUSE),
+            Ran::Nothing => return,
+        }
+    }
 }
 
-/// Runs one step of a stream, or of that for which it has to wait. False where there is none.
-fn run_one(stream: usize) -> bool {
+/// What became of an attempt to run a step.
+#[derive(PartialEq)]
+enum Ran {
+    Step,
+    /// It waits for another process.
+    NotYet,
+    /// There is none.
+    Nothing,
+}
+
+/// Runs one step of a stream, or of that for which it has to wait.
+fn run_one(stream: usize) -> Ran {
     run_next(|driver| driver.next_for(stream))
 }
 
 /// Runs the step that is taken out of a stream, if there is one.
-fn run_next(take: impl FnOnce(&mut Driver) -> Option<(usize, Step)>) -> bool {
+fn run_next(take: impl FnOnce(&mut Driver) -> Option<(usize, Step)>) -> Ran {
     let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some((of, step)) = take(&mut driver()) else { return false };
+    let Some((of, step)) = take(&mut driver()) else { return Ran::Nothing };
     match step {
-        Step::Work(work, by) => {
-            if let Err(code) = work() {
-                driver().failed.push((by, code));
+        Step::Work(work, by) => match work() {
+            Ok(()) => {}
+            Err(NOT_READY) => {
+                if let Ok(stream) = driver().stream(of) {
+                    stream.steps.push_front(Step::Work(work, by));
+                }
+                return Ran::NotYet;
             }
-        }
+            Err(code) => driver().failed.push((by, code)),
+        },
         Step::Record(mark) => {
             mark.at.get_or_init(Instant::now);
             mark.passed.store(true, Relaxed);
@@ -199,7 +242,7 @@ fn run_next(take: impl FnOnce(&mut Driver) -> Option<(usize, Step)>) -> bool {
     if let Ok(stream) = driver().stream(of) {
         stream.done += 1;
     }
-    true
+    Ran::Step
 }
 
 /// How work of this thread has failed since it last asked.
@@ -210,7 +253,7 @@ fn failure() -> Code {
 }
 
 /// For the emulators of other libraries: calls `work` with `data` whenever it is the stream's turn, and `free` when it will not be
-/// any more. `work` gives a CUresult.
+/// any more. `work` gives a CUresult, and is called again where that says that it is not ready.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn emulator_put(
     stream: usize,

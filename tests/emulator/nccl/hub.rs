@@ -4,6 +4,7 @@
 use crate::{Code, INVALID_ARGUMENT, INVALID_USAGE, REMOTE_ERROR, SUCCESS};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
+use std::ops::Add;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::mpsc::channel;
@@ -22,18 +23,22 @@ pub struct Frame {
 pub enum Kind {
     Join { rank: u32, size: u32 },
     Sum,
+    /// A sum, of which each rank gets its part.
+    Scatter,
+    Gather,
     Leave,
 }
 
-/// Bytes of a value, of ncclFloat32 and ncclBfloat16.
+/// Bytes of a value, of ncclUint32, ncclFloat32 and ncclBfloat16.
 pub fn width(data_type: u32) -> Option<usize> {
     match data_type {
-        FLOAT32 => Some(4),
+        UINT32 | FLOAT32 => Some(4),
         BFLOAT16 => Some(2),
         _ => None,
     }
 }
 
+const UINT32: u32 = 3;
 const FLOAT32: u32 = 7;
 const BFLOAT16: u32 = 9;
 
@@ -42,6 +47,8 @@ pub fn ask(mut hub: &UnixStream, frame: &Frame) -> io::Result<(Code, Vec<u8>)> {
         Kind::Join { rank, size } => (0, rank, size),
         Kind::Sum => (1, 0, 0),
         Kind::Leave => (2, 0, 0),
+        Kind::Scatter => (3, 0, 0),
+        Kind::Gather => (4, 0, 0),
     };
     for word in [kind, rank, size, frame.what] {
         hub.write_all(&word.to_le_bytes())?;
@@ -56,6 +63,8 @@ fn read_frame(hub: &UnixStream) -> io::Result<Frame> {
     let kind = match kind {
         0 => Kind::Join { rank, size },
         1 => Kind::Sum,
+        3 => Kind::Scatter,
+        4 => Kind::Gather,
         _ => Kind::Leave,
     };
     Ok(Frame { kind, what, data: read_data(hub)? })
@@ -138,8 +147,16 @@ fn serve(ranks: Vec<UnixStream>) {
             eprintln!("emulator: the ranks ask for {:?}", asked.iter().map(like).collect::<Vec<_>>());
             return ranks.iter().for_each(|rank| answer(rank, INVALID_ARGUMENT, &[]));
         }
-        let sums = if asked[0].kind == Kind::Sum { tree(&asked) } else { Vec::new() };
-        ranks.iter().for_each(|rank| answer(rank, SUCCESS, &sums));
+        let data = match asked[0].kind {
+            Kind::Sum | Kind::Scatter => tree(&asked),
+            Kind::Gather => asked.iter().flat_map(|frame| &frame.data).copied().collect(),
+            Kind::Join { .. } | Kind::Leave => Vec::new(),
+        };
+        let part = data.len() / ranks.len();
+        for (number, rank) in ranks.iter().enumerate() {
+            let of = if asked[0].kind == Kind::Scatter { number * part..(number + 1) * part } else { 0..data.len() };
+            answer(rank, SUCCESS, &data[of]);
+        }
         if asked[0].kind == Kind::Leave {
             return;
         }
@@ -152,19 +169,20 @@ fn tree(frames: &[Frame]) -> Vec<u8> {
         let (left, right) = frames.split_at(frames.len().div_ceil(2));
         let (mut sums, terms) = (tree(left), tree(right));
         match frames[0].what {
-            FLOAT32 => add::<4>(&mut sums, &terms, f32::from_le_bytes, f32::to_le_bytes),
-            _ => add::<2>(&mut sums, &terms, wide, nearest),
+            UINT32 => add::<4, u32>(&mut sums, &terms, u32::from_le_bytes, u32::to_le_bytes),
+            FLOAT32 => add::<4, f32>(&mut sums, &terms, f32::from_le_bytes, f32::to_le_bytes),
+            _ => add::<2, f32>(&mut sums, &terms, wide, nearest),
         }
         return sums;
     };
     frame.data.clone()
 }
 
-fn add<const N: usize>(
+fn add<const N: usize, V: Add<Output = V>>(
     sums: &mut [u8],
     terms: &[u8],
-    wide: impl Fn([u8; N]) -> f32,
-    narrow: impl Fn(f32) -> [u8; N],
+    wide: impl Fn([u8; N]) -> V,
+    narrow: impl Fn(V) -> [u8; N],
 ) {
     for (sum, term) in sums.as_chunks_mut::<N>().0.iter_mut().zip(terms.as_chunks::<N>().0) {
         *sum = narrow(wide(*sum) + wide(*term));

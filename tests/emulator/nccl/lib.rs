@@ -1,13 +1,13 @@
 //! libnccl for the emulator: ranks are processes of one machine, and their sums are made by a thread of the rank that made the
 //! unique id (hub.rs).
 //!
-//! It behaves as a non-blocking communicator of NCCL's. Calls return at once, most with ncclInProgress; a sum waits in its stream
-//! for the other ranks, whether the host does or not. When a rank has ended, the others' sums never end, and
+//! It behaves as a non-blocking communicator of NCCL's. Calls return at once, most with ncclInProgress; a collective waits in its
+//! stream for the other ranks, whether the host does or not. When a rank has ended, the others' sums never end, and
 //! ncclCommGetAsyncError says ncclRemoteError; or, with `LOCKSTEP_EMULATOR_NCCL=deaf`, nothing at all, as where GPUs are
 //! connected directly. Only ncclCommAbort ends them.
 //!
 //! It is strict: a call before the one before is over, after the communicator is gone, or with another GPU current is refused, and
-//! so is a sum for which the ranks give different numbers of values. Two ranks on one GPU are refused as NCCL does.
+//! so is a collective for which the ranks give different numbers of values, or whose buffers overlap in another way than "in place". Two ranks on one GPU are refused as NCCL does.
 
 mod driver;
 mod hub;
@@ -21,6 +21,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -34,10 +35,13 @@ pub const INVALID_USAGE: Code = 5;
 pub const REMOTE_ERROR: Code = 6;
 const IN_PROGRESS: Code = 7;
 
+/// ncclSum
+const SUM: c_int = 0;
+
 /// 2.29.2: one that does not know of sharing a GPU.
 const VERSION: c_int = 22_902;
 const MAGIC: c_uint = 0xcafe_beef;
-/// How late a sum begins of which nobody waits for the stream.
+/// How late a collective begins of which nobody waits for the stream.
 const LATE: Duration = Duration::from_millis(20);
 
 /// ncclUniqueId: a socket's name, zeros behind it.
@@ -57,11 +61,13 @@ pub struct Config {
 struct Communicator {
     /// The one that was current when it was made.
     context: usize,
+    rank: usize,
+    size: usize,
     /// Of the call before: over, in progress, or how it failed, for ever.
     state: AtomicI32,
     aborted: AtomicBool,
     hub: Mutex<Option<Arc<UnixStream>>>,
-    /// Those that were given sums.
+    /// Those that were given collectives.
     streams: Mutex<BTreeSet<usize>>,
 }
 
@@ -139,6 +145,8 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     }
     let communicator = Arc::new(Communicator {
         context,
+        rank: rank as usize,
+        size: size as usize,
         state: AtomicI32::new(IN_PROGRESS),
         aborted: AtomicBool::new(false),
         hub: Mutex::default(),
@@ -173,28 +181,72 @@ pub unsafe extern "C" fn ncclAllReduce(
     handle: usize,
     stream: usize,
 ) -> Code {
+    ask_in_stream(handle, stream, (Kind::Sum, data_type, operation), |_, width| [(from, count * width), (to, count * width)])
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclReduceScatter(
+    from: usize,
+    to: usize,
+    count: usize,
+    data_type: c_int,
+    operation: c_int,
+    handle: usize,
+    stream: usize,
+) -> Code {
+    ask_in_stream(handle, stream, (Kind::Scatter, data_type, operation), |ranks, width| {
+        [(from, ranks * count * width), (to, count * width)]
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclAllGather(
+    from: usize,
+    to: usize,
+    count: usize,
+    data_type: c_int,
+    handle: usize,
+    stream: usize,
+) -> Code {
+    ask_in_stream(handle, stream, (Kind::Gather, data_type, SUM), |ranks, width| {
+        [(from, count * width), (to, ranks * count * width)]
+    })
+}
+
+/// Puts a collective into a stream. `buffers`: of so many ranks and bytes a value, where its terms are and where its results go, and
+/// the bytes of each.
+fn ask_in_stream(
+    handle: usize,
+    stream: usize,
+    (kind, data_type, operation): (Kind, c_int, c_int),
+    buffers: impl FnOnce(usize, usize) -> [(usize, usize); 2],
+) -> Code {
     let found = match ready(handle) {
         Ok(found) => found,
         Err(code) => return code,
     };
-    let Some(width) = hub::width(data_type as u32).filter(|_| operation == 0 && from != 0 && to != 0) else {
-        return refuse(INVALID_ARGUMENT, "only sums of float and bfloat16 are known here");
+    let Some(width) = hub::width(data_type as u32).filter(|_| operation == SUM) else {
+        return refuse(INVALID_ARGUMENT, "only sums of uint32, float and bfloat16 are known here");
     };
-    if count == 0 {
+    let [from, to] = buffers(found.size, width);
+    if from.0 == 0 || to.0 == 0 {
+        return refuse(INVALID_ARGUMENT, "no memory");
+    }
+    // The smaller of the two buffers is this rank's part of the other, or they are one, or apart.
+    let (part, whole) = if from.1 < to.1 { (from, to) } else { (to, from) };
+    let place = whole.0 + if part.1 < whole.1 { found.rank * part.1 } else { 0 };
+    let apart = part.0 + part.1 <= whole.0 || whole.0 + whole.1 <= part.0;
+    if !apart && part.0 != place {
+        return refuse(INVALID_ARGUMENT, "buffers that overlap without being in place");
+    }
+    if from.1 == 0 {
         return SUCCESS;
     }
     found.state.store(IN_PROGRESS, SeqCst);
     thread::spawn(move || {
         driver::set_current_context(found.context);
         lock(&found.streams).insert(stream);
-        let summing = found.clone();
-        let put = queue::put(stream, move || {
-            let data = unsafe { std::slice::from_raw_parts(from as *const u8, count * width) };
-            let frame = Frame { kind: Kind::Sum, what: data_type as u32, data: data.to_vec() };
-            if let Some(sums) = summing.ask(&frame) {
-                unsafe { (to as *mut u8).copy_from_nonoverlapping(sums.as_ptr(), count * width) };
-            }
-        });
+        let put = found.clone().put(stream, (kind, data_type as u32), from, to);
         let _ =
             found.state.compare_exchange(IN_PROGRESS, if put { SUCCESS } else { INVALID_ARGUMENT }, SeqCst, SeqCst);
         // A GPU goes on by itself.
@@ -265,6 +317,28 @@ impl Communicator {
         if self.ask(&Frame { kind: Kind::Join { rank, size }, what: 0, data: gpu }).is_some() {
             self.state.store(SUCCESS, SeqCst);
         }
+    }
+
+    /// When it is the stream's turn, asks with the bytes that are at `from` then; the answer goes to `to`. Until it has come, the
+    /// stream waits, and others do not.
+    fn put(self: Arc<Self>, stream: usize, (kind, what): (Kind, u32), from: (usize, usize), to: (usize, usize)) -> bool {
+        let answer: Mutex<Option<Receiver<Option<Vec<u8>>>>> = Mutex::default();
+        queue::put(stream, move || {
+            let mut answer = lock(&answer);
+            let coming = answer.get_or_insert_with(|| {
+                let data = unsafe { std::slice::from_raw_parts(from.0 as *const u8, from.1) }.to_vec();
+                let (communicator, (heard, coming)) = (self.clone(), channel());
+                thread::spawn(move || heard.send(communicator.ask(&Frame { kind, what, data })));
+                coming
+            });
+            match coming.try_recv() {
+                Err(TryRecvError::Empty) => return false,
+                Ok(Some(data)) => unsafe { (to.0 as *mut u8).copy_from_nonoverlapping(data.as_ptr(), to.1) },
+                // Aborted.
+                _ => {}
+            }
+            true
+        })
     }
 
     /// The hub's answer, when all ranks have asked for the same. None where that cannot be, once the communicator is aborted.

@@ -1,31 +1,21 @@
-//! Sums by NCCL, where the gradients lie; nothing of them goes through the host.
-//!
-//! ```text
-//! compute    backward of bucket 0 | of bucket 1 |
-//! sums                              [ sum of 0 ]  [ sum of 1 ]
-//! updates                                         [ update 0 ] [ update 1 ]
-//! ```
-//!
-//! To sum in bf16, the stream of sums rounds a bucket into memory of its own, sums there, and widens the result to where the
-//! gradients were: 12 bytes a parameter through the GPU's memory, for half the bytes between the GPUs.
+//! NCCL between the ranks' GPUs: whether it sums their gradients where they lie, so that nothing of them goes through the host. `sums`
+//! does that, `sharded` the update shared among the ranks too.
 
-use super::Reduction;
+mod sharded;
+mod sums;
+
+pub use sharded::Sharded;
+pub use sums::{Sums, bytes_to_sum_in};
+
 use crate::comm::Communicator;
-use crate::comm::bucket::Waited;
 use crate::comm::nccl::{self, Nccl};
-use crate::config::raw::{Parallel, ReduceDtype, TransportChoice};
-use crate::device::Arena;
-use crate::device::cuda::kernels::Element;
-use crate::device::cuda::nccl::DataType;
-use crate::device::cuda::{Elementwise, Event, Gpu, Stream, libraries};
+use crate::config::raw::{Parallel, TransportChoice};
+use crate::device::cuda::{Gpu, libraries};
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::rendezvous::host;
 use crate::train::Rank;
 use crate::train::agreement::{gather_bytes, of_all};
-use crate::train::update::bytes;
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
-use std::sync::Arc;
 
 /// NCCL among the ranks, if it is to sum their gradients: because `[parallel] transport` says so, or because each rank has a GPU
 /// of its own and all have the same NCCL. Collective; all ranks come to the same answer.
@@ -51,11 +41,7 @@ pub fn connect(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) ->
     if parallel.allow_shared_gpu || shared.is_some() {
         nccl::share_gpus(comm.rank())?;
     }
-    let of = match parallel.reduce_dtype {
-        ReduceDtype::F32 => DataType::Float32,
-        ReduceDtype::Bf16 => DataType::Bfloat16,
-    };
-    let joined = Nccl::connect(&Gpu::of_this_rank()?, of, comm, &rank.health);
+    let joined = Nccl::connect(&Gpu::of_this_rank()?, comm, &rank.health);
     joined.map(Some).map_err(|error| match error.kind() {
         Kind::Device => Error::device(format!("{error}. parallel.transport = \"shm\" or \"tcp\" does without it")),
         _ => error,
@@ -107,86 +93,6 @@ fn parts_of_one_gpu(found: &[Found]) -> Option<String> {
         "ranks {first} and {second} on {} have parts of one GPU, which NCCL sums over only if transport = \"nccl\" asks for it",
         found[first].host
     ))
-}
-
-/// NCCL's sums of gradients, on a stream of their own.
-pub struct ByNccl {
-    /// First to go: after that the GPU uses nothing of the others.
-    nccl: Nccl,
-    gpu: Gpu,
-    sums: Stream,
-    buckets: Vec<Bucket>,
-    grads: Arc<Arena>,
-    /// To sum in bf16.
-    rounded: Option<Rounded>,
-}
-
-struct Bucket {
-    elements: Range<usize>,
-    /// In the compute stream: its gradients are there.
-    written: Event,
-    /// In the stream of sums: so are their sums.
-    summed: Event,
-}
-
-/// Memory for the longest bucket, used by one after the other in the order of the stream of sums.
-struct Rounded {
-    kernels: Elementwise,
-    memory: Arena,
-}
-
-impl ByNccl {
-    /// For the gradients in `grads`, cut into buckets of these elements.
-    pub fn new(nccl: Nccl, gpu: &Gpu, grads: &Arc<Arena>, buckets: &[Range<usize>]) -> Result<ByNccl> {
-        let rounded = match nccl.sums_in() {
-            DataType::Float32 => None,
-            DataType::Bfloat16 => {
-                let longest = buckets.iter().map(Range::len).max().unwrap_or(0);
-                let kernels = Elementwise::new(gpu, Element::Bf16)?;
-                Some(Rounded { kernels, memory: gpu.allocate(longest * Element::Bf16.bytes())? })
-            }
-        };
-        let bucket = |elements: &Range<usize>| {
-            Ok(Bucket { elements: elements.clone(), written: gpu.event()?, summed: gpu.event()? })
-        };
-        Ok(ByNccl {
-            nccl,
-            gpu: gpu.clone(),
-            sums: gpu.stream()?,
-            buckets: buckets.iter().map(bucket).collect::<Result<_>>()?,
-            grads: grads.clone(),
-            rounded,
-        })
-    }
-}
-
-impl Reduction for ByNccl {
-    fn written(&self, bucket: usize) -> Result<()> {
-        self.gpu.compute().record(&self.buckets[bucket].written)
-    }
-
-    /// What is waited for, the GPU waits for.
-    fn sum(&self, bucket: usize, updates: &Stream, _: &mut dyn Communicator) -> Result<Waited> {
-        let (Bucket { elements, written, summed }, sums) = (&self.buckets[bucket], &self.sums);
-        sums.wait_for(written)?;
-        // SAFETY: all live until `nccl` is gone. This rank leaves these gradients alone until their update, which waits for
-        // `summed`; the other memory belongs to this stream.
-        unsafe {
-            let grads = || self.grads.slice_mut(bytes(elements));
-            match &self.rounded {
-                None => self.nccl.sum(grads(), sums)?,
-                Some(Rounded { kernels, memory }) => {
-                    let rounded = || memory.slice_mut(0..elements.len() * Element::Bf16.bytes());
-                    kernels.narrow_in(sums, grads().into_shared(), rounded())?;
-                    self.nccl.sum(rounded(), sums)?;
-                    kernels.widen_in(sums, rounded().into_shared(), grads())?;
-                }
-            }
-        }
-        sums.record(summed)?;
-        updates.wait_for(summed)?;
-        Ok(Waited::default())
-    }
 }
 
 #[cfg(test)]

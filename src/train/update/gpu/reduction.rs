@@ -1,4 +1,4 @@
-//! How the gradients of a bucket become their sums over all ranks, in the same place on the GPU.
+//! How the gradients of a bucket become their sums over all ranks, in the same place on the GPU, and new parameters those of all.
 
 use crate::comm::Communicator;
 use crate::comm::bucket::Waited;
@@ -19,6 +19,22 @@ pub trait Reduction: Send + Sync {
     /// What is put into `updates` from now on finds the sums, and finds backward of the bucket's layers to be over. Called
     /// once after each `written`, for the buckets in order, by whichever thread works them off; collective.
     fn sum(&self, bucket: usize, updates: &Stream, comm: &mut dyn Communicator) -> Result<Waited>;
+
+    /// This rank's share of the bucket is updated by what is in `updates` now.
+    fn updated(&self, _bucket: usize, _updates: &Stream) -> Result<()> {
+        Ok(())
+    }
+
+    /// All buckets are. What is put into `updates` from now on finds the parameters of all ranks. Collective.
+    fn finish(&self, _updates: &Stream) -> Result<()> {
+        Ok(())
+    }
+
+    /// A tensor of the optimizer's state, with the shares of all ranks. It may lie where the gradients do. Between steps;
+    /// collective.
+    fn collect<'a>(&'a self, state: &'a Arena) -> Result<&'a Arena> {
+        Ok(state)
+    }
 }
 
 /// A rank without others: its gradients are the sums.
@@ -142,8 +158,9 @@ impl Reduction for Staged {
 }
 
 impl Drop for Staged {
-    /// The GPU must have done with memory that is about to go. What fails here has failed before, and was said there.
+    /// The GPU should have done with memory that is about to go; else giving that back waits for it. What fails here has failed
+    /// before, and was said there.
     fn drop(&mut self) {
-        let _ = self.downloads.wait();
+        self.downloads.is_soon_done();
     }
 }
