@@ -52,7 +52,7 @@ def main():
 
 def parts(session, cells):
     """By their worth: is it right, how fast is the main case, do two ranks agree, then the rest. Compiling takes minutes: the first
-    of it comes before what has been tried most on the emulator, the rest last."""
+    of it comes before the tests that the emulator has passed too, the rest late."""
     compiled = speed.compiled(cells) if session.sizes.compiled_modes else []
     return (
         correctness.foremost()
@@ -60,8 +60,8 @@ def parts(session, cells):
         + correctness.whole_runs()
         + speed.seconds(cells)
         + ranks.parts()
-        + compiled[:2]
         + correctness.of_the_cpu()
+        + compiled[:2]
         + correctness.tests_of_all()
         + speed.others(cells)
         + compiled[2:]

@@ -48,6 +48,7 @@ class Sizes:
     nccl_bytes: int = 16 << 20
     quickstart: tuple = ()
     tests: tuple = ()
+    layers_s: int = 75
     tests_s: int = 150
     # The greatest difference of accuracies.
     accuracy: float = 0.01
@@ -71,6 +72,7 @@ REHEARSAL = Sizes(
     nccl_bytes=65536,
     quickstart=("run.steps=2", "batch.global=4", "data.train=60", "data.test=4"),
     tests=("step::", "products::"),
+    layers_s=60,
     tests_s=60,
     accuracy=1.0,
 )
