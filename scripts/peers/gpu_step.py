@@ -10,9 +10,9 @@ with another program's without a new start of PyTorch. What a request lacks of k
     {"do": "forget"}                        nets and memory of earlier requests
 
 Net, loss and optimizer are those of the TOML. The peer is spared what is not training: one batch of noise lies on the device.
-Activations are channels_last, bf16 and fp16 are autocast, fp16 with a loss scaler, the optimizer is the fused one, cuDNN may choose by
-timing. Modes: eager, graphed, compiled, compiled and graphed. An answer is
-{"error": TEXT} where something failed; the next request is answered all the same.
+Activations are channels_last, bf16 and fp16 are autocast, fp16 with a loss scaler, the optimizer is the fused one, cuDNN may choose
+by timing. Modes: eager, graphed, compiled, compiled and graphed. An answer is {"error": TEXT} where something failed; the next request
+is answered all the same.
 """
 
 import argparse
@@ -97,7 +97,9 @@ def training_step(device, config, mode, precision, batch):
     tuned = {"compiled": "max-autotune", "compiled and graphed": "max-autotune-no-cudagraphs"}.get(mode)
     forward = torch.compile(net, mode=tuned) if tuned else net
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    # A scale that does not overflow at once: were the first update skipped, the fused optimizer's momentum would begin as the
+    # memory was left.
+    scaler = torch.amp.GradScaler(device, init_scale=256.0, enabled=precision == "fp16")
 
     def step():
         optimizer.zero_grad(set_to_none=True)
