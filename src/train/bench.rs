@@ -102,7 +102,9 @@ pub fn run(
     let feed = setup::feed(config, &plan, &parts, rank, (loader, inlet), Position::default())?;
     let mut bench = Bench { rank, learner, feed, clock: Clock::start(), done: 0, gpu };
 
-    let Times { steps: timed, seconds, grown_bytes, layers, parts, finish } = bench.measure(steps)?;
+    // An error ends what the GPU has under way with other ranks.
+    let times = bench.measure(steps).inspect_err(|error| rank.health.fail(error.clone()))?;
+    let Times { steps: timed, seconds, grown_bytes, layers, parts, finish } = times;
     let Bench { learner: Learner { net, gradient, .. }, gpu, .. } = &bench;
     let measured = Measured {
         net,

@@ -137,12 +137,14 @@ impl Learner {
         copies * self.net.table().len() * size_of::<f32>()
     }
 
-    /// The digest of the weights after an error. None where a GPU that has failed, or waits for a lost rank, does not give them
-    /// back, or NCCL was aborted on the way to them.
+    /// After an error: whether all that was given to this rank's GPU is done soon, which it is where no rank is missing.
+    pub fn comes_to_rest(&self) -> bool {
+        self.net.place() == Place::Host || Gpu::of_this_rank().is_ok_and(|gpu| gpu.compute().is_soon_done())
+    }
+
+    /// Then the digest of the weights. None where a GPU that has failed does not give them back, or NCCL was aborted on the way to
+    /// them.
     pub fn last_digest(&self, health: &Health) -> Option<String> {
-        if self.net.place() == Place::Cuda && !Gpu::of_this_rank().ok()?.compute().is_soon_done() {
-            return None;
-        }
         if self.is_over_nccl() && health.check().is_err() {
             return None;
         }

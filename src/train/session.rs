@@ -171,8 +171,9 @@ pub fn train(
         Ok(end) => session.finish(end),
         Err(error) => {
             rank.health.ending();
-            session.summarise_failure(&error);
-            // Nothing waits for the others any more: NCCL aborts what this rank's GPU has under way with them.
+            let rests = session.learner.comes_to_rest();
+            session.summarise_failure(&error, rests);
+            // What still waits for another rank does so in vain: NCCL aborts it.
             rank.health.fail(error.clone());
             Err(error)
         }
@@ -442,14 +443,15 @@ impl Session<'_> {
         self.saved.as_ref().map_or_else(String::new, way_on)
     }
 
-    /// What can still be told after an error; the error itself goes to the caller.
-    fn summarise_failure(&mut self, error: &Error) {
+    /// What can still be told after an error; the error itself goes to the caller. `rests`: the GPU can be asked.
+    fn summarise_failure(&mut self, error: &Error, rests: bool) {
         let Some(report) = self.report.take() else { return };
+        let digest = if rests { self.learner.last_digest(&self.rank.health) } else { None };
         let ending = Ending {
             stopped_by: StoppedBy::Error,
             exit_reason: error.to_string(),
             epochs: u64::from(self.progress.position.epoch),
-            weights_digest: self.learner.last_digest(&self.rank.health).unwrap_or_default(),
+            weights_digest: digest.unwrap_or_default(),
             budget: Merged::single(self.clock.budget()),
             skipped_images: self.skipped(),
             job_restarts: self.job.requeues(),
