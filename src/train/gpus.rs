@@ -32,7 +32,7 @@ pub fn take(config: &Config, need: &Need<'_>, rank: &Rank, comm: &mut dyn Commun
     let shares = shares(&sights, &taken, &rooms);
     gpu.set_plan(format!("{}. {}", need.describe(), need.advice(shares[rank.world.rank], room.total)));
     match lacking(need, &sights, &taken, &rooms, &shares) {
-        Some(text) => Err(of_all(Error::device(text), rank, comm)),
+        Some(text) => Err(of_all(Error::lacking(text), rank, comm)),
         None => Ok(()),
     }
 }

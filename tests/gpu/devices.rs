@@ -92,6 +92,15 @@ fn a_rank_for_each_gpu_is_started_if_that_is_asked_for() {
 }
 
 #[test]
+fn a_machine_that_lacks_something_is_not_tried_again() {
+    let Some(machine) = Machine::with("0") else { return };
+    let (code, said) = machine.run(&["-n", "2", "--max-restarts", "3"]);
+    assert_eq!(code, Some(6), "{said}");
+    assert_eq!(said.matches("there is no GPU 0: this process sees 0").count(), 1, "{said}");
+    assert!(said.ends_with("no restart: what is lacking would be lacking again\n"), "{said}");
+}
+
+#[test]
 fn ranks_share_a_gpu_only_if_they_may() {
     let Some(machine) = Machine::with("2") else { return };
     let (code, said) = machine.run(&["-n", "4"]);
