@@ -33,8 +33,9 @@ use crate::error::Result;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Values that are sent, received and added at once: 128 KiB, a few of which fit a core's second-level cache.
-const PIECE: usize = 32 << 10;
+/// Values that are sent, received and added at once: 512 KiB. In smaller ones the two ends of a fast link wake each other more
+/// often (ARCHITECTURE.md, "Over a fast network"). Tests have smaller ones, so that a few fill the window soon.
+const PIECE: usize = if cfg!(test) { 8 << 10 } else { 128 << 10 };
 /// Pieces of one peer that wait for the others'.
 const WINDOW: usize = 4;
 const VALUE: usize = size_of::<f32>();
