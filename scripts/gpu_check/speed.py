@@ -21,7 +21,7 @@ AUGMENT = (
 
 MFU = "share of the bf16 matrix rate in AlexNet's step"
 AUGMENTED = "AlexNet's rate with augmented bytes, beside noise as it is"
-MEMORY = "device memory of AlexNet's step, beside PyTorch's peak"
+MEMORY = "device memory of AlexNet's step, with and without LRN, beside PyTorch's peak"
 EXPOSED = "share of AlexNet's step in which the GPU waits for the host"
 GROWTH = "device memory taken after the first steps"
 
@@ -76,9 +76,10 @@ def foremost(cells):
         ("peaks of this GPU", 25, peaks),
         ("AlexNet call by call", 15, lambda session: call_by_call(session, main)),
         part_of(main, cells),
-        ("host and memory of a step", 5, lambda session: beside_the_work(session, main)),
+        ("the host's share of a step", 5, lambda session: beside_the_work(session, main)),
         ("layers of AlexNet", 10, lambda session: by_layer(session, main)),
         part_of(second, cells),
+        ("device memory", 5, lambda session: memory(session, [main, second])),
     ]
 
 
@@ -296,22 +297,28 @@ def beside_the_work(session, cell):
     share, growth = cell.bench["exposed_ms"] / cell.bench["step_ms"], cell.bench["device_memory_growth_mib"]
     session.report.see(EXPOSED, f"{100 * share:.2f} %", share < 0.01)
     session.report.see(GROWTH, f"{growth:.0f} MiB", growth == 0)
-    return f"the GPU waits {100 * share:.2f} % of a step for the host; {memory(session, cell)}"
+    return f"the GPU waits {100 * share:.2f} % of a step for the host, {growth:.0f} MiB are taken in the steps"
 
 
-def memory(session, cell):
-    if "allocated_mib" not in cell.peer:
-        return "PyTorch's memory was not measured"
-    mine, allocated, reserved = cell.bench["device_memory_mib"], cell.peer["allocated_mib"], cell.peer["reserved_mib"]
+def memory(session, cells):
+    measured = [cell for cell in cells if cell.bench and "allocated_mib" in cell.peer]
+    if not measured:
+        raise Skipped("no step was measured on both sides of a GPU")
+    figures = {cell.name: (cell.bench["device_memory_mib"], cell.peer["allocated_mib"], cell.peer["reserved_mib"]) for cell in measured}
     session.report.table(
         "Device memory of a step",
         ["net", "trainer, MiB", "PyTorch allocated, MiB", "PyTorch reserved, MiB", "trainer / allocated", "trainer / reserved"],
-        [cell.name, f"{mine:.0f}", f"{allocated:.0f}", f"{reserved:.0f}", f"{mine / allocated:.2f}", f"{mine / reserved:.2f}"],
+        *(
+            [name, f"{mine:.0f}", f"{allocated:.0f}", f"{reserved:.0f}", f"{mine / allocated:.2f}", f"{mine / reserved:.2f}"]
+            for name, (mine, allocated, reserved) in figures.items()
+        ),
         note="The trainer's: all that was taken since it had its GPU, the set on the device and the libraries' own memory with it. "
         "PyTorch's: the peaks of its allocator in eager mode.",
     )
-    session.report.see(MEMORY, f"{mine / allocated:.2f}", mine <= 0.8 * allocated)
-    return f"{mine / allocated:.2f} of what PyTorch allocates, {mine / reserved:.2f} of what it reserves"
+    shares = {name: mine / allocated for name, (mine, allocated, _) in figures.items()}
+    seen = "; ".join(f"{name}: {share:.2f}" for name, share in shares.items())
+    session.report.see(MEMORY, seen, max(shares.values()) <= 0.8)
+    return f"of what PyTorch allocates, {seen}"
 
 
 def by_layer(session, cell):
