@@ -25,16 +25,17 @@ pub enum Kind {
 }
 
 /// An error with the chain of what was being done when it arose, outermost first.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Error {
     kind: Kind,
     message: String,
     said_by_rank_0: bool,
+    lacking: bool,
 }
 
 impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Error { kind, message: message.into(), said_by_rank_0: false }
+        Error { kind, message: message.into(), said_by_rank_0: false, lacking: false }
     }
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Kind::Internal, message)
@@ -51,6 +52,10 @@ impl Error {
     pub fn device(message: impl Into<String>) -> Self {
         Self::new(Kind::Device, message)
     }
+    /// Of kind `Device`, but no device has failed: a library, a GPU or memory is lacking, and will be at the next start.
+    pub fn lacking(message: impl Into<String>) -> Self {
+        Error { lacking: true, ..Self::device(message) }
+    }
 
     pub fn kind(&self) -> Kind {
         self.kind
@@ -61,6 +66,10 @@ impl Error {
     }
     pub fn is_said_by_rank_0(&self) -> bool {
         self.said_by_rank_0
+    }
+    /// Whether something is lacking, and would be at the next start.
+    pub fn is_lacking(&self) -> bool {
+        self.lacking
     }
     pub fn exit_code(&self) -> u8 {
         self.kind as u8

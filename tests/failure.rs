@@ -5,7 +5,7 @@ mod common;
 #[path = "common/configs.rs"]
 mod configs;
 
-use common::{Launched, alive, send, stat, until};
+use common::{Launched, alive, children, send, until};
 use rustix::process::Signal;
 use std::collections::BTreeSet;
 use std::fs;
@@ -300,10 +300,4 @@ fn files(out: &Path) -> Vec<String> {
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
     };
     [names(out), names(&out.join("checkpoints"))].concat()
-}
-
-fn children(parent: i32) -> Vec<i32> {
-    let processes =
-        fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    processes.filter(|pid| stat(*pid).is_some_and(|(_, other)| other == parent)).collect()
 }

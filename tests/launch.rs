@@ -3,6 +3,7 @@
 //! The program under test is this test binary itself: `program` is the launcher, and started by the launcher a rank,
 //! which loops over barriers. Every wait here has a deadline, and only processes that a test started are signalled.
 
+#[allow(dead_code)]
 mod common;
 
 use common::{Launched, WATCHDOG, alive, send, until};

@@ -5,6 +5,7 @@ use crate::device::cuda::libraries::{self, Library};
 use crate::device::cuda::nvml::{self, Gauge};
 use crate::device::cuda::probe::{self, Device, Found};
 use crate::error::Result;
+use crate::launch::numa::Node;
 use crate::model::kernels::gemm16::Kernel;
 use comfy_table::{Table, presets};
 use std::fs;
@@ -80,7 +81,8 @@ fn gpu(device: &Device) -> String {
     let (mib, architecture) = (memory_bytes >> 20, device.architecture());
     let limit = Gauge::of(device).ok().and_then(|gauge| gauge.power_limit_watts());
     let limit = limit.map_or(String::new(), |watts| format!(", power limit {watts} W"));
-    format!("{ordinal}: {name}, {mib} MiB, {architecture}, {uuid}{limit}")
+    let node = Node::next_to(&device.bus_id).map_or(String::new(), |node| format!(", {node}"));
+    format!("{ordinal}: {name}, {mib} MiB, {architecture}, {uuid}{limit}{node}")
 }
 
 /// Those that the kernels ask for.

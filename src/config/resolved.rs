@@ -48,13 +48,14 @@ impl Config {
 /// unnoticed. Left out is what may change between two parts of one run: its end, its parallelism, its precision (a
 /// checkpoint is f32 in any) with the loss's scale, its device, its housekeeping, and where the data lies.
 pub fn difference(a: &Table, b: &Table) -> Vec<String> {
-    const FREE: [&str; 23] = [
+    const FREE: [&str; 24] = [
         "run.name",
         "run.precision",
         "run.device",
         "run.tf32",
         "run.deterministic",
         "run.cuda_graphs",
+        "run.numa_binding",
         "run.epochs",
         "run.steps",
         "run.target_accuracy",

@@ -91,12 +91,23 @@ impl Batch {
                 Samples::Values(images)
             }
             Form::Packet { resident, allocate } => {
-                let layout = Layout { samples, pixels: if resident { 0 } else { values } };
+                let layout = Layout::new(samples, values, resident);
                 let memory = allocate(layout.bytes()).map_err(|error| error.context("a batch of data.prefetch"))?;
                 Samples::Packet(Packet { memory, layout, written: 0 })
             }
         };
         Ok(batch)
+    }
+
+    /// Whether it is one that `with_room` would make.
+    pub fn has_room(&self, form: Form, samples: usize, values: usize) -> bool {
+        match (&self.samples, form) {
+            (Samples::Values(images), Form::Values) => images.capacity() >= samples * values,
+            (Samples::Packet(packet), Form::Packet { resident, .. }) => {
+                packet.layout == Layout::new(samples, values, resident)
+            }
+            _ => false,
+        }
     }
 
     pub fn count(&self) -> usize {
@@ -177,6 +188,10 @@ impl Packet {
 }
 
 impl Layout {
+    /// For samples of so many values each, of which the GPU has the pixels or not.
+    pub fn new(samples: usize, values: usize, resident: bool) -> Layout {
+        Layout { samples, pixels: if resident { 0 } else { values } }
+    }
     pub fn placements(self, count: usize) -> Range<usize> {
         0..count * size_of::<Placement>()
     }

@@ -183,35 +183,43 @@ impl DataQueue {
         }
         let sampler = Sampler::new(&*dataset, loader.sampler, loader.seed);
         let training = Training::new(sampler, batching, epochs, start);
-        DataQueue::start(dataset, loader, Box::new(training), batching.largest(), OnDamage::StandIn)
+        DataQueue::start(dataset, loader, Box::new(training), (batching.largest(), Vec::new()), OnDamage::StandIn)
     }
 
     /// This rank's contiguous share of the set, once, in order, in batches of `batch`; the last may be smaller. `rank` of
-    /// `size`; the number of batches may differ by one between ranks.
+    /// `size`; the number of batches may differ by one between ranks. `buffers` are those of an earlier queue that made the same
+    /// batches (`take_buffers`), or none.
     pub fn eval(
         dataset: Arc<dyn Dataset>,
         loader: Loader,
         batch: usize,
         rank: usize,
         size: usize,
+        buffers: Vec<Batch>,
     ) -> Result<DataQueue> {
         assert!(batch > 0, "evaluation in batches of 0");
         let evaluation = Evaluation::new(share(dataset.len(), rank, size), batch);
         let loader = Loader { augmenter: loader.augmenter.without_randomness(), ..loader };
-        DataQueue::start(dataset, loader, Box::new(evaluation), batch, OnDamage::LeaveOut)
+        DataQueue::start(dataset, loader, Box::new(evaluation), (batch, buffers), OnDamage::LeaveOut)
     }
 
     fn start(
         dataset: Arc<dyn Dataset>,
         loader: Loader,
         schedule: Box<dyn Schedule>,
-        largest: usize,
+        (largest, mut used): (usize, Vec<Batch>),
         on_damage: OnDamage,
     ) -> Result<DataQueue> {
         let workers = loader.workers.max(1);
         let ahead = loader.prefetch.max(workers);
         let values = loader.augmenter.output().len();
-        let buffer = || Batch::with_room(loader.form, largest, values);
+        let mut buffer = || match used.pop() {
+            Some(batch) => {
+                assert!(batch.has_room(loader.form, largest, values), "buffers of other batches");
+                Ok(batch)
+            }
+            None => Batch::with_room(loader.form, largest, values),
+        };
         // A packet is on its way while the step has the one before.
         let buffers = ahead + usize::from(matches!(loader.form, Form::Packet { .. }));
         let free = (0..buffers).map(|_| buffer()).collect::<Result<_>>()?;
@@ -252,6 +260,13 @@ impl DataQueue {
         let state = self.shared.state.lock().unwrap();
         let waited = self.shared.filled.wait_timeout_while(state, patience, |state| !state.has(self.next));
         waited.unwrap().0.has(self.next)
+    }
+
+    /// All buffers, for another queue, after `next` has given the last batch and the caller is done with it.
+    pub fn take_buffers(&mut self) -> Vec<Batch> {
+        let mut buffers = std::mem::take(&mut self.shared.state.lock().unwrap().free);
+        buffers.push(std::mem::take(&mut self.current));
+        buffers
     }
 
     /// What `next` has given last.
@@ -374,6 +389,7 @@ impl Shared {
         batch.rounds.clear();
         batch.labels.clear();
         if !state.schedule.next(&mut batch) {
+            state.free.push(batch);
             state.ended = true;
             self.work.notify_all();
             self.filled.notify_one();

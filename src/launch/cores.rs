@@ -5,7 +5,9 @@
 use super::rendezvous::Control;
 use super::world::{Launcher, World, lists};
 use crate::error::{Context, Kind, Result};
-use rustix::thread::{CpuSet, sched_getaffinity};
+use rustix::io::Errno;
+use rustix::process::Pid;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs;
@@ -87,7 +89,7 @@ impl Seats {
 
 impl Seat {
     fn here(launcher: Launcher) -> Result<Seat> {
-        let mask = sched_getaffinity(None).or_kind(Kind::Internal, "asking for the cores of this process")?;
+        let cores = of_this_process()?;
         let quota = std::thread::available_parallelism().map_or(1, usize::from);
         let job = std::env::var("SLURM_JOB_CPUS_PER_NODE").ok().filter(|_| launcher == Launcher::Slurm);
         // The least that the job has on any of its nodes: not too much on this one.
@@ -96,11 +98,44 @@ impl Seat {
         Ok(Seat {
             machine: super::rendezvous::machine(),
             host,
-            cores: (0..CpuSet::MAX_CPU).filter(|core| mask.is_set(*core)).collect(),
+            cores,
             quota,
             available: job.or_else(cores_of_cgroup).or_else(cores_of_host).unwrap_or(quota),
         })
     }
+}
+
+/// Numbers of those that this thread may use, and that whatever it starts may.
+pub fn of_this_process() -> Result<BTreeSet<usize>> {
+    let mask = sched_getaffinity(None).or_kind(Kind::Internal, "asking for the cores of this process")?;
+    Ok((0..CpuSet::MAX_CPU).filter(|core| mask.is_set(*core)).collect())
+}
+
+/// Has all threads of this process, and those that they will start, run on these cores alone.
+pub fn bind(cores: &BTreeSet<usize>) -> Result<()> {
+    let mut mask = CpuSet::new();
+    cores.iter().for_each(|core| mask.set(*core));
+    // A thread may start another before its own turn comes: until a look finds none that is new.
+    let mut bound = BTreeSet::new();
+    loop {
+        let new: Vec<i32> = threads()?.into_iter().filter(|thread| bound.insert(*thread)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for thread in new {
+            match sched_setaffinity(Pid::from_raw(thread), &mask) {
+                // It has ended.
+                Err(Errno::SRCH) => {}
+                done => done.or_kind(Kind::Internal, "binding a thread to cores")?,
+            }
+        }
+    }
+}
+
+/// The numbers of this process's threads.
+fn threads() -> Result<Vec<i32>> {
+    let entries = fs::read_dir("/proc/self/task").or_kind(Kind::Internal, "listing the threads of this process")?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
 }
 
 /// Cores that the control group of this process leaves to it (cgroups(7), cpuset): a container's or a batch job's.
@@ -116,21 +151,23 @@ fn cores_of_cgroup() -> Option<usize> {
             _ => None,
         }
     });
-    files.filter_map(|file| fs::read_to_string(file).ok()).find_map(|list| count(&list))
+    files.filter_map(|file| fs::read_to_string(file).ok()).find_map(|list| parse(&list)).map(|cores| cores.len())
 }
 
 fn cores_of_host() -> Option<usize> {
-    count(&fs::read_to_string("/sys/devices/system/cpu/online").ok()?)
+    parse(&fs::read_to_string("/sys/devices/system/cpu/online").ok()?).map(|cores| cores.len())
 }
 
-/// How many numbers a list such as `0-3,8` holds.
-fn count(list: &str) -> Option<usize> {
-    let ranges = list.trim().split(',').map(|range| {
+/// The numbers of a list such as `0-3,8`, in which Linux writes cores.
+pub fn parse(list: &str) -> Option<BTreeSet<usize>> {
+    let mut cores = BTreeSet::new();
+    for range in list.trim().split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
-        last.checked_sub(first)?.checked_add(1)
-    });
-    ranges.sum()
+        last.checked_sub(first)?;
+        cores.extend(first..=last);
+    }
+    Some(cores)
 }
 
 #[cfg(test)]
@@ -185,6 +222,7 @@ mod tests {
     fn this_process_has_a_seat() {
         let seat = Seat::here(Launcher::None).unwrap();
         assert!(!seat.cores.is_empty() && seat.available >= seat.cores.len(), "{seat:?}");
+        let count = |list| parse(list).map(|cores| cores.len());
         assert_eq!((count("0-3,8\n"), count("5"), count("3-1"), count("")), (Some(5), Some(1), None, None));
     }
 }

@@ -53,6 +53,11 @@ pub fn receive_stars(rank: usize, size: usize) -> Result<(Control, Control)> {
     Ok((star()?, star()?))
 }
 
+/// The launcher's side of `report`: the last word of a rank that has ended, if it had one.
+pub fn last_word_of(lifeline: &Link) -> Option<Error> {
+    serde_json::from_slice(&lifeline.receive(Instant::now()).ok()?).ok()
+}
+
 /// A process's last word: to the launcher if there is one, else to standard error, unless rank 0 says it. Only the first
 /// call counts, so that the main thread and the watch do not both speak.
 pub fn report(error: &Error) {
@@ -60,10 +65,10 @@ pub fn report(error: &Error) {
     if SPOKEN.swap(true, Relaxed) {
         return;
     }
-    let text = error.to_string();
-    let heard = LIFELINE.get().is_some_and(|lifeline| lifeline.send(text.as_bytes(), Instant::now()).is_ok());
+    let word = serde_json::to_vec(error).expect("plain data");
+    let heard = LIFELINE.get().is_some_and(|lifeline| lifeline.send(&word, Instant::now()).is_ok());
     if !heard && !error.is_said_by_rank_0() {
-        eprintln!("{}", last_word(error.kind() as i32, &text));
+        eprintln!("{}", last_word(error.kind() as i32, &error.to_string()));
     }
 }
 

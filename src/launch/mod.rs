@@ -1,5 +1,5 @@
 //! Who am I among the ranks (`world`), starting ranks (`spawn`), finding each other (`rendezvous`), watching each other
-//! (`watch`), the cores of each (`cores`), the wish to stop (`signals`), and the batch job around it all (`job`).
+//! (`watch`), the cores of each (`cores`, `numa`), the wish to stop (`signals`), and the batch job around it all (`job`).
 
 pub mod cores;
 pub mod job;
@@ -7,6 +7,7 @@ pub mod lifeline;
 pub mod link;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod numa;
 pub mod rendezvous;
 pub mod restart;
 pub mod signals;

@@ -85,6 +85,9 @@ impl<'a> Restarts<'a> {
         if max == 0 || !is_mendable(code) {
             return Ok(None);
         }
+        if endings.iter().any(|end| end.lacking) {
+            return Err("no restart: what is lacking would be lacking again".into());
+        }
         if self.done == max {
             return Err(format!("no restart is left of --max-restarts {max}"));
         }
@@ -148,7 +151,14 @@ mod tests {
     const LOST: How = How::Exit(4);
 
     fn endings(hows: &[How]) -> Vec<Ending> {
-        let end = |(rank, how): (usize, &How)| Ending { rank, pid: 1, how: *how, killed_by_us: false, report: None };
+        let end = |(rank, how): (usize, &How)| Ending {
+            rank,
+            pid: 1,
+            how: *how,
+            killed_by_us: false,
+            lacking: false,
+            report: None,
+        };
         hows.iter().enumerate().map(end).collect()
     }
 
@@ -177,6 +187,11 @@ mod tests {
                 assert!(restart.ranks == 2 && restart.text.starts_with(text), "{restart:?}");
             }
             assert_eq!(restarts.next(&ended, 4), Err("no restart is left of --max-restarts 2".into()));
+        });
+        check(&options, 2, &|_| None, |mut restarts| {
+            let mut ended = endings(&[How::Exit(6); 2]);
+            ended[1].lacking = true;
+            assert_eq!(restarts.next(&ended, 6), Err("no restart: what is lacking would be lacking again".into()));
         });
         check(&Options::default(), 2, &|_| None, |mut restarts| assert_eq!(restarts.next(&ended, 4), Ok(None)));
     }

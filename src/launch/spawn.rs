@@ -294,14 +294,20 @@ impl Rank {
 
     fn ending(&self) -> Option<Ending> {
         let (status, _) = self.ended?;
-        let report = self.lifeline.receive(Instant::now()).ok();
-        let report = report.map(|text| String::from_utf8_lossy(&text).into_owned());
+        let word = lifeline::last_word_of(&self.lifeline);
         let how = match status.signal() {
             Some(signal) if self.forwarded.contains(&signal) => How::Asked(signal),
             Some(signal) => How::Signal(signal),
             None => How::Exit(status.code().unwrap_or(1)),
         };
-        Some(Ending { rank: self.rank, pid: self.pid(), how, killed_by_us: self.killed_by_us, report })
+        Some(Ending {
+            rank: self.rank,
+            pid: self.pid(),
+            how,
+            killed_by_us: self.killed_by_us,
+            lacking: word.as_ref().is_some_and(Error::is_lacking),
+            report: word.map(|error| error.to_string()),
+        })
     }
 }
 

@@ -12,6 +12,8 @@ pub struct Ending {
     pub how: How,
     /// The launcher ended it because others had failed: a consequence, not a cause.
     pub killed_by_us: bool,
+    /// It lacks something, by its own word, that it would lack at the next start too.
+    pub lacking: bool,
     /// The rank's own last word.
     pub report: Option<String>,
 }
@@ -120,7 +122,7 @@ mod tests {
 
     fn end(rank: usize, how: How, report: &str) -> Ending {
         let report = (!report.is_empty()).then(|| report.to_string());
-        Ending { rank, pid: 1000 + rank as u32, how, killed_by_us: false, report }
+        Ending { rank, pid: 1000 + rank as u32, how, killed_by_us: false, lacking: false, report }
     }
 
     #[test]

@@ -449,7 +449,7 @@ fn refuse_giants(spec: &NetSpec, batch: usize) -> Result<()> {
         None => "the input".to_owned(),
         Some(node) => format!("layer `{}`", spec.nodes[node].name),
     };
-    Err(Error::device(format!(
+    Err(Error::lacking(format!(
         "activations of {batch} samples hold more than 2^32 values in {place}; use a smaller batch, or batch.micro"
     )))
 }

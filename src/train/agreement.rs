@@ -181,20 +181,20 @@ fn shown(value: Option<&String>) -> String {
 
 /// What each rank has made by itself, if all have. Else an error on all: that of the first rank that has one. Collective.
 pub fn together<T>(mine: Result<T>, rank: &Rank, comm: &mut dyn Communicator) -> Result<T> {
-    let failure = mine.as_ref().err().map(|error| (error.kind(), error.to_string()));
-    let said = serde_json::to_vec(&(host().to_string(), failure)).expect("plain data");
+    let said = serde_json::to_vec(&(host().to_string(), mine.as_ref().err())).expect("plain data");
     let said = match gather_bytes(comm, &said) {
         Ok(said) => said,
         Err(lost) => return mine.and(Err(lost)),
     };
-    let read = |bytes: &Vec<u8>| serde_json::from_slice::<(String, Option<(Kind, String)>)>(bytes);
+    let read = |bytes: &Vec<u8>| serde_json::from_slice::<(String, Option<Error>)>(bytes);
     let said: Result<Vec<_>, _> = said.iter().map(read).collect();
     let said = said.or_kind(Kind::Internal, "how the other ranks fare")?;
     let Some(first) = said.iter().position(|(_, failure)| failure.is_some()) else { return mine };
-    let (host, Some((kind, text))) = &said[first] else { unreachable!("it has failed") };
-    let alike = said.iter().all(|(_, failure)| failure.as_ref().is_some_and(|(_, other)| other == text));
-    let text = if alike { text.clone() } else { format!("rank {first} on {host}: {text}") };
-    Err(of_all(Error::new(*kind, text), rank, comm))
+    let (host, Some(error)) = &said[first] else { unreachable!("it has failed") };
+    let text = error.to_string();
+    let alike = said.iter().all(|(_, failure)| failure.as_ref().is_some_and(|other| other.to_string() == text));
+    let error = if alike { error.clone() } else { error.clone().context(format_args!("rank {first} on {host}")) };
+    Err(of_all(error, rank, comm))
 }
 
 /// An error that all ranks have. Nobody leaves before all know why: a rank that is gone would be the others' error.

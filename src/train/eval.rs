@@ -30,6 +30,8 @@ pub struct Evaluator {
 pub struct Source {
     pub set: Arc<dyn Dataset>,
     pub way: Option<Arc<Way>>,
+    /// Of the evaluation before, since memory that a GPU copies from takes milliseconds to get.
+    pub buffers: Vec<Batch>,
 }
 
 /// Gets a batch with the net's outputs.
@@ -50,19 +52,20 @@ impl Evaluator {
     /// Loss and accuracy over all ranks' shares of a set, without images that are damaged. `at` is the step and epoch to
     /// report; `all_reduce` adds up what the ranks found; `seen` gets every batch of this rank.
     pub fn run(
-        &self,
+        &mut self,
         set: Set,
         (net, judge): (&mut Net, &mut Judge),
         at: (u64, u64),
         mut seen: Option<Seen<'_>>,
         all_reduce: impl FnOnce(SliceMut<'_>) -> Result<Duration>,
     ) -> Result<Evaluation> {
-        let Source { set: dataset, way } = match (set, &self.validation) {
+        let Source { set: dataset, way, buffers } = match (set, &mut self.validation) {
             (Set::Validation, Some(validation)) => validation,
-            _ => &self.test,
+            _ => &mut self.test,
         };
         let loader = Loader { form: Way::form(way), ..self.loader.clone() };
-        let queue = DataQueue::eval(dataset.clone(), loader, self.batch, self.rank, self.size)?;
+        let used = std::mem::take(buffers);
+        let queue = DataQueue::eval(dataset.clone(), loader, self.batch, self.rank, self.size, used)?;
         let mut feed = Feed::new(queue, way.clone(), self.health.clone());
         let (mut loss_sum, mut correct, mut samples) = (0.0, 0, 0);
         let mut add = |LossOut { loss_sum: loss, correct: right }| {
@@ -91,6 +94,7 @@ impl Evaluator {
         if passes > 0 {
             add(judge.found((passes - 1) % Self::PASSES, &self.health)?);
         }
+        *buffers = feed.into_buffers()?;
         // Each fits a float: up to 2^24 samples are counted exactly.
         let mut sums = [loss_sum as f32, correct as f32, samples as f32];
         all_reduce(SliceMut::from(&mut sums[..]))?;

@@ -91,6 +91,20 @@ impl Feed {
         }
     }
 
+    /// The buffers of its queue, after the last batch.
+    pub fn into_buffers(mut self) -> Result<Vec<Batch>> {
+        self.wait_for_last()?;
+        Ok(self.queue.take_buffers())
+    }
+
+    /// The GPU may be reading what the queue is about to free.
+    fn wait_for_last(&self) -> Result<()> {
+        match (&self.way, self.sent.checked_sub(1)) {
+            (Some(way), Some(last)) => way.dock.wait_for_arrival(last, &self.health),
+            _ => Ok(()),
+        }
+    }
+
     /// Sends the next batch to the GPU, if it is made.
     pub fn look_ahead(&mut self) -> Result<()> {
         if let Some(way) = &self.way
@@ -105,12 +119,9 @@ impl Feed {
 }
 
 impl Drop for Feed {
-    /// The GPU may be reading what the queue is about to free.
     fn drop(&mut self) {
-        if let (Some(way), Some(last)) = (&self.way, self.sent.checked_sub(1)) {
-            // What fails here has failed before, and was said there.
-            let _ = way.dock.wait_for_arrival(last, &self.health);
-        }
+        // What fails here has failed before, and was said there.
+        let _ = self.wait_for_last();
     }
 }
 
@@ -144,8 +155,7 @@ pub struct Dock {
 
 /// Bytes of a GPU's memory for at most `batch` samples of so many values of a type: of the inlet, and of a dock.
 pub fn gpu_bytes(batch: usize, values: usize, element: Element, resident: bool) -> (usize, usize) {
-    let pixels = if resident { 0 } else { values };
-    (batch * (values * element.bytes() + size_of::<u32>()), Layout { samples: batch, pixels }.bytes())
+    (batch * (values * element.bytes() + size_of::<u32>()), Layout::new(batch, values, resident).bytes())
 }
 
 impl Inlet {

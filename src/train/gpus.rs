@@ -12,6 +12,7 @@ use crate::device::cuda::probe::{self, Device};
 use crate::device::cuda::{Gpu, Memory, mib};
 use crate::device::{self, Place};
 use crate::error::{Context, Error, Kind, Result};
+use crate::launch::numa;
 use crate::launch::rendezvous::{host, machine};
 use crate::report::log::SAID_ONCE;
 use serde::de::DeserializeOwned;
@@ -24,6 +25,9 @@ pub fn take(config: &Config, need: &Need<'_>, rank: &Rank, comm: &mut dyn Commun
         return Ok(());
     }
     let (sights, taken) = choose(&config.parallel, rank, comm)?;
+    if config.run.numa_binding {
+        go_near(&sights, &taken, rank);
+    }
     let gpu = open(&taken, rank, comm)?;
 
     // Nobody takes memory before all have looked.
@@ -32,14 +36,15 @@ pub fn take(config: &Config, need: &Need<'_>, rank: &Rank, comm: &mut dyn Commun
     let shares = shares(&sights, &taken, &rooms);
     gpu.set_plan(format!("{}. {}", need.describe(), need.advice(shares[rank.world.rank], room.total)));
     match lacking(need, &sights, &taken, &rooms, &shares) {
-        Some(text) => Err(of_all(Error::device(text), rank, comm)),
+        Some(text) => Err(of_all(Error::lacking(text), rank, comm)),
         None => Ok(()),
     }
 }
 
 /// As `take`, where all ranks compute on one and need next to nothing of its memory.
 pub fn take_one(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) -> Result<()> {
-    let (_, taken) = choose(parallel, rank, comm)?;
+    let (sights, taken) = choose(parallel, rank, comm)?;
+    go_near(&sights, &taken, rank);
     open(&taken, rank, comm).map(drop)
 }
 
@@ -55,6 +60,16 @@ pub fn tell_use(net: usize) -> Result<()> {
         mib(total)
     );
     Ok(())
+}
+
+/// Takes all threads of this process near its GPU, before CUDA starts some and has memory for it. That it cannot go there is no
+/// reason not to train.
+fn go_near(sights: &[Sight], taken: &[usize], rank: &Rank) {
+    let rank = rank.world.rank;
+    match numa::bind_near(&sights[rank].gpus[taken[rank]].bus_id) {
+        Ok(said) => tracing::debug!("rank {rank} {said}"),
+        Err(error) => tracing::warn!("rank {rank} keeps its cores, which may not be near its GPU: {error}"),
+    }
 }
 
 fn open(taken: &[usize], rank: &Rank, comm: &mut dyn Communicator) -> Result<Gpu> {

@@ -101,7 +101,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
         update::import_params(&mut net, &state)
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let loader = parts.loader(config)?;
-        let evaluator = setup::evaluator(config, &plan, &parts, rank, (loader, setup::inlet(config, &plan)?))?;
+        let mut evaluator = setup::evaluator(config, &plan, &parts, rank, (loader, setup::inlet(config, &plan)?))?;
         let mut kept = logits.map(|_| Logits::new(parts.test.len(), net.spec().output().len())).transpose()?;
         let sets = if evaluator.validation.is_some() { &[Set::Validation, Set::Test][..] } else { &[Set::Test] };
         for &set in sets {

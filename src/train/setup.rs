@@ -300,7 +300,8 @@ pub fn evaluator(
     let named = parts.validation.iter().map(|set| (set, "validation")).chain([(&parts.test, "test")]);
     let named: Vec<(&Arc<dyn Dataset>, &str)> = named.collect();
     let ways = ways(config, plan, &loader.augmenter.without_randomness(), inlet, &named)?;
-    let mut sources = named.into_iter().zip(ways).map(|((set, _), way)| Source { set: set.clone(), way });
+    let mut sources =
+        named.into_iter().zip(ways).map(|((set, _), way)| Source { set: set.clone(), way, buffers: Vec::new() });
     Ok(Evaluator {
         validation: parts.validation.as_ref().and_then(|_| sources.next()),
         test: sources.next().expect("there is a test set"),
@@ -325,10 +326,8 @@ fn ways(
     let choice = config.data.shared.resident;
     let resident = |(set, name): &(&Arc<dyn Dataset>, &str)| Resident::new(choice, &gpu, &***set, augmenter, name);
     let residents: Vec<Option<Resident>> = sets.iter().map(resident).collect::<Result<_>>()?;
-    let layout = |resident: &Option<Resident>| {
-        let pixels = if resident.is_some() { 0 } else { augmenter.output().len() };
-        Layout { samples: plan.micro_batch, pixels }
-    };
+    let values = augmenter.output().len();
+    let layout = |resident: &Option<Resident>| Layout::new(plan.micro_batch, values, resident.is_some());
     let layouts: Vec<Layout> = residents.iter().map(layout).collect();
     let dock = Arc::new(Dock::new(&gpu, &layouts)?);
     let way = |(resident, layout)| {

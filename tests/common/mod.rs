@@ -87,3 +87,10 @@ pub fn stat(pid: i32) -> Option<(String, i32)> {
     let mut fields = stat.rsplit(')').next()?.split_whitespace();
     Some((fields.next()?.to_string(), fields.next()?.parse().ok()?))
 }
+
+/// The processes that one has started.
+pub fn children(parent: i32) -> Vec<i32> {
+    let processes =
+        fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    processes.filter(|pid| stat(*pid).is_some_and(|(_, other)| other == parent)).collect()
+}

@@ -1,5 +1,6 @@
 //! Which rank takes which GPU, on machines with several of them.
 
+use crate::configs::small_net;
 use crate::emulator;
 use crate::runs::{program, summary};
 use assert_cmd::Command;
@@ -9,7 +10,7 @@ use std::process::Stdio;
 use tempfile::TempDir;
 
 /// Two steps of next to nothing.
-const CONFIG: &str = r#"
+const SECTIONS: &str = r#"
 [run]
 name = "devices"
 steps = 2
@@ -20,20 +21,10 @@ train = 16
 test = 8
 [batch]
 global = 8
-[model]
-input = [32, 32, 3]
-[[model.layers]]
-type = "global_avg_pool"
-[[model.layers]]
-type = "linear"
-units = 10
-[optimizer]
-type = "sgd"
-lr = 0.01
 "#;
 
 /// A machine with so many GPUs.
-struct Machine {
+pub struct Machine {
     variables: Vec<(&'static str, PathBuf)>,
     gpus: &'static str,
     folder: TempDir,
@@ -41,18 +32,34 @@ struct Machine {
 
 impl Machine {
     /// None where the tests are to run on this machine's own.
-    fn with(gpus: &'static str) -> Option<Machine> {
-        let variables = emulator::variables().filter(|variables| !variables.is_empty())?;
+    pub fn with(gpus: &'static str) -> Option<Machine> {
+        let variables = emulator::is_emulated().then(emulator::variables)??;
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
+        fs::write(folder.path().join("config.toml"), small_net(SECTIONS)).unwrap();
         Some(Machine { variables, gpus, folder })
     }
 
-    fn trainer(&self, arguments: &[&str]) -> Command {
+    /// The program as it sees this machine.
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = program();
         command.envs(self.variables.iter().map(|(name, value)| (name, value))).env("LOCKSTEP_EMULATOR_GPUS", self.gpus);
-        command.args(["-v", "--config"]).arg(self.folder.path().join("config.toml"));
+        command.args(arguments);
+        command
+    }
+
+    fn trainer(&self, arguments: &[&str]) -> Command {
+        let mut command = self.command(&["-v", "--config"]);
+        command.arg(self.folder.path().join("config.toml"));
         command.arg("--out").arg(self.folder.path().join("out")).args(arguments);
+        command
+    }
+
+    /// Training, in a process that the test does not wait for at once.
+    pub fn process(&self, arguments: &[&str]) -> std::process::Command {
+        let given = self.trainer(arguments);
+        let mut command = std::process::Command::new(given.get_program());
+        command.env_clear().args(given.get_args());
+        command.envs(given.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command
     }
 
@@ -92,6 +99,15 @@ fn a_rank_for_each_gpu_is_started_if_that_is_asked_for() {
 }
 
 #[test]
+fn a_machine_that_lacks_something_is_not_tried_again() {
+    let Some(machine) = Machine::with("0") else { return };
+    let (code, said) = machine.run(&["-n", "2", "--max-restarts", "3"]);
+    assert_eq!(code, Some(6), "{said}");
+    assert_eq!(said.matches("there is no GPU 0: this process sees 0").count(), 1, "{said}");
+    assert!(said.ends_with("no restart: what is lacking would be lacking again\n"), "{said}");
+}
+
+#[test]
 fn ranks_share_a_gpu_only_if_they_may() {
     let Some(machine) = Machine::with("2") else { return };
     let (code, said) = machine.run(&["-n", "4"]);
@@ -113,10 +129,7 @@ fn ranks_that_are_shown_one_gpu_each_take_it() {
     for (shown, code) in [(["3", "1"], 0), (["2", "2"], 2)] {
         let port = free_port();
         let start = |rank: usize| {
-            let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("trainer"));
-            let given = machine.trainer(&["--resume", "none"]);
-            command.env_clear().args(given.get_args());
-            command.envs(given.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            let mut command = machine.process(&["--resume", "none"]);
             command.env("CUDA_VISIBLE_DEVICES", shown[rank]).env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
             command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
             command.env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");

@@ -4,6 +4,12 @@
 mod allocations;
 mod augment;
 mod bench_step;
+#[allow(dead_code)]
+#[path = "../common/mod.rs"]
+mod common;
+#[allow(dead_code)]
+#[path = "../common/configs.rs"]
+mod configs;
 mod conv2d;
 mod devices;
 #[path = "../emulator/mod.rs"]
@@ -14,6 +20,7 @@ mod layers;
 mod loss_scale;
 mod memory;
 mod nccl;
+mod numa;
 mod operands;
 mod oracles;
 mod products;

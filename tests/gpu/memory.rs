@@ -80,11 +80,15 @@ impl Runs {
         program
     }
 
+    fn training(&self, ranks: &str, settings: &[&str]) -> Command {
+        let mut command = self.command(&["-v", "-n", ranks, "--resume", "none"], settings);
+        command.arg("--out").arg(self.folder.path().join("out"));
+        command
+    }
+
     /// Trains, on ranks of GPUs with so many MiB; gives the exit code and what was said.
     fn train(&self, ranks: &str, mib: &str, settings: &[&str]) -> (Option<i32>, String) {
-        let mut command = self.command(&["-v", "-n", ranks, "--resume", "none"], settings);
-        command.arg("--out").arg(self.folder.path().join("out")).env("LOCKSTEP_EMULATOR_MEMORY_MIB", mib);
-        let output = command.output().unwrap();
+        let output = self.training(ranks, settings).env("LOCKSTEP_EMULATOR_MEMORY_MIB", mib).output().unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     }
 
@@ -161,6 +165,21 @@ fn a_batch_that_does_not_fit_is_refused_with_one_that_does() {
     let (code, said) = runs.train("1", "2", &[settings[0], "model.layers.4.units=256"]);
     assert_eq!(code, Some(6), "{said}");
     assert!(said.contains("Not even one sample fits"), "{said}");
+}
+
+/// Pinned memory takes milliseconds to get.
+#[test]
+fn evaluations_share_the_memory_that_the_gpu_copies_from() {
+    let Some(runs) = Runs::new() else { return };
+    let pinned = |every: &str| {
+        let settings = ["run.steps=4", every, "data.validation=0.1"];
+        let mut command = runs.training("1", &settings);
+        let output = command.env("LOCKSTEP_EMULATOR_TELLS", "pinned").assert().success().get_output().clone();
+        let said = String::from_utf8(output.stderr).unwrap();
+        said.lines().filter(|line| line.starts_with("pinned ")).count()
+    };
+    let (once, often) = (pinned("eval.every_steps=4"), pinned("eval.every_steps=1"));
+    assert!(once > 0 && often == once, "{once} allocations for one evaluation while training, {often} for four");
 }
 
 /// Where buffers of the real lengths, or the workspaces of some algorithms, find no room, the others do.

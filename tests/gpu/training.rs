@@ -281,10 +281,15 @@ fn a_kernel_that_fails_is_an_error_of_the_step_in_which_it_is_noticed() {
     }
     for ranks in [1, 2] {
         let mut command = runs.command(&ranks.to_string(), ranks, &["run.device=cuda"]);
+        command.args(["--max-restarts", "1"]);
         let output = command.env("LOCKSTEP_EMULATOR_FAILS", "update_momentum").assert().code(6).get_output().clone();
         let error = String::from_utf8(output.stderr).unwrap();
         assert!(error.contains("noticed in step 1: ") || error.contains("noticed in step 2: "), "{error}");
         assert!(error.contains("CUDA_ERROR_LAUNCH_FAILED"), "{error}");
+        assert!(
+            error.contains("restart 1 of 1") && error.contains("no restart is left"),
+            "it may be well again: {error}"
+        );
     }
 }
 

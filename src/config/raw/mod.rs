@@ -55,6 +55,9 @@ pub struct Run {
     /// On GPUs: a step is recorded as CUDA graphs, which the host then launches instead of every kernel.
     #[serde(default = "yes")]
     pub cuda_graphs: bool,
+    /// On GPUs: a rank runs on the cores of the NUMA node that its GPU is next to, where the system tells and its launcher lets it.
+    #[serde(default = "yes")]
+    pub numa_binding: bool,
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
     #[schemars(range(min = 1))]
@@ -66,7 +69,7 @@ pub struct Run {
     pub max_minutes: Option<f64>,
 }
 
-/// Of `deterministic`.
+/// Of keys that are on.
 fn yes() -> bool {
     true
 }

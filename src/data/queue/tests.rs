@@ -165,7 +165,9 @@ fn a_position_at_the_end_of_an_epoch_goes_on_with_the_next_and_one_beyond_is_ref
 fn evaluation_reads_every_sample_once_in_order_without_augmentation() {
     let mut indices = Vec::new();
     for rank in 0..3 {
-        for (place, part, labels, images) in collect(DataQueue::eval(slow(50), loader(3, 2), 8, rank, 3).unwrap()) {
+        for (place, part, labels, images) in
+            collect(DataQueue::eval(slow(50), loader(3, 2), 8, rank, 3, Vec::new()).unwrap())
+        {
             assert_eq!(place[3..], [part[0] as usize, part.len()]);
             assert!(part.len() <= 8 && labels.len() == part.len());
             for (&index, image) in part.iter().zip(images.chunks_exact(SHAPE.len())) {
@@ -179,9 +181,27 @@ fn evaluation_reads_every_sample_once_in_order_without_augmentation() {
 }
 
 #[test]
+fn an_evaluation_gets_by_with_the_buffers_of_the_one_before() {
+    let evaluate = |buffers| {
+        let mut queue = DataQueue::eval(slow(50), loader(3, 2), 8, 0, 1, buffers).unwrap();
+        let mut indices = Vec::new();
+        while let Some(batch) = queue.next().unwrap() {
+            indices.extend_from_slice(&batch.indices);
+        }
+        assert!(indices.into_iter().eq(0..50));
+        queue.take_buffers()
+    };
+    let addresses = |buffers: &[Batch]| buffers.iter().map(|batch| batch.values().as_ptr()).collect::<HashSet<_>>();
+    let first = evaluate(Vec::new());
+    let before = addresses(&first);
+    assert_eq!(before.len(), 4, "of each worker, and the one in the step's hands");
+    assert_eq!(addresses(&evaluate(first)), before);
+}
+
+#[test]
 fn an_error_or_a_panic_comes_with_the_step_that_needed_the_sample() {
     let set = Arc::new(Slow { len: 40, failing: true, ..Slow::default() });
-    let mut queue = DataQueue::eval(set, loader(4, 6), 5, 0, 1).unwrap();
+    let mut queue = DataQueue::eval(set, loader(4, 6), 5, 0, 1, Vec::new()).unwrap();
     for step in 0..8 {
         let outcome = queue.next().map(|batch| batch.unwrap().indices.clone());
         match step {
@@ -201,7 +221,7 @@ fn an_error_or_a_panic_comes_with_the_step_that_needed_the_sample() {
 #[test]
 fn what_lies_ahead_comes_next_and_its_error_not_before() {
     let set = Arc::new(Slow { len: 40, failing: true, ..Slow::default() });
-    let mut queue = DataQueue::eval(set, loader(2, 3), 5, 0, 1).unwrap();
+    let mut queue = DataQueue::eval(set, loader(2, 3), 5, 0, 1, Vec::new()).unwrap();
     for step in 0..8 {
         while !queue.ready(Duration::from_micros(50)) {}
         let ahead = queue.ahead().map(told);
@@ -259,7 +279,7 @@ fn dropping_it_at_any_moment_stops_the_workers() {
 
 #[test]
 fn ready_waits_no_longer_than_it_is_told() {
-    let mut queue = DataQueue::eval(slow(20), loader(1, 1), 5, 0, 1).unwrap();
+    let mut queue = DataQueue::eval(slow(20), loader(1, 1), 5, 0, 1, Vec::new()).unwrap();
     for _ in 0..4 {
         while !queue.ready(Duration::from_micros(50)) {}
         assert!(queue.next().unwrap().is_some());
@@ -270,8 +290,9 @@ fn ready_waits_no_longer_than_it_is_told() {
 
 #[test]
 fn batches_beyond_memory_are_an_error_not_an_abort() {
-    let error =
-        DataQueue::eval(slow(4), loader(1, 2), usize::MAX / 2, 0, 1).err().expect("there is not that much memory");
+    let error = DataQueue::eval(slow(4), loader(1, 2), usize::MAX / 2, 0, 1, Vec::new())
+        .err()
+        .expect("there is not that much memory");
     assert!(error.kind() == Kind::Device && error.to_string().contains("lower data.prefetch"), "{error}");
 }
 
@@ -331,7 +352,7 @@ fn in_evaluation_damaged_images_are_left_out() {
         let loader = loader(workers, 2);
         let skipped = loader.skipped.clone();
         let out = [0, 1, 7, 16, 17, 18, 19, 20, 21, 22, 23, 39];
-        let queue = DataQueue::eval(damaged(&out), loader, 8, 0, 1).unwrap();
+        let queue = DataQueue::eval(damaged(&out), loader, 8, 0, 1, Vec::new()).unwrap();
         let mut left: Vec<usize> = Vec::new();
         for (_, indices, labels, images) in collect(queue) {
             assert_eq!((labels.len(), images.len()), (indices.len(), indices.len() * SHAPE.len()));
@@ -369,7 +390,7 @@ impl Waiting {
     fn queue(slowest: usize, outcome: fn(usize) -> Result<Reading>) -> DataQueue {
         let set = Arc::new(Waiting { slowest, done: AtomicUsize::new(0), outcome });
         let augmenter = Augmenter::new(&[], &*set, Waiting::SHAPE).unwrap();
-        DataQueue::eval(set, Loader { augmenter, ..loader(2, 1) }, 8, 0, 1).unwrap()
+        DataQueue::eval(set, Loader { augmenter, ..loader(2, 1) }, 8, 0, 1, Vec::new()).unwrap()
     }
 }
 

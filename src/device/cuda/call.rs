@@ -24,7 +24,8 @@ pub fn check(function: &str, code: CUresult) -> Result<()> {
     let name = text(sys::cuGetErrorName, code).unwrap_or_else(|| "an unknown error".to_owned());
     let description = text(sys::cuGetErrorString, code).map(|text| format!(", {text}")).unwrap_or_default();
     let advice = advice(code).map(|advice| format!("; {advice}")).unwrap_or_default();
-    Err(Error::device(format!("CUDA's {function} failed with {name} ({}){description}{advice}", code as u32)))
+    let text = format!("CUDA's {function} failed with {name} ({}){description}{advice}", code as u32);
+    Err(if is_lacking(code) { Error::lacking(text) } else { Error::device(text) })
 }
 
 fn text(of: unsafe fn(CUresult, *mut *const c_char) -> CUresult, code: CUresult) -> Option<String> {
@@ -34,6 +35,18 @@ fn text(of: unsafe fn(CUresult, *mut *const c_char) -> CUresult, code: CUresult)
         let found = of(code, &mut text) == CUresult::CUDA_SUCCESS && !text.is_null();
         found.then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
     }
+}
+
+/// Whether no GPU has failed, but this machine has none that this process could use.
+fn is_lacking(code: CUresult) -> bool {
+    matches!(
+        code,
+        CUresult::CUDA_ERROR_NO_DEVICE
+            | CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+            | CUresult::CUDA_ERROR_STUB_LIBRARY
+            | CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUresult::CUDA_ERROR_INVALID_IMAGE
+    )
 }
 
 /// What to do next, where the code alone tells.

@@ -239,14 +239,14 @@ impl Wanted {
         let named = self.open(search)?;
         // SAFETY: loading these libraries runs their constructors, which is what is wanted.
         let library = unsafe { (self.library)() }.ok_or_else(|| {
-            Error::device(format!(
+            Error::lacking(format!(
                 "{} was loaded but is not known by its name; put its folder into LD_LIBRARY_PATH",
                 self.name
             ))
         })?;
         let path = self.check_functions(library)?;
         if let Some(named) = named.filter(|named| named.canonicalize().ok() != path.canonicalize().ok()) {
-            return Err(Error::device(format!(
+            return Err(Error::lacking(format!(
                 "{VARIABLE} leads to {}, but the dynamic linker takes {} before it; put the folder into LD_LIBRARY_PATH",
                 named.display(),
                 path.display()
@@ -272,7 +272,7 @@ impl Wanted {
             }
         }
         Err(match &broken[..] {
-            [] => Error::device(format!(
+            [] => Error::lacking(format!(
                 "{} was not found: {} was looked for in {}. It comes with {}. If it is there, name its folder in {VARIABLE}",
                 self.name,
                 self.files.join(" or "),
@@ -284,7 +284,7 @@ impl Wanted {
     }
 
     fn cannot_be_loaded(&self, why: &[String]) -> Error {
-        Error::device(format!("{} cannot be loaded: {}. It comes with {}", self.name, why.join("; "), self.packages))
+        Error::lacking(format!("{} cannot be loaded: {}. It comes with {}", self.name, why.join("; "), self.packages))
     }
 
     fn files_in(&self, folders: &[PathBuf]) -> Vec<PathBuf> {
@@ -302,7 +302,7 @@ impl Wanted {
         let path = present.and_then(|function| file_of(function as *const c_void)).unwrap_or_default();
         match &missing[..] {
             [] => Ok(path),
-            [first, ..] => Err(Error::device(format!(
+            [first, ..] => Err(Error::lacking(format!(
                 "{} in {} is too old, or not what its name says: it lacks {first} and {} other functions of {}. A newer one \
                  comes with {}",
                 self.name,

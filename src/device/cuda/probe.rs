@@ -51,7 +51,7 @@ impl Found {
     /// The GPU with this number.
     pub fn device(&self, ordinal: usize) -> Result<&Device> {
         self.devices.get(ordinal).ok_or_else(|| {
-            Error::device(format!(
+            Error::lacking(format!(
                 "there is no GPU {ordinal}: this process sees {} (nvidia-smi -L)",
                 self.devices.len()
             ))

@@ -142,6 +142,7 @@ pub unsafe extern "C" fn cuMemFree_v2(address: u64) -> Code {
     })
 }
 
+/// With LOCKSTEP_EMULATOR_TELLS=pinned it says so, a line an allocation.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, flags: c_uint) -> Code {
     in_context(|driver| {
@@ -149,6 +150,9 @@ pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize,
         require(bytes > 0 && flags <= 7, INVALID_VALUE)?;
         let (at, allocation) = map(bytes).ok_or(OUT_OF_MEMORY)?;
         unsafe { give(address, at as *mut c_void) }?;
+        if env::var("LOCKSTEP_EMULATOR_TELLS").is_ok_and(|what| what == "pinned") {
+            eprintln!("pinned {bytes} bytes");
+        }
         driver.host_memory.insert(at, allocation);
         Ok(())
     })

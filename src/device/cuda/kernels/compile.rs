@@ -32,7 +32,7 @@ fn compiled(source: &Source, architecture: &str, options: &[String]) -> Result<P
             return Err(Error::internal(format!("{}: {}", what(), program.log())));
         }
         nvrtcResult::NVRTC_ERROR_INVALID_OPTION => {
-            return Err(Error::device(format!(
+            return Err(Error::lacking(format!(
                 "{} does not take the options, most likely because it is older than the GPU: install a newer one ({})",
                 what(),
                 program.log()

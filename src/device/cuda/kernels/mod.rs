@@ -95,7 +95,7 @@ impl Module {
         let nvrtc = libraries::nvrtc()?;
         let driver = libraries::driver()?;
         if nvrtc.version.major > driver.version.major {
-            return Err(Error::device(format!(
+            return Err(Error::lacking(format!(
                 "NVRTC {} ({}) makes code that a driver for CUDA {} does not take: install NVRTC {}, or a newer driver",
                 nvrtc.version,
                 nvrtc.path.display(),

@@ -36,7 +36,7 @@ pub fn connect(parallel: &Parallel, rank: &Rank, comm: &mut dyn Communicator) ->
             }
             return Ok(None);
         }
-        Some(why) => return Err(of_all(Error::device(why), rank, comm)),
+        Some(why) => return Err(of_all(Error::lacking(why), rank, comm)),
     }
     if parallel.allow_shared_gpu || shared.is_some() {
         nccl::share_gpus(comm.rank())?;
