@@ -41,7 +41,8 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
         );
     }
     let chosen = |node| estimates.iter().any(|estimate| estimate.node == node && estimate.chosen);
-    let bucket_bytes = if is_over_nccl(config) { plan.nccl_bucket_bytes } else { plan.bucket_bytes };
+    let over_nccl = ranks > 1 && may_use_nccl(config);
+    let bucket_bytes = if over_nccl { plan.nccl_bucket_bytes } else { plan.bucket_bytes };
     let buckets = buckets(&params, bucket_bytes, chosen);
     let _ = write!(text, "\n# Buckets, in the order in which backward fills them\n\n{buckets}\n");
     let _ = write!(text, "\n# A step and rank\n\n{}", traffic(config, &params, &plan));
@@ -184,8 +185,8 @@ fn traffic(config: &Config, params: &ParamTable, plan: &Plan) -> String {
     )
 }
 
-/// As far as that is known before: `auto` may find that it is not there.
-fn is_over_nccl(config: &Config) -> bool {
+/// `auto` may find that it is not there.
+fn may_use_nccl(config: &Config) -> bool {
     let transport = config.parallel.transport;
     device::choose(config.run.device) == Place::Cuda
         && matches!(transport, TransportChoice::Nccl | TransportChoice::Auto)

@@ -1,4 +1,5 @@
-//! How the gradients of a bucket become their sums over all ranks, in the same place on the GPU, and new parameters those of all.
+//! How the gradients of a bucket become their sums over all ranks, in the same place on the GPU; and, where ranks share the update,
+//! how each gets the parameters that others have updated.
 
 use crate::comm::Communicator;
 use crate::comm::bucket::Waited;
