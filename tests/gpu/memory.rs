@@ -64,7 +64,7 @@ struct Runs {
 
 impl Runs {
     fn new() -> Option<Runs> {
-        let variables = emulator::variables().filter(|variables| !variables.is_empty())?;
+        let variables = emulator::is_emulated().then(emulator::variables)??;
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("config.toml"), CONFIG).unwrap();
         Some(Runs { variables, folder })
