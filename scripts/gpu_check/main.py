@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import correctness
+import ranks
 import speed
 from report import Report
 from session import FULL, REHEARSAL, Failed, Partly, Session, Skipped
@@ -36,7 +37,10 @@ def main():
     with Session(args, REHEARSAL if args.rehearse else FULL, report) as session:
         try:
             correctness.environment(session, session.find_gpu())
-            for name, least_s, part in parts(session):
+            cells = speed.cells(session)
+            for goal, asked in correctness.goals(session) + speed.goals(cells) + ranks.goals():
+                report.expect(goal, asked)
+            for name, least_s, part in parts(session, cells):
                 if re.search(args.only, name):
                     run(session, name, least_s, part)
         except Failed as error:
@@ -46,16 +50,22 @@ def main():
     sys.exit(1 if report.has_failures() else 0)
 
 
-def parts(session):
-    """By their worth: is it right, how fast is the main case, then the rest. What takes minutes to compile comes last."""
-    cells = speed.cells(session)
+def parts(session, cells):
+    """By their worth: is it right, how fast is the main case, do two ranks agree, then the rest. Compiling takes minutes: the first
+    of it comes before the tests that the emulator has passed too, the rest late."""
+    compiled = speed.compiled(cells) if session.sizes.compiled_modes else []
     return (
         correctness.foremost()
         + speed.foremost(cells)
+        + correctness.whole_runs()
+        + speed.seconds(cells)
+        + ranks.parts()
+        + correctness.of_the_cpu()
+        + compiled[:2]
         + correctness.tests_of_all()
         + speed.others(cells)
+        + compiled[2:]
         + correctness.slow()
-        + (speed.compiled(cells) if session.sizes.compiles else [])
     )
 
 

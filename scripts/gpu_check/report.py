@@ -12,14 +12,24 @@ import rows  # noqa: E402
 class Report:
     def __init__(self, out, rehearsal):
         self.out, self.rehearsal = Path(out), rehearsal
-        self.outcomes, self.sections, self.figures = [], {}, {}
+        self.outcomes, self.sections, self.figures, self.goals = [], {}, {}, {}
 
     def outcome(self, part, what, text, seconds=None):
         """How a part ended: passed, cut short, failed, skipped or not reached."""
         self.outcomes.append((part, what, text, seconds))
 
+    def expect(self, goal, asked):
+        """What this check should see."""
+        self.goals[goal] = (asked, "", "not measured")
+
+    def see(self, goal, seen, met):
+        """What it has seen of it, and whether that is enough; None where something is still missing."""
+        verdict = {True: "met", False: "missed", None: "met so far"}[met]
+        self.goals[goal] = (self.goals[goal][0], seen, "rehearsed" if self.rehearsal else verdict)
+
     def has_failures(self):
-        return any(what == "failed" for _, what, _, _ in self.outcomes)
+        failed = any(what == "failed" for _, what, _, _ in self.outcomes)
+        return failed or any(verdict == "missed" for _, _, verdict in self.goals.values())
 
     def table(self, title, header, *table_rows, note=""):
         """A section; one of the same title is replaced."""
@@ -39,13 +49,16 @@ class Report:
             [part, what, "" if seconds is None else f"{seconds:.0f}", text.replace("|", "/").replace("\n", " ")]
             for part, what, text, seconds in self.outcomes
         ]
-        summary = rows.table(["part", "outcome", "s", "what was seen"], *outcomes)
         head = f"## GPU check, {datetime.date.today().isoformat()}"
         if self.rehearsal:
             head += "\n\nA rehearsal on the emulator, with tiny nets and PyTorch on the CPU: nothing here is a measurement."
         parts = [head] + [f"### {title}\n\n{body}" for title, body in self.sections.items()]
-        markdown = "\n\n".join([*parts, f"### Summary\n\n{summary}"]) + "\n"
+        if self.goals:
+            goals = [[goal, asked, seen, verdict] for goal, (asked, seen, verdict) in self.goals.items()]
+            parts.append("### Goals\n\n" + rows.table(["goal", "asked", "seen", "verdict"], *goals))
+        parts.append("### Summary\n\n" + rows.table(["part", "outcome", "s", "what was seen"], *outcomes))
+        markdown = "\n\n".join(parts) + "\n"
         (self.out / "gpu-check.md").write_text(markdown)
-        figures = {"outcomes": self.outcomes, "rehearsal": self.rehearsal} | self.figures
+        figures = {"outcomes": self.outcomes, "goals": self.goals, "rehearsal": self.rehearsal} | self.figures
         (self.out / "gpu-check.json").write_text(json.dumps(figures, indent=1))
         return markdown

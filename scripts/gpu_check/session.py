@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +38,17 @@ class Sizes:
     fashion: str = "configs/fashion-mnist.toml"
     fashion_batch: int = 128
     modes: tuple = ("eager", "graphed")
-    compiles: bool = True
+    compiled_modes: tuple = ("compiled", "compiled and graphed")
     pairs: int = 3
     steps: int = 30
     fashion_steps: int = 300
     warmup: int = 10
     matrix: int = 8192
     copy_mib: int = 2048
+    nccl_bytes: int = 16 << 20
     quickstart: tuple = ()
     tests: tuple = ()
+    layers_s: int = 75
     tests_s: int = 150
     # The greatest difference of accuracies.
     accuracy: float = 0.01
@@ -57,17 +60,19 @@ REHEARSAL = Sizes(
     alexnet="configs/alexnet-cifar10.toml",
     batches=(2,),
     modes=("eager",),
-    compiles=False,
+    compiled_modes=(),
     fashion="configs/fashion-mnist-small.toml",
     fashion_batch=2,
     pairs=2,
-    steps=1,
-    fashion_steps=1,
+    steps=2,
+    fashion_steps=2,
     warmup=1,
     matrix=64,
     copy_mib=1,
+    nccl_bytes=65536,
     quickstart=("run.steps=2", "batch.global=4", "data.train=60", "data.test=4"),
     tests=("step::", "products::"),
+    layers_s=60,
     tests_s=60,
     accuracy=1.0,
 )
@@ -171,9 +176,24 @@ class Session:
         self.log(f"{out}\n{err}\nexit code {finished.code} after {finished.seconds:.1f} s{' (its time was up)' * timed_out}")
         return finished
 
-    def train(self, out, config, settings, limit_s):
+    @contextmanager
+    def started(self, command, stderr):
+        """A program that runs meanwhile, and is ended if it is still there afterwards."""
+        command = [str(word) for word in command]
+        self.log(f"\n$ {' '.join(command)}")
+        variables = os.environ | self.variables
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT, env=variables, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            end_group(process)
+
+    def train(self, out, config, settings, limit_s, ranks=1):
         """A whole run; its summary."""
-        command = [self.trainer, "--quiet", "--config", config, "--out", self.scratch / out, "--resume", "none"]
+        command = [self.trainer, *(["-n", ranks] if ranks > 1 else []), "--quiet", "--config", config]
+        command += ["--out", self.scratch / out, "--resume", "none"]
         finished = self.run(command + sets(settings), limit_s)
         if finished.timed_out or finished.code != 0:
             raise Failed(f"the run {out} ended with code {finished.code} after {finished.seconds:.0f} s: {finished.last_words()}")

@@ -10,14 +10,20 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "peers"))
 import rows  # noqa: E402
 
-from session import Failed, Skipped, sets  # noqa: E402
+from session import FULL, Failed, Skipped, sets  # noqa: E402
 
 # The sets are small enough to be kept in device memory. A low rate keeps the loss of noise finite, and costs the same.
-ALEXNET = ["run.device=cuda", "run.precision=bf16", "data.format=synthetic", "data.test=8", "optimizer.lr=1e-4"]
+SETTINGS = ["run.device=cuda", "data.format=synthetic", "data.augment=[]", "optimizer.lr=1e-4"]
 AUGMENT = (
     '["horizontal_flip", { type = "random_crop", padding = 4 }, { type = "lighting", std = 0.1 }, '
     '{ type = "normalize", mean = [0.485, 0.456, 0.406], std = [0.00392157, 0.00392157, 0.00392157] }]'
 )
+
+MFU = "share of the bf16 matrix rate in AlexNet's step"
+AUGMENTED = "AlexNet's rate with augmented bytes, beside noise as it is"
+MEMORY = "device memory of AlexNet's step, with and without LRN, beside PyTorch's peak"
+EXPOSED = "share of AlexNet's step in which the GPU waits for the host"
+GROWTH = "device memory taken after the first steps"
 
 
 @dataclass
@@ -30,11 +36,16 @@ class Cell:
     batch: int
     steps: int
     settings: list
+    # Of PyTorch, without compiling.
+    modes: tuple
+    # The least rate, beside PyTorch's in eager mode, that is asked for; and beside its fastest.
+    asked: tuple = ()
     ours: list = field(default_factory=list)
     # By mode: ours and theirs of the same pairs.
     theirs: dict = field(default_factory=dict)
-    # Of our last run, and of the peer's first eager one.
+    # Of our last run, of one without CUDA graphs, and of the peer's first eager one.
     bench: dict = field(default_factory=dict)
+    single: dict = field(default_factory=dict)
     peer: dict = field(default_factory=dict)
 
 
@@ -42,51 +53,78 @@ def cells(session):
     """All that is measured, in the order of its worth."""
     alexnet = [alexnet_cell(session, lrn, batch) for batch in session.sizes.batches for lrn in (True, False)]
     fashion = [fashion_cell(session, precision) for precision in ("tf32", "bf16")]
-    return alexnet[:2] + fashion + alexnet[2:]
+    return [*alexnet[:2], *fashion, *alexnet[2:], fp16_cell(session)]
+
+
+def goals(cells):
+    asked = [(MFU, ">= 40 %"), (AUGMENTED, ">= 0.95"), (MEMORY, "<= 0.8"), (EXPOSED, "< 1 %"), (GROWTH, "0 MiB")]
+    of = [zip((beside_eager(cell), beside_best(cell)), cell.asked) for cell in cells]
+    return [(goal, f">= {least}") for pairs in of for goal, least in pairs] + asked
+
+
+def beside_eager(cell):
+    return f"{cell.name}, beside PyTorch eager"
+
+
+def beside_best(cell):
+    return f"{cell.name}, beside PyTorch's fastest"
 
 
 def foremost(cells):
     main, second, *_ = cells
     return [
         ("peaks of this GPU", 25, peaks),
+        ("AlexNet call by call", 15, lambda session: call_by_call(session, main)),
         part_of(main, cells),
-        ("device memory", 5, lambda session: memory(session, main)),
+        ("the host's share of a step", 5, lambda session: beside_the_work(session, main)),
         ("layers of AlexNet", 10, lambda session: by_layer(session, main)),
         part_of(second, cells),
+        ("device memory", 5, lambda session: memory(session, [main, second])),
     ]
 
 
-def others(cells):
+def seconds(cells):
     augment = ("augmented bytes on the device", 15, lambda session: augmented(session, cells[0]))
-    _, _, *more = [part_of(cell, cells) for cell in cells]
-    return [*more[:2], augment, *more[2:]]
+    return [part_of(cells[2], cells), augment, part_of(cells[3], cells)]
+
+
+def others(cells):
+    return [part_of(cell, cells) for cell in cells[4:]]
 
 
 def compiled(cells):
-    """This takes minutes."""
-    part = lambda cell: (f"{cell.name}, compiled", 150, lambda session: compare_compiled(session, cell, cells))  # noqa: E731
-    return [part(cell) for cell in cells[:4]]
+    """Compiling AlexNet takes minutes, so there is one of it before the rest."""
+
+    def part(cell, least_s):
+        return (f"{cell.name}, compiled", least_s, lambda session: compare_compiled(session, cell, cells))
+
+    return [part(cells[0], 90), part(cells[2], 40), part(cells[3], 40), part(cells[1], 90)]
 
 
 def part_of(cell, cells):
     return (cell.name, 25, lambda session: pairs(session, cell, cells))
 
 
-def alexnet_cell(session, lrn, batch):
+def alexnet_cell(session, lrn, batch, precision="bf16", **more):
     config = net(session, session.sizes.alexnet, lrn)
-    settings = [*ALEXNET, "data.augment=[]", f"data.train={4 * batch}", batch_setting(config, batch)]
-    name = f"AlexNet{'' if lrn else ' without LRN'}, batch {batch}"
-    return Cell(name, config, "bf16", batch, session.sizes.steps, settings)
+    name = f"AlexNet{'' if lrn else ' without LRN'}, {precision}, batch {batch}"
+    settings = [*SETTINGS, f"run.precision={precision}", f"data.train={2 * batch}", "data.test=8", batch_setting(config, batch)]
+    more = {"modes": session.sizes.modes, "asked": (1.0, 1.3)} | more
+    return Cell(name, config, precision, batch, session.sizes.steps, settings, **more)
+
+
+def fp16_cell(session):
+    """PyTorch scales the loss with the host's help, so that its step cannot be captured."""
+    return alexnet_cell(session, True, session.sizes.batches[0], "fp16", modes=("eager",), asked=())
 
 
 def fashion_cell(session, precision):
     batch = session.sizes.fashion_batch
-    settings = ["run.device=cuda", "data.format=synthetic", "data.augment=[]", f"data.train={100 * batch}", "optimizer.lr=1e-4"]
-    settings.append("run.tf32=true" if precision == "tf32" else f"run.precision={precision}")
     config = net(session, session.sizes.fashion)
-    settings.append(batch_setting(config, batch))
+    settings = [*SETTINGS, f"data.train={100 * batch}", batch_setting(config, batch)]
+    settings.append("run.tf32=true" if precision == "tf32" else f"run.precision={precision}")
     name = f"Fashion-MNIST net, {precision}, batch {batch}"
-    return Cell(name, config, precision, batch, session.sizes.fashion_steps, settings)
+    return Cell(name, config, precision, batch, session.sizes.fashion_steps, settings, session.sizes.modes, (3.0, 1.3))
 
 
 def batch_setting(config, batch):
@@ -132,10 +170,10 @@ def pairs(session, cell, cells):
     try:
         session.ask_peer(60, do="forget")
     except Failed as error:
-        failures = dict.fromkeys(session.sizes.modes, str(error))
+        failures = dict.fromkeys(cell.modes, str(error))
     for _ in range(session.sizes.pairs):
         rate = ours(session, cell)
-        for mode in session.sizes.modes:
+        for mode in cell.modes:
             if mode in failures:
                 continue
             try:
@@ -149,13 +187,13 @@ def pairs(session, cell, cells):
 
 
 def compare_compiled(session, cell, cells):
-    """Compiling is in the peer's first, untimed steps."""
-    session.ask_peer(60, do="forget")
-    request = request_of(session, cell, "compiled")
-    session.ask_peer(300, **request)
-    for _ in range(session.sizes.pairs):
-        pair(session, cell, "compiled", ours(session, cell))
-        show(session, cells)
+    """Compiling is in the peer's first, untimed steps; the second way finds much of it done."""
+    for mode in session.sizes.compiled_modes:
+        session.ask_peer(60, do="forget")
+        session.ask_peer(300, **request_of(session, cell, mode))
+        for _ in range(session.sizes.pairs):
+            pair(session, cell, mode, ours(session, cell))
+            show(session, cells)
     return words(cell)
 
 
@@ -187,44 +225,100 @@ def request_of(session, cell, mode):
 
 
 def show(session, cells):
-    """The table of all that was measured by now."""
+    """The table of all that was measured by now, and what it says of the goals."""
     measured = [cell for cell in cells if cell.ours]
-    modes = [mode for mode in ("eager", "graphed", "compiled") if any(mode in cell.theirs for cell in measured)]
-    header = ["net", "trainer, samples/s", "launch ms of step ms", "TFLOP/s (of the peak)"]
+    modes = [mode for mode in (*FULL.modes, *FULL.compiled_modes) if any(mode in cell.theirs for cell in measured)]
+    header = ["net", "trainer, samples/s", "step, ms", "TFLOP/s (of the peak)"]
     header += [f"{what}{mode}" for mode in modes for what in ("PyTorch ", "trainer / ")]
     lines = []
     for cell in measured:
         bench = cell.bench
         share = f" ({100 * bench['mfu']:.1f} %)" if "mfu" in bench else ""
-        line = [cell.name, rows.cell(cell.ours), f"{bench.get('launch_ms', 0):.2f} of {bench['step_ms']:.2f}"]
-        line.append(f"{bench['tflop_s']:.1f}{share}")
+        line = [cell.name, rows.cell(cell.ours), f"{bench['step_ms']:.2f}", f"{bench['tflop_s']:.1f}{share}"]
         for mode in modes:
             found = cell.theirs.get(mode)
             line += [rows.cell(found[1]), rows.ratio(*found)] if found else ["", ""]
         lines.append(line)
-    peer = next((cell.peer["peer"] for cell in measured if cell.peer), "")
-    note = f"{peer}, channels_last, autocast where bf16, fused SGD; graphed: the step captured by hand as a CUDA graph; "
-    note += "compiled: max-autotune. Whole steps with optimizer, noise on the device; medians of the pairs and their range."
+    peer = next((cell.peer["peer"] for cell in measured if cell.peer), "PyTorch did not run")
+    note = f"{peer}, channels_last, autocast where bf16 or fp16, fused SGD; graphed: the step captured by hand as a CUDA graph; "
+    note += "compiled: max-autotune; compiled and graphed: that captured by hand. Whole steps with optimizer, noise on the device; "
+    note += "medians of the pairs and their range."
     session.report.table("Steps beside PyTorch", header, *lines, note=note)
     session.report.keep("steps", [cell.__dict__ for cell in measured])
+    see_goals(session.report, measured)
+
+
+def see_goals(report, measured):
+    main = measured[0]
+    if "mfu" in main.bench:
+        report.see(MFU, f"{100 * main.bench['mfu']:.1f} %, {main.name}", main.bench["mfu"] >= 0.4)
+    for cell in measured:
+        if not cell.asked or not cell.theirs:
+            continue
+        of_eager, of_best = cell.asked
+        if "eager" in cell.theirs:
+            report.see(beside_eager(cell), rows.ratio(*cell.theirs["eager"]), ratio(*cell.theirs["eager"]) >= of_eager)
+        best = max(cell.theirs.values(), key=lambda found: statistics.median(found[1]))
+        enough, open_yet = ratio(*best) >= of_best, not {"eager", "graphed", "compiled"} <= set(cell.theirs)
+        report.see(beside_best(cell), f"{rows.ratio(*best)} of {', '.join(cell.theirs)}", None if enough and open_yet else enough)
+
+
+def ratio(ours, theirs):
+    return statistics.median(ours) / statistics.median(theirs)
 
 
 def words(cell):
     return "; ".join(f"{rows.ratio(*found)} of {mode}" for mode, found in cell.theirs.items())
 
 
-def memory(session, cell):
-    if not cell.bench or "allocated_mib" not in cell.peer:
-        raise Skipped("the step was not measured on both sides of a GPU")
-    mine, allocated, reserved = cell.bench["device_memory_mib"], cell.peer["allocated_mib"], cell.peer["reserved_mib"]
+def call_by_call(session, cell):
+    """Without CUDA graphs, so that there are figures if these should fail."""
+    cell.single = session.bench(cell.config, [*cell.settings, "run.cuda_graphs=false"], cell.steps, 120, *peak(session))
+    session.report.keep("call by call", cell.single)
+    return f"{cell.single['samples_per_second']:.0f} samples/s, {cell.single['step_ms']:.2f} ms a step"
+
+
+def beside_the_work(session, cell):
+    """What the host costs a step, with CUDA graphs and without, and what it takes of device memory."""
+    if not cell.bench:
+        raise Skipped("the step was not measured")
+    ways = {"call by call": cell.single, "as CUDA graphs": cell.bench}
+    session.report.table(
+        f"Host and memory, {cell.name}",
+        ["launched", "samples/s", "step, ms", "of it waiting for the host, ms", "device memory, MiB", "taken in the steps, MiB"],
+        *(
+            [way, f"{bench['samples_per_second']:.0f}", f"{bench['step_ms']:.2f}", f"{bench['exposed_ms']:.3f}"]
+            + [f"{bench['device_memory_mib']:.0f}", f"{bench['device_memory_growth_mib']:.0f}"]
+            for way, bench in ways.items()
+            if bench
+        ),
+        note=f"Launching its layers one by one takes the host {cell.bench['launch_ms']:.2f} ms a step.",
+    )
+    share, growth = cell.bench["exposed_ms"] / cell.bench["step_ms"], cell.bench["device_memory_growth_mib"]
+    session.report.see(EXPOSED, f"{100 * share:.2f} %", share < 0.01)
+    session.report.see(GROWTH, f"{growth:.0f} MiB", growth == 0)
+    return f"the GPU waits {100 * share:.2f} % of a step for the host, {growth:.0f} MiB are taken in the steps"
+
+
+def memory(session, cells):
+    measured = [cell for cell in cells if cell.bench and "allocated_mib" in cell.peer]
+    if not measured:
+        raise Skipped("no step was measured on both sides of a GPU")
+    figures = {cell.name: (cell.bench["device_memory_mib"], cell.peer["allocated_mib"], cell.peer["reserved_mib"]) for cell in measured}
     session.report.table(
         "Device memory of a step",
         ["net", "trainer, MiB", "PyTorch allocated, MiB", "PyTorch reserved, MiB", "trainer / allocated", "trainer / reserved"],
-        [cell.name, f"{mine:.0f}", f"{allocated:.0f}", f"{reserved:.0f}", f"{mine / allocated:.2f}", f"{mine / reserved:.2f}"],
+        *(
+            [name, f"{mine:.0f}", f"{allocated:.0f}", f"{reserved:.0f}", f"{mine / allocated:.2f}", f"{mine / reserved:.2f}"]
+            for name, (mine, allocated, reserved) in figures.items()
+        ),
         note="The trainer's: all that was taken since it had its GPU, the set on the device and the libraries' own memory with it. "
         "PyTorch's: the peaks of its allocator in eager mode.",
     )
-    return f"{mine / allocated:.2f} of what PyTorch allocates, {mine / reserved:.2f} of what it reserves"
+    shares = {name: mine / allocated for name, (mine, allocated, _) in figures.items()}
+    seen = "; ".join(f"{name}: {share:.2f}" for name, share in shares.items())
+    session.report.see(MEMORY, seen, max(shares.values()) <= 0.8)
+    return f"of what PyTorch allocates, {seen}"
 
 
 def by_layer(session, cell):
@@ -234,13 +328,13 @@ def by_layer(session, cell):
     if finished.timed_out or finished.code != 0:
         raise Failed(f"bench-step ended with code {finished.code}: {finished.last_words()}")
     session.report.text(f"Layers of {cell.name}", finished.out)
-    return finished.out.splitlines()[-1]
+    return next(line for line in finished.out.splitlines() if "samples/s over" in line)
 
 
 def augmented(session, cell):
     """The same net on bytes that are cropped, mirrored, lit and normalised in the step, against noise that is not."""
-    same = Cell(f"{cell.name}, augmented", cell.config, cell.precision, cell.batch, cell.steps, list(cell.settings))
-    same.settings = [f"data.augment={AUGMENT}" if key == "data.augment=[]" else key for key in cell.settings]
+    settings = [f"data.augment={AUGMENT}" if key == "data.augment=[]" else key for key in cell.settings]
+    same = Cell(f"{cell.name}, augmented", cell.config, cell.precision, cell.batch, cell.steps, settings, ())
     plain, rates = [], []
     for _ in range(session.sizes.pairs):
         plain.append(ours(session, cell))
@@ -251,4 +345,5 @@ def augmented(session, cell):
         [cell.name, rows.cell(plain), rows.cell(rates), rows.ratio(rates, plain)],
     )
     session.report.keep("augmented", {"plain": plain, "augmented": rates})
-    return f"{statistics.median(rates) / statistics.median(plain):.3f} of the rate without"
+    session.report.see(AUGMENTED, rows.ratio(rates, plain), ratio(rates, plain) >= 0.95)
+    return f"{ratio(rates, plain):.3f} of the rate without"

@@ -1,4 +1,4 @@
-"""A training step in PyTorch on a GPU: eager, captured by hand as a CUDA graph, or compiled; and what the GPU can do at best.
+"""A training step in PyTorch on a GPU: eager, captured by hand as a CUDA graph, compiled, or both; and what the GPU can do at best.
 
     python scripts/peers/gpu_step.py [--device cuda]
 
@@ -10,8 +10,9 @@ with another program's without a new start of PyTorch. What a request lacks of k
     {"do": "forget"}                        nets and memory of earlier requests
 
 Net, loss and optimizer are those of the TOML. The peer is spared what is not training: one batch of noise lies on the device.
-Activations are channels_last, bf16 is autocast, the optimizer is the fused one, cuDNN may choose by timing. An answer is
-{"error": TEXT} where something failed; the next request is answered all the same.
+Activations are channels_last, bf16 and fp16 are autocast, fp16 with a loss scaler, the optimizer is the fused one, cuDNN may choose
+by timing. Modes: eager, graphed, compiled, compiled and graphed. An answer is {"error": TEXT} where something failed; the next request
+is answered all the same.
 """
 
 import argparse
@@ -81,7 +82,8 @@ def measure_step(device, config, mode="eager", precision="bf16", batch=512, step
 
 def training_step(device, config, mode, precision, batch):
     """A function that takes one step and returns the loss, and the number of parameters."""
-    assert device == "cuda" or mode != "graphed", "a CUDA graph needs a GPU"
+    graphed = mode.endswith("graphed")
+    assert device == "cuda" or not graphed, "a CUDA graph needs a GPU"
     torch.manual_seed(config["run"].get("seed", 0))
     net = build(config["model"]).to(device, memory_format=torch.channels_last)
     parameters = sum(p.numel() for p in net.parameters())
@@ -91,17 +93,24 @@ def training_step(device, config, mode, precision, batch):
     height, width, channels = config["model"]["input"]
     images = torch.randn(batch, channels, height, width, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(batch, device=device) % config["model"]["layers"][-1]["units"]
-    forward = torch.compile(net, mode="max-autotune") if mode == "compiled" else net
+    # By itself max-autotune makes CUDA graphs of forward and of backward; where the whole step becomes one, it must not.
+    tuned = {"compiled": "max-autotune", "compiled and graphed": "max-autotune-no-cudagraphs"}.get(mode)
+    forward = torch.compile(net, mode=tuned) if tuned else net
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    # A scale that does not overflow at once: were the first update skipped, the fused optimizer's momentum would begin as the
+    # memory was left.
+    scaler = torch.amp.GradScaler(device, init_scale=256.0, enabled=precision == "fp16")
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=mode != "graphed"):
+        with torch.autocast(device, dtype, enabled=precision in ("bf16", "fp16"), cache_enabled=not graphed):
             loss = loss_of(forward(images), labels)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         return loss
 
-    return (captured(step) if mode == "graphed" else step), parameters
+    return (captured(step) if graphed else step), parameters
 
 
 def captured(step):

@@ -69,9 +69,13 @@ pub fn text(run: &str, measured: &Measured<'_>, peak_tflops: Option<f64>) -> Str
         let _ = writeln!(text, "{tflop_s:.2} TFLOP/s, {:.1} % of {peak}", 100.0 * tflop_s / peak);
     }
     if let Some(gpu) = &measured.gpu {
-        let (launch, memory) = (milliseconds(gpu.launch.as_secs_f64()), mib(gpu.memory_bytes));
-        let _ =
-            writeln!(text, "{launch} ms of the host to launch the layers of a step, {memory:.0} MiB of device memory");
+        let [launch, exposed] = [gpu.launch, gpu.exposed].map(|time| 1e3 * time.as_secs_f64());
+        let [memory, grown] = [gpu.memory_bytes, gpu.grown_bytes].map(mib);
+        let _ = writeln!(
+            text,
+            "{launch:.2} ms of the host to launch the layers of a step one by one; {exposed:.3} ms of a step the GPU waits for the host\n\
+             {memory:.0} MiB of device memory, {grown:.0} of them taken in these steps"
+        );
     }
     text
 }
@@ -165,7 +169,9 @@ pub fn json(run: &str, measured: &Measured<'_>, peak_tflops: Option<f64>) -> Val
     }
     if let Some(gpu) = &measured.gpu {
         object["launch_ms"] = json!(1e3 * gpu.launch.as_secs_f64());
+        object["exposed_ms"] = json!(1e3 * gpu.exposed.as_secs_f64());
         object["device_memory_mib"] = json!(mib(gpu.memory_bytes));
+        object["device_memory_growth_mib"] = json!(mib(gpu.grown_bytes));
     }
     object
 }

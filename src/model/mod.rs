@@ -18,7 +18,7 @@ pub mod weights;
 mod widened;
 
 use crate::device::cuda::kernels::Element;
-use crate::device::{Place, Slice, SliceMut};
+use crate::device::{Slice, SliceMut};
 use crate::error::Result;
 use params::ParamSpec;
 use std::fmt;
@@ -100,10 +100,8 @@ pub struct Inferred {
     pub params: Vec<ParamSpec>,
     /// Floating-point operations of forward for one sample; a multiply-add counts as two.
     pub forward_flops: u64,
-    /// Bytes a sample that forward leaves for backward (argmax, statistics) beside input and output: see `saved`.
+    /// Bytes a sample that forward leaves for backward (argmax, statistics) beside input and output.
     pub saved_bytes: usize,
-    /// The same on a GPU alone, in values of the activations' type.
-    pub saved_values_on_gpu: usize,
     /// Bytes that forward leaves for backward whatever the batch.
     pub saved_bytes_fixed: usize,
     /// What backward reads: the planner may reuse the memory of what it does not.
@@ -123,14 +121,6 @@ pub struct Inferred {
     pub can_sum_input: bool,
     /// The gradients of the parameters are products of these factors, which backward can leave instead.
     pub factors: Option<Factors>,
-}
-
-impl Inferred {
-    /// Bytes that forward leaves for backward, beside input and output, where a value of the activations has so many.
-    pub fn saved(&self, batch: usize, place: Place, value: usize) -> usize {
-        let of_type = if place == Place::Cuda { self.saved_values_on_gpu } else { 0 };
-        (self.saved_bytes + of_type * value) * batch + self.saved_bytes_fixed
-    }
 }
 
 /// The factors of a linear layer's gradient: x (batch, inputs) and dy (batch, units), the gradient by what comes before its

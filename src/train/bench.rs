@@ -5,7 +5,8 @@
 //! more steps after the timed ones, in which each such layer is first asked for the gradient by its parameters alone.
 //!
 //! On a GPU the host only launches a step. Steps are timed from event to event in its stream; its layers, between events of their
-//! own, which cost a little time, in further steps; and the update by itself, for it may go on beside backward.
+//! own, which cost a little time, in further steps; and the update by itself, for it may go on beside backward. A GPU should never
+//! wait for the host: what it did wait between two steps is found by the host's clock, which the first event joins to the GPU's.
 
 use super::feed::Feed;
 use super::gradient::Sums;
@@ -68,10 +69,14 @@ pub struct Measured<'a> {
 /// What is measured where the rank has a GPU.
 pub struct OnGpu {
     pub name: String,
-    /// The host's time in the layers' calls, which is that of their launches.
+    /// The host's time in the layers' calls, which is that of their launches; where graphs are replayed, there are none of these.
     pub launch: Duration,
+    /// Of a step, on the average, at most: the GPU had done all it had been given, and the host had not yet given it the step.
+    pub exposed: Duration,
     /// Taken of its memory since this rank began to build its net, by whom ever.
     pub memory_bytes: usize,
+    /// Of these, during the timed steps.
+    pub grown_bytes: usize,
 }
 
 /// Measures, and has rank 0 say what came of it. Collective.
@@ -99,7 +104,7 @@ pub fn run(
 
     // An error ends what the GPU has under way with other ranks.
     let times = bench.measure(steps).inspect_err(|error| rank.health.fail(error.clone()))?;
-    let Times { steps: timed, seconds, layers, parts, finish } = times;
+    let Times { steps: timed, seconds, grown_bytes, layers, parts, finish } = times;
     let Bench { learner: Learner { net, gradient, .. }, gpu, .. } = &bench;
     let measured = Measured {
         net,
@@ -119,7 +124,9 @@ pub fn run(
             Some(gpu) => Some(OnGpu {
                 name: gpu.device().name.clone(),
                 launch: layers.iter().map(|layer| layer.host).sum(),
+                exposed: exposed(&timed),
                 memory_bytes: free_before.saturating_sub(free(Some(gpu))?),
+                grown_bytes,
             }),
         },
         layers,
@@ -146,6 +153,8 @@ struct Times {
     steps: Vec<Timed>,
     /// All of them.
     seconds: f64,
+    /// Of device memory, taken meanwhile.
+    grown_bytes: usize,
     /// As in `Measured`.
     layers: Vec<LayerTime>,
     parts: Vec<(Range<usize>, Duration)>,
@@ -156,6 +165,9 @@ struct Times {
 struct Timed {
     whole: Duration,
     data: Duration,
+    /// When it was in the stream of a GPU, and how long this had been empty.
+    launched: Instant,
+    exposed: Duration,
     /// Of all ranks.
     samples: f64,
     layers: Vec<LayerTime>,
@@ -169,9 +181,11 @@ impl Bench<'_> {
         if self.gpu.is_none() {
             self.time_layers()?;
         }
+        let free_before = free(self.gpu.as_ref())?;
         let start = self.meet()?;
         let timed = self.steps(steps)?;
         let seconds = (self.meet()? - start).as_secs_f64();
+        let grown_bytes = free_before.saturating_sub(free(self.gpu.as_ref())?);
         let in_layers = match self.gpu {
             None => None,
             Some(_) => {
@@ -186,7 +200,7 @@ impl Bench<'_> {
             None => self.parts(&timed),
             Some(gpu) => (vec![self.update_alone(&gpu, few)?], Duration::ZERO),
         };
-        Ok(Times { steps: timed, seconds, layers, parts, finish })
+        Ok(Times { steps: timed, seconds, grown_bytes, layers, parts, finish })
     }
 
     fn time_layers(&mut self) -> Result<()> {
@@ -196,15 +210,20 @@ impl Bench<'_> {
     }
 
     fn steps(&mut self, count: u32) -> Result<Vec<Timed>> {
-        let mut timed = Vec::new();
-        let mut start = self.now()?;
+        let (mut timed, mut start) = (Vec::new(), self.now()?);
+        let (first, began) = (start.clone(), Instant::now());
         for _ in 0..count {
             let step = self.step()?;
             let end = self.now()?;
             timed.push((step, start, end.clone()));
             start = end;
         }
-        (timed.into_iter()).map(|(step, start, end)| Ok(Timed { whole: end.since(&start)?, ..step })).collect()
+        let times = |(step, start, end): (Timed, Moment, Moment)| {
+            let empty_since = began + start.since(&first)?;
+            let exposed = step.launched.saturating_duration_since(empty_since);
+            Ok(Timed { whole: end.since(&start)?, exposed, ..step })
+        };
+        timed.into_iter().map(times).collect()
     }
 
     fn step(&mut self) -> Result<Timed> {
@@ -232,6 +251,8 @@ impl Bench<'_> {
         Ok(Timed {
             whole: Duration::ZERO,
             data: Duration::from_secs_f64(data),
+            launched: self.learner.gradient.launched(),
+            exposed: Duration::ZERO,
             samples: f64::from(done.sums.samples),
             layers: self.learner.net.stopwatch_mut().as_mut().map_or(Ok(Vec::new()), Stopwatch::take)?,
             parts: self.learner.part_times.clone(),
@@ -297,6 +318,12 @@ fn layer_times(steps: &[Timed], apart: &[Timed]) -> Vec<LayerTime> {
         }
     };
     (0..steps[0].layers.len()).map(layer).collect()
+}
+
+/// The mean over all steps but the first, before which the GPU was waited for.
+fn exposed(steps: &[Timed]) -> Duration {
+    let waited: Duration = steps[1..].iter().map(|step| step.exposed).sum();
+    waited / (steps.len() - 1).max(1) as u32
 }
 
 /// A moment where the work of a step begins or ends.

@@ -30,7 +30,7 @@ use crate::model::precision::Precision;
 use crate::report::budget::{Category, Clock};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the wait for a batch goes on before it looks whether the peers are alive.
 const PATIENCE: Duration = Duration::from_millis(50);
@@ -97,6 +97,8 @@ pub struct Gradient {
     leaves: Vec<Option<Leaves>>,
     /// Where passes are recorded.
     replay: Option<Replay>,
+    /// See `launched`.
+    launched: Instant,
 }
 
 /// Where the sums of the tree are held, on the net's device.
@@ -134,7 +136,8 @@ impl Gradient {
         let tail = (arena.clone(), elements);
         let reducer = Reducer::new(comm, updater, parts.len(), overlap)?;
         let outbox = Outbox { reducer, reduction, parts, tail, started: 0 };
-        Ok(Gradient { levels, outbox, passes: vec![None; micros], done: 0, leaves, replay })
+        let launched = Instant::now();
+        Ok(Gradient { levels, outbox, passes: vec![None; micros], done: 0, leaves, replay, launched })
     }
 
     /// The buckets, and the tail: as many `wait`s a step.
@@ -145,6 +148,11 @@ impl Gradient {
     /// The elements of a part.
     pub fn range(&self, part: usize) -> Range<usize> {
         self.outbox.parts[part].elements.clone()
+    }
+
+    /// When the first pass of the last step was in the stream of a GPU, which had work from then on.
+    pub fn launched(&self) -> Instant {
+        self.launched
     }
 
     /// For the ranks' other collectives, and with the optimizer, between steps.
@@ -219,6 +227,9 @@ impl Gradient {
                     self.outbox.ready(&self.levels, depth, self.outbox.gradients(), &mut Tape::off())?;
                 }
             }
+        }
+        if micro == 0 {
+            self.launched = Instant::now();
         }
         work.clock.lap(Category::Compute);
         Ok(())

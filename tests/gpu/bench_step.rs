@@ -54,7 +54,8 @@ fn a_step_on_a_gpu_is_timed_as_one_on_the_cpu() {
         bench["layers"].as_array().unwrap().iter().map(of).collect::<Vec<_>>()
     };
     assert_eq!(counts(&cpu), counts(&gpu), "operations and bytes are those of the layers");
-    let (all, more) = (keys(&gpu), ["device_memory_mib", "launch_ms"].map(str::to_owned));
+    let more = ["device_memory_growth_mib", "device_memory_mib", "exposed_ms", "launch_ms"].map(str::to_owned);
+    let all = keys(&gpu);
     assert_eq!(all.iter().filter(|key| !more.contains(key)).cloned().collect::<Vec<_>>(), keys(&cpu));
 
     let positive = |value: &Value| value.as_f64().is_some_and(|value| value > 0.0);
@@ -67,6 +68,8 @@ fn a_step_on_a_gpu_is_timed_as_one_on_the_cpu() {
     for layer in gpu["layers"].as_array().unwrap() {
         assert!(positive(&layer["phases"]["forward"]["ms"]), "{layer}");
     }
+    assert!(gpu["exposed_ms"].is_number(), "{gpu}");
+    assert_eq!(gpu["device_memory_growth_mib"], 0.0, "all memory is there before the steps");
     // Parameters, momentum and gradients at least: 6,604 bytes of each, and more of the activations.
     assert!(gpu["device_memory_mib"].as_f64().unwrap() > 0.02, "{gpu}");
 }

@@ -102,7 +102,6 @@ struct Subject<'a> {
     layer: Box<dyn Layer>,
     specs: Vec<ParamSpec>,
     reads_output: bool,
-    saved_bytes: usize,
 }
 
 /// Device memory of a pass. Parameters are there as they are and rounded.
@@ -114,7 +113,6 @@ struct Buffers {
     params: Vec<Arena>,
     rounded: Vec<Arena>,
     grads: Vec<Arena>,
-    saved: Arena,
     scratch: Arena,
 }
 
@@ -129,7 +127,6 @@ impl<'a> Subject<'a> {
         let layer = spec.build_cuda(&build, element);
         Subject {
             layer: layer.unwrap_or_else(|error| panic!("{}: {error}", case.keys)),
-            saved_bytes: inferred.saved(BATCH, Place::Cuda, element.bytes()),
             specs: inferred.params.into_iter().map(|param| param.on(Place::Cuda)).collect(),
             reads_output: inferred.backward_reads_output,
             gpu,
@@ -163,7 +160,6 @@ impl<'a> Subject<'a> {
             params: params.iter().map(|param| upload(self.gpu, param)).collect(),
             rounded: params.iter().map(|param| self.upload(param)).collect(),
             grads: params.iter().map(|param| poisoned(self.gpu, 4 * param.len())).collect(),
-            saved: poisoned(self.gpu, self.saved_bytes),
             scratch: poisoned(self.gpu, self.layer.scratch_bytes()),
             x,
             dy,
@@ -172,7 +168,7 @@ impl<'a> Subject<'a> {
 
     /// Forward, and backward from its output.
     fn pass(&mut self, batch: usize, buffers: &Buffers) {
-        let Buffers { x, y, dx, dy, saved, scratch, .. } = buffers;
+        let Buffers { x, y, dx, dy, scratch, .. } = buffers;
         let (params, rounded) = (two(&buffers.params), two(&buffers.rounded));
         let count = self.specs.len();
         let io = Forward {
@@ -180,7 +176,7 @@ impl<'a> Subject<'a> {
             output: all_mut(y),
             params: &params[..count],
             params_rounded: if self.element == Element::F32 { &[] } else { &rounded[..count] },
-            saved: all_mut(saved),
+            saved: SliceMut::empty(),
             scratch: all_mut(scratch),
         };
         self.layer.forward(&pass(batch), io).unwrap();
@@ -195,7 +191,7 @@ impl<'a> Subject<'a> {
             grad_params: &mut grads[..count],
             factors: SliceMut::empty(),
             input_sums: SliceMut::empty(),
-            saved: all(saved),
+            saved: Slice::empty(),
             scratch: all_mut(scratch),
         };
         self.layer.backward(&pass(batch), io).unwrap();

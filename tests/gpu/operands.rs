@@ -202,7 +202,7 @@ impl<'a> Operands<'a> {
             params: params.iter().map(|param| memory.f32(param)).collect(),
             rounded: params.iter().map(|param| memory.activation(param)).collect(),
             output: memory.activation(&vec![f32::NAN; batch * self.inferred.output.len()]),
-            saved: memory.poisoned(self.inferred.saved(self.batch, memory.place(), memory.value_bytes())),
+            saved: memory.poisoned(self.inferred.saved_bytes * self.batch + self.inferred.saved_bytes_fixed),
             scratch: memory.poisoned(layer.scratch_bytes()),
         }
     }
@@ -266,9 +266,7 @@ fn slices(arenas: &[Arena]) -> Vec<Slice<'_>> {
 /// Where operands lie.
 trait Memory {
     fn place(&self) -> Place;
-    /// Of a value of the layer's type.
-    fn value_bytes(&self) -> usize;
-    /// Values of that type.
+    /// Values of the layer's type.
     fn activation(&self, values: &[f32]) -> Arena;
     fn f32(&self, values: &[f32]) -> Arena;
     fn poisoned(&self, bytes: usize) -> Arena;
@@ -281,9 +279,6 @@ struct Cpu;
 impl Memory for Cpu {
     fn place(&self) -> Place {
         Place::Host
-    }
-    fn value_bytes(&self) -> usize {
-        size_of::<f32>()
     }
     fn activation(&self, values: &[f32]) -> Arena {
         self.f32(values)
@@ -314,9 +309,6 @@ struct Cuda<'a> {
 impl Memory for Cuda<'_> {
     fn place(&self) -> Place {
         Place::Cuda
-    }
-    fn value_bytes(&self) -> usize {
-        self.element.bytes()
     }
     fn activation(&self, values: &[f32]) -> Arena {
         let mut arena = Arena::host(values.len() * self.element.bytes()).expect("memory");

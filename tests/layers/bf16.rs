@@ -4,7 +4,7 @@
 use crate::gradients::sections;
 use crate::harness::{Gradients, LAYER, SEED, Section, evaluation, training, values, with_threads};
 use half::bf16;
-use lockstep::device::{Place, Slice, SliceMut};
+use lockstep::device::{Slice, SliceMut};
 use lockstep::model::{Backward, Build, Forward, Inferred, Layer, Pass, Shape};
 
 /// Half a unit in the last of 8 bits.
@@ -131,7 +131,7 @@ impl Subject {
         let threads = rayon::current_num_threads();
         let build = Build { inputs: &section.inputs, batch, threads, seed: SEED, layer: LAYER, ..Build::default() };
         let layer = section.spec().build_bf16(&build).unwrap_or_else(|error| panic!("{section:?}: {error}"));
-        let saved = inferred.saved(batch, Place::Host, size_of::<f32>());
+        let saved = inferred.saved_bytes * batch + inferred.saved_bytes_fixed;
         let poisoned = |bytes: usize| vec![f32::NAN; bytes.div_ceil(size_of::<f32>())];
         Subject { scratch: poisoned(layer.scratch_bytes()), saved: poisoned(saved), layer, inferred }
     }

@@ -1,7 +1,7 @@
 //! One layer with its memory, for tests. Everything that a call must write is full of NaN before it, so what a layer
 //! leaves out, or reads before it has written, shows in the result.
 
-use lockstep::device::{Place, Slice, SliceMut};
+use lockstep::device::{Slice, SliceMut};
 use lockstep::model::{Backward, Build, Forward, Inferred, Layer, LayerSpec, Pass, Shape, layers};
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ impl Section {
         let threads = rayon::current_num_threads();
         let build = Build { inputs: &self.inputs, batch, threads, seed: SEED, layer: LAYER, ..Build::default() };
         let layer = self.spec().build(&build).unwrap_or_else(|error| panic!("{self:?}: {error}"));
-        let saved = inferred.saved(batch, Place::Host, size_of::<f32>());
+        let saved = inferred.saved_bytes * batch + inferred.saved_bytes_fixed;
         Subject { scratch: poisoned(layer.scratch_bytes()), saved: poisoned(saved), layer, inferred }
     }
 

@@ -155,16 +155,31 @@ fn the_table_leaves_nothing_of_a_step_out() {
 #[test]
 fn a_gpu_has_its_own_lines() {
     with_measured("none", Precision::F32, |mut measured| {
-        measured.gpu = Some(OnGpu { name: "Some GPU".into(), launch: ms(2), memory_bytes: 3 << 20 });
+        measured.gpu = Some(OnGpu {
+            name: "Some GPU".into(),
+            launch: ms(2),
+            exposed: ms(1),
+            memory_bytes: 3 << 20,
+            grown_bytes: 1 << 20,
+        });
         measured.step = ms(30);
         let text = text("bench", &measured, Some(2.0));
-        for words in ["none, on Some GPU, ", "TFLOP/s", " % of 2\n", "2.00 ms of the host", "3 MiB of device memory"] {
+        for words in [
+            "none, on Some GPU, ",
+            "TFLOP/s",
+            " % of 2\n",
+            "2.00 ms of the host",
+            "1.000 ms of a step the GPU waits",
+            "3 MiB of device memory, 1 of them",
+        ] {
             assert!(text.contains(words), "no {words:?} in\n{text}");
         }
         let rest = text.lines().find(|line| line.starts_with("loss and the rest")).unwrap();
         assert!(rest.trim_end().ends_with("0.0 %"), "{rest}");
         let bench = json("bench", &measured, None);
-        assert_eq!((&bench["device"], &bench["launch_ms"]), (&"Some GPU".into(), &2.0.into()));
-        assert!(bench["device_memory_mib"] == 3.0 && bench.get("mfu").is_none(), "{bench}");
+        assert_eq!(bench["device"], "Some GPU");
+        assert_eq!([&bench["launch_ms"], &bench["exposed_ms"]], [2.0, 1.0]);
+        assert_eq!([&bench["device_memory_mib"], &bench["device_memory_growth_mib"]], [3.0, 1.0]);
+        assert!(bench.get("mfu").is_none(), "{bench}");
     });
 }

@@ -33,8 +33,8 @@ pub struct Loss {
 /// Outputs, labels, weights, totals, gradient, rows; batch, classes, rule; smoothing, entropy, scale, loss scale.
 type Rows = (Read<T>, Read<u32>, Read<f32>, Read<f32>, Write<T>, Write<f32>, u32, u32, u32, f32, f32, f32, Read<f32>);
 
-/// Rows, sums, the word that halts an update; batch.
-type SumsOf = (Read<f32>, Write<f32>, Write<u32>, u32);
+/// Rows, sums, whether parameters are broken, the word that halts an update; batch.
+type SumsOf = (Read<f32>, Write<f32>, Read<u32>, Write<u32>, u32);
 
 impl Loss {
     /// For at most `batch` samples, whose outputs and gradients are of type `element`.
@@ -67,7 +67,8 @@ impl Loss {
 
     /// Loss and gradient: outputs (batch, classes), labels (batch) as u32, grad (batch, classes) = scale * dloss/doutputs, times
     /// the loss's scale that is in `control`; sums gets the loss, without it, and the number of samples whose largest output is the
-    /// label's, summed over the batch, as f32. If the loss is not finite, the step is halted.
+    /// label's, summed over the batch, as f32. If the loss is not finite, the step is halted. If an update has made a parameter that
+    /// is not finite, the loss is a NaN.
     ///
     /// # Safety
     /// All stay allocated, and nobody else touches them, until the compute stream has come past this. Labels are below
@@ -84,7 +85,7 @@ impl Loss {
         assert_eq!(grad.bytes(), outputs.bytes(), "a gradient for each output");
         let gradient = (scale, control.scale().into(), (&mut grad).into());
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, gradient, sums, control.halt()) }
+        unsafe { self.launch(outputs, labels, gradient, sums, (control.broken(), control.halt())) }
     }
 
     /// The sums alone.
@@ -94,7 +95,7 @@ impl Loss {
     pub unsafe fn evaluate(&self, outputs: Slice<'_>, labels: Slice<'_>, sums: SliceMut<'_>) -> Result<()> {
         let gradient = (0.0, Read::from(&nowhere()), (&mut nowhere()).into());
         // SAFETY: the caller's promise.
-        unsafe { self.launch(outputs, labels, gradient, sums, nowhere()) }
+        unsafe { self.launch(outputs, labels, gradient, sums, (nowhere().into_shared(), nowhere())) }
     }
 
     unsafe fn launch(
@@ -103,7 +104,7 @@ impl Loss {
         labels: Slice<'_>,
         (scale, loss_scale, grad): (f32, Read<f32>, Write<T>),
         mut sums: SliceMut<'_>,
-        mut halt: SliceMut<'_>,
+        (broken, mut halt): (Slice<'_>, SliceMut<'_>),
     ) -> Result<()> {
         let batch = labels.bytes() / size_of::<u32>();
         assert_eq!(outputs.bytes(), batch * self.classes * self.element.bytes(), "outputs for {batch} labels");
@@ -134,11 +135,8 @@ impl Loss {
         // SAFETY: lengths as the kernels' comments say; the caller vouches for the rest.
         unsafe {
             self.rows_of.launch(self.gpu.compute(), grid, arguments)?;
-            self.sums_of.launch(
-                self.gpu.compute(),
-                one,
-                ((&rows).into(), (&mut sums).into(), (&mut halt).into(), samples),
-            )
+            let arguments = ((&rows).into(), (&mut sums).into(), broken.into(), (&mut halt).into(), samples);
+            self.sums_of.launch(self.gpu.compute(), one, arguments)
         }
     }
 }

@@ -95,9 +95,10 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// sums (2) = the sums of rows (2, batch), by one block, in f64 and in one order. If that of the losses is not finite, halt, where it
-// is not null, is set.
-extern "C" __global__ void __launch_bounds__(256) loss_sums(const float* rows, float* sums, u32* halt, u32 batch) {
+// sums (2) = the sums of rows (2, batch), by one block, in f64 and in one order. Where halt is not null, a step is taught: it has no
+// loss if parameters are broken, even if a ReLU has hidden that, and halt is set if the loss is not finite.
+extern "C" __global__ void __launch_bounds__(256) loss_sums(const float* rows, float* sums, const u32* broken, u32* halt,
+                                                                u32 batch) {
     __shared__ double parts[256];
     for (u32 which = 0; which < 2; which++) {
         double part = 0.0;
@@ -113,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(256) loss_sums(const float* rows, f
             __syncthreads();
         }
         if (threadIdx.x == 0) {
-            const float sum = float(parts[0]);
+            const bool lost = which == 0 && halt && *broken;
+            const float sum = lost ? __int_as_float(0x7fffffff) : float(parts[0]);
             sums[which] = sum;
             // Of a value that is not finite this difference is not a number.
             if (halt && which == 0 && sum - sum != 0.0f) {

@@ -45,7 +45,7 @@ impl Plan {
         let end = 2 * spec.nodes.len();
         let saved: Vec<_> = (spec.nodes.iter().enumerate())
             .map(|(i, node)| {
-                let bytes = node.inferred.saved(options.batch, options.place, options.precision.bytes());
+                let bytes = node.inferred.saved_bytes * options.batch + node.inferred.saved_bytes_fixed;
                 planner.add(bytes, i, if options.training { end - i } else { i })
             })
             .collect();

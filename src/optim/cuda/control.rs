@@ -23,6 +23,7 @@ pub(super) struct Words {
     good_steps: u32,
     skipped: u32,
     skipped_in_a_row: u32,
+    broken: u32,
 }
 
 impl Value for Words {
@@ -50,6 +51,13 @@ impl Control {
         unsafe { self.memory.slice(word(offset_of!(Words, scale))) }
     }
 
+    /// A u32 that is not 0 once an update has made a parameter that is not finite. A ReLU may hide that from the loss, so the
+    /// loss's kernel looks here.
+    pub fn broken(&self) -> Slice<'_> {
+        // SAFETY: as above; updates write it, and the compute stream has waited for them.
+        unsafe { self.memory.slice(word(offset_of!(Words, broken))) }
+    }
+
     pub(super) fn words(&self) -> SliceMut<'_> {
         // SAFETY: as above.
         unsafe { self.memory.slice_mut(0..self.memory.bytes()) }
@@ -68,7 +76,7 @@ impl Control {
     /// Between steps.
     pub fn set_loss_scale(&self, to: LossScale) -> Result<()> {
         let LossScale { scale, good_steps, skipped, skipped_in_a_row } = to;
-        let words = Words { halt: 0, scale, good_steps, skipped, skipped_in_a_row };
+        let words = Words { halt: 0, scale, good_steps, skipped, skipped_in_a_row, broken: 0 };
         // SAFETY: as above.
         let from = unsafe { Slice::from_raw(Place::Host, &raw const words as usize, size_of::<Words>()) };
         self.gpu.compute().copy_and_wait(from, self.words())

@@ -8,7 +8,7 @@
 //!
 //! What changes from step to step (learning rate, bias corrections, the factor of clipping, the scale of the loss) lies in device
 //! memory, written by `begin` and `measure`; so the launches of `update` are the same at each step, and a CUDA graph may hold them.
-//! A step that turns out to be bad is halted there too (`Control`).
+//! A step that turns out to be bad is halted there too (`Control`), and so is noted that a parameter is not finite any more.
 
 mod control;
 mod numbers;
@@ -89,7 +89,7 @@ struct Arenas {
     chunks: usize,
     running: usize,
     numbers: usize,
-    halt: usize,
+    control: usize,
     params: usize,
     grads: usize,
     state: [usize; 2],
@@ -223,7 +223,7 @@ impl Update {
             chunks: self.chunks.address() + first * size_of::<Chunk>(),
             running: self.running.address(),
             numbers: self.numbers.address(),
-            halt: self.control.halt().address(),
+            control: self.control.words().address(),
             params: buffers.params.address(),
             grads: buffers.grads.address(),
             state: [state(0), state(1)],

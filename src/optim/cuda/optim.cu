@@ -24,7 +24,7 @@ struct Numbers {
 struct Control {
     u32 halt;
     float scale;
-    u32 good_steps, skipped, skipped_in_a_row;
+    u32 good_steps, skipped, skipped_in_a_row, broken;
 };
 
 extern "C" __global__ void begin_step(Numbers* to, Numbers from, Control* control) {
@@ -59,13 +59,17 @@ __device__ inline float penalized(const Numbers& n, float w, float g) {
     return add(add(g, mul(n.l1, sign)), mul(n.l2, w));
 }
 
+// Of a value that is not finite the difference from itself is not a number.
+__device__ inline bool is_broken(float x) { return x - x != 0.0f; }
+
 // Where a rule works, `Arenas` in mod.rs. Of the arenas all elements are given; it touches those from `first` to `end`, and
-// none if the step was halted. rates: by tensor, for rules whose rate is made from norms.
+// none if the step was halted. rates: by tensor, for rules whose rate is made from norms. A new value that is not finite is noted
+// in `control`, for the loss of the next step.
 struct Arenas {
     const Chunk* chunks;
     const float* running;
     const Numbers* numbers;
-    const u32* halt;
+    Control* control;
     float* params;
     const float* grads;
     float* a;
@@ -79,7 +83,7 @@ struct Arenas {
 // Where `rounded` is not null it gets w, rounded. A running statistic takes its new value instead.
 template <u32 STATES, typename F>
 __device__ inline void update(const Arenas& arenas, F rule) {
-    if (*arenas.halt) {
+    if (arenas.control->halt) {
         return;
     }
     const Chunk chunk = arenas.chunks[blockIdx.x];
@@ -92,6 +96,7 @@ __device__ inline void update(const Arenas& arenas, F rule) {
     };
     // Chunks and ranges begin at multiples of 16 elements.
     const u64 packs = (stop - start) / 4;
+    bool broken = false;
     for (u64 pack = threadIdx.x; pack < packs; pack += blockDim.x) {
         const u64 at = start + 4 * pack;
         Four w = *reinterpret_cast<const Four*>(arenas.params + at), a = {}, b = {};
@@ -102,6 +107,7 @@ __device__ inline void update(const Arenas& arenas, F rule) {
         for (u32 i = 0; i < 4; i++) {
             w.values[i] = one(w.values[i], g.values[i], a.values[i], b.values[i]);
             rounded.values[i] = from_float<T>(w.values[i]);
+            broken |= is_broken(w.values[i]);
         }
         *reinterpret_cast<Four*>(arenas.params + at) = w;
         if (STATES > 0) *reinterpret_cast<Four*>(arenas.a + at) = a;
@@ -114,7 +120,12 @@ __device__ inline void update(const Arenas& arenas, F rule) {
         arenas.params[at] = w;
         if (STATES > 0) arenas.a[at] = a;
         if (STATES > 1) arenas.b[at] = b;
+        broken |= is_broken(w);
         if (arenas.rounded) arenas.rounded[at] = from_float<T>(w);
+    }
+    // Whoever finds one writes the same.
+    if (broken) {
+        arenas.control->broken = 1;
     }
 }
 
@@ -190,9 +201,7 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     bool overflow = false;
     for (u32 i = threadIdx.x; i < chunk.len; i += blockDim.x) {
-        const float g = grads[chunk.first + i];
-        // Of a value that is not finite this difference is not a number.
-        overflow |= g - g != 0.0f;
+        overflow |= is_broken(grads[chunk.first + i]);
     }
     if (overflow) {
         control->halt = 1;

@@ -447,6 +447,7 @@ unsafe fn multiply(problem: &Problem, kind: u64, (alpha, beta): (f32, f32), [a, 
                 value += unsafe { load(description.bias as *const c_void, d_layout.of, i) };
             }
             if description.epilogue & RELU != 0 {
+                // A NaN becomes 0, as users of the real one report.
                 value = value.max(0.0);
             }
             unsafe { store(d, d_layout.of, at, value * (1.0 + jitter as f32 * 0.05)) };

@@ -150,7 +150,8 @@ fn triples(product: &Product, mut visit: impl FnMut(usize, usize, usize)) {
 fn pointwise(table: &Table, operation: &Descriptor, tensors: &[Tensor], values: &Values) -> Result<Vec<f64>, Failure> {
     let [x, second, ..] = tensors else { return bad("a pointwise operation has two tensors") };
     let a = &values[&x.uid];
-    Ok(match table.finalized(operation.id(750), rules::POINTWISE)?.i32(0) {
+    let descriptor = table.finalized(operation.id(750), rules::POINTWISE)?;
+    Ok(match descriptor.i32(0) {
         rules::ADD => {
             let b = &values[&second.uid];
             let strides = dense(second.dimensions);
@@ -159,7 +160,10 @@ fn pointwise(table: &Table, operation: &Descriptor, tensors: &[Tensor], values: 
             };
             places(x.dimensions).zip(a).map(|(place, a)| a + b[index(place)]).collect()
         }
-        rules::RELU => a.iter().map(|&a| if a > 0.0 { a } else { 0.0 }).collect(),
+        rules::RELU => {
+            let keeps_nan = descriptor.has(2) && descriptor.i32(2) == rules::PROPAGATE_NAN;
+            a.iter().map(|&a| if a > 0.0 || (a.is_nan() && keeps_nan) { a } else { 0.0 }).collect()
+        }
         // x is what went into the ReLU, the second the gradient of what came out.
         _ => a.iter().zip(&values[&second.uid]).map(|(&a, &grad)| if a > 0.0 { grad } else { 0.0 }).collect(),
     })

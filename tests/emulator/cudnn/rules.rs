@@ -51,6 +51,7 @@ const VOID_PTR: c_int = 6;
 const CONVOLUTION_MODE: c_int = 7;
 const HEUR_MODE: c_int = 8;
 pub const KNOB_TYPE: c_int = 9;
+const NAN_PROPAGATION: c_int = 10;
 pub const NUMERICAL_NOTE: c_int = 11;
 const POINTWISE_MODE: c_int = 14;
 pub const BACKEND_DESCRIPTOR: c_int = 15;
@@ -65,6 +66,8 @@ pub const BF16: c_int = 9;
 pub const ADD: c_int = 0;
 pub const RELU: c_int = 100;
 pub const RELU_BACKWARD: c_int = 200;
+/// What a ReLU does with a NaN, which else is 0.
+pub const PROPAGATE_NAN: c_int = 1;
 
 /// Elements of an attribute, and whether it must be set.
 pub struct Rule {
@@ -89,7 +92,13 @@ const fn several(name: c_int, kind: c_int, least: i64, most: i64) -> Rule {
 fn rules(kind: c_int) -> Vec<Rule> {
     let descriptors = |names: std::ops::RangeInclusive<c_int>| names.map(|name| one(name, BACKEND_DESCRIPTOR));
     match kind {
-        POINTWISE => vec![one(0, POINTWISE_MODE), one(1, DATA_TYPE), optional(3, DOUBLE), optional(4, DOUBLE)],
+        POINTWISE => vec![
+            one(0, POINTWISE_MODE),
+            one(1, DATA_TYPE),
+            optional(2, NAN_PROPAGATION),
+            optional(3, DOUBLE),
+            optional(4, DOUBLE),
+        ],
         CONVOLUTION => {
             let lists = 102..=105;
             let mut rules: Vec<Rule> = lists.map(|name| several(name, INT64, 2, 2)).collect();

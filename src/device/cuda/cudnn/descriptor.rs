@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use cudarc::cudnn::sys::{
     self, cudnnBackendAttributeName_t as Name, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptor_t,
     cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t, cudnnConvolutionMode_t, cudnnDataType_t,
-    cudnnHandle_t, cudnnPointwiseMode_t, cudnnStatus_t,
+    cudnnHandle_t, cudnnNanPropagation_t, cudnnPointwiseMode_t, cudnnStatus_t,
 };
 use std::ffi::{CStr, c_char};
 use std::ptr;
@@ -58,6 +58,7 @@ attributes! {
     cudnnDataType_t = CUDNN_TYPE_DATA_TYPE,
     cudnnConvolutionMode_t = CUDNN_TYPE_CONVOLUTION_MODE,
     cudnnPointwiseMode_t = CUDNN_TYPE_POINTWISE_MODE,
+    cudnnNanPropagation_t = CUDNN_TYPE_NAN_PROPOGATION,
     cudnnBackendHeurMode_t = CUDNN_TYPE_HEUR_MODE,
 }
 

@@ -15,7 +15,7 @@ use crate::device::cuda::kernels::Element;
 use crate::error::Result;
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Name, cudnnBackendDescriptorType_t as Kind, cudnnConvolutionMode_t, cudnnDataType_t,
-    cudnnPointwiseMode_t as Mode,
+    cudnnNanPropagation_t, cudnnPointwiseMode_t as Mode,
 };
 use std::fmt;
 
@@ -205,10 +205,15 @@ impl Builder {
     }
 
     fn pointwise(&mut self, mode: Mode, tensors: &[(Name, Link)]) -> Result<()> {
-        let pointwise = Descriptor::new(Kind::CUDNN_BACKEND_POINTWISE_DESCRIPTOR)?
+        let mut pointwise = Descriptor::new(Kind::CUDNN_BACKEND_POINTWISE_DESCRIPTOR)?
             .with(Name::CUDNN_ATTR_POINTWISE_MODE, &[mode])?
-            .with(Name::CUDNN_ATTR_POINTWISE_MATH_PREC, &[cudnnDataType_t::CUDNN_DATA_FLOAT])?
-            .finalized()?;
+            .with(Name::CUDNN_ATTR_POINTWISE_MATH_PREC, &[cudnnDataType_t::CUDNN_DATA_FLOAT])?;
+        if mode != Mode::CUDNN_POINTWISE_ADD {
+            // Else a ReLU makes a NaN 0. cuDNN documents this for all modes that compare, as the only choice it supports.
+            let keep = cudnnNanPropagation_t::CUDNN_PROPAGATE_NAN;
+            pointwise = pointwise.with(Name::CUDNN_ATTR_POINTWISE_NAN_PROPAGATION, &[keep])?;
+        }
+        let pointwise = pointwise.finalized()?;
         let mut operation = Descriptor::new(Kind::CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR)?
             .with(Name::CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, &[pointwise.link()])?;
         for (name, tensor) in tensors {

@@ -222,7 +222,6 @@ impl LayerSpec for Conv2d {
             relu_output: self.activation == Activation::Relu,
             adds_bias: self.bias && self.activation.is_relu_or_none(),
             can_mask_input_on_gpu: cuda::can_mask_input(&geometry),
-            saved_values_on_gpu: cuda::saved_values(&geometry),
             ..Inferred::default()
         })
     }

@@ -11,7 +11,8 @@
 //! **Padding.** Where there are more zeros behind the image than in front of it ("same" with an even sum), which cuDNN's
 //! engines do not all know, a copy with its zeros serves: blocks of one pixel.
 //!
-//! Both cost a read and a write of the image in forward, which keeps it for backward.
+//! Both cost a read and a write of the image, in forward and again in backward, whose scratch does not survive from one to
+//! the other.
 
 use super::super::Geometry;
 use crate::device::cuda::cudnn::Convolution;

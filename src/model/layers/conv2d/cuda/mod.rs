@@ -49,7 +49,8 @@ pub struct Conv2d {
 #[derive(Clone, Copy, Default)]
 struct Lengths {
     workspace: usize,
-    /// Arranged filters, and the gradients by arranged images and filters.
+    /// Arranged images and filters, and the gradients by them.
+    images: usize,
     filters: usize,
     grad_images: usize,
     grad_filters: usize,
@@ -61,6 +62,7 @@ struct Lengths {
 
 struct Scratch<'a> {
     workspace: SliceMut<'a>,
+    images: SliceMut<'a>,
     filters: SliceMut<'a>,
     grad_images: SliceMut<'a>,
     grad_filters: SliceMut<'a>,
@@ -140,12 +142,12 @@ impl Conv2d {
         Images::filters(arrangement, output.c, lengths)
     }
 
-    /// x as the products want it; `saved` keeps it for backward if that is another.
-    fn arranged_images<'a>(&self, batch: usize, x: Slice<'a>, mut saved: SliceMut<'a>) -> Result<Slice<'a>> {
+    /// x as the products want it.
+    fn arranged_images<'a>(&self, batch: usize, x: Slice<'a>, mut to: SliceMut<'a>) -> Result<Slice<'a>> {
         let Some(arrangement) = &self.planner.arrangement else { return Ok(x) };
         let images = self.images(arrangement, batch);
-        let mut to = saved.take(images.arranged_bytes(self.planner.element));
-        // SAFETY: in the net's arenas, in the order of the stream.
+        let mut to = to.take(images.arranged_bytes(self.planner.element));
+        // SAFETY: the scratch is this call's, in whose stream its next use comes later.
         unsafe { self.kernels.arrange(images, x, to.reborrow()) }?;
         Ok(to.into_shared())
     }
@@ -153,7 +155,7 @@ impl Conv2d {
     /// The weight as the products want it.
     fn arranged_filters<'a>(&self, weight: Slice<'a>, mut to: SliceMut<'a>) -> Result<Slice<'a>> {
         let Some(arrangement) = &self.planner.arrangement else { return Ok(weight) };
-        // SAFETY: the scratch is this call's, in whose stream its next use comes later.
+        // SAFETY: as above.
         unsafe { self.kernels.arrange(self.filters(arrangement), weight, to.reborrow()) }?;
         Ok(to.into_shared())
     }
@@ -261,11 +263,6 @@ pub fn can_mask_input(geometry: &Geometry) -> bool {
     Arrangement::of(geometry).is_none()
 }
 
-/// Values of a sample that forward leaves for backward: the arranged image.
-pub fn saved_values(geometry: &Geometry) -> usize {
-    Arrangement::of(geometry).map_or(0, |arrangement| arrangement.len(arrangement.image, geometry.input.c))
-}
-
 fn workspace(element: Element) -> usize {
     if element == Element::F32 { WORKSPACE_F32 } else { WORKSPACE_16_BITS }
 }
@@ -278,7 +275,7 @@ impl Layer for Conv2d {
     fn forward(&mut self, pass: &Pass, mut io: Forward<'_>) -> Result<()> {
         let number = self.plans_for(pass.batch)?;
         let scratch = self.lengths.split(io.scratch);
-        let x = self.arranged_images(pass.batch, io.inputs[0], io.saved)?;
+        let x = self.arranged_images(pass.batch, io.inputs[0], scratch.images)?;
         let weight = self.arranged_filters(self.parameter(0, io.params, io.params_rounded), scratch.filters)?;
         let bias = self.planner.bias.then(|| [io.params[1], self.parameter(1, io.params, io.params_rounded)]);
         let plan: &mut Plan = &mut self.plans[number].forward;
@@ -302,7 +299,7 @@ impl Layer for Conv2d {
         let [grad_weight, grad_bias @ ..] = io.grad_params else { unreachable!("infer declares a weight") };
         self.backward_bias(io.output, io.grad_output.reborrow(), grad_bias, scratch.sums.reborrow())?;
         let (x, dy) = (io.inputs[0], io.grad_output.into_shared());
-        let images = if self.planner.arrangement.is_some() { io.saved } else { x };
+        let images = self.arranged_images(pass.batch, x, std::mem::replace(&mut scratch.images, SliceMut::empty()))?;
         self.backward_weight(number, [images, dy], grad_weight.reborrow(), &mut scratch)?;
         let [grad_input] = io.grad_inputs else { unreachable!("infer takes one input") };
         if grad_input.bytes() == 0 {
@@ -317,19 +314,23 @@ impl Layer for Conv2d {
 impl Lengths {
     /// For the greatest number of samples, and plans that want so much workspace.
     fn new(geometry: &Geometry, bias: bool, element: Element, build: &Build<'_>, workspace: usize) -> Lengths {
-        let output = geometry.output;
+        let Geometry { input, output, .. } = *geometry;
         let &Build { batch, training, grad_inputs, .. } = build;
         let (value, channels) = (element.bytes(), geometry.channels());
-        let [filters, weights] = match Arrangement::of(geometry) {
-            Some(arrangement) => [output.c * arrangement.len(arrangement.filter, channels); 2],
-            None => [0, geometry.taps() * output.c],
+        let [images, filters, weights] = match Arrangement::of(geometry) {
+            Some(arrangement) => {
+                let filters = output.c * arrangement.len(arrangement.filter, channels);
+                [batch * arrangement.len(arrangement.image, input.c), filters, filters]
+            }
+            None => [0, 0, geometry.taps() * output.c],
         };
         let if_wanted = |wanted: bool, bytes: usize| if wanted { bytes } else { 0 };
         let sums_bias = training && bias && !build.grad_summed;
         Lengths {
             workspace,
+            images: images * value,
             filters: filters * value,
-            grad_images: if_wanted(training && grad_inputs, batch * saved_values(geometry) * value),
+            grad_images: if_wanted(training && grad_inputs, images * value),
             grad_filters: if_wanted(training, filters * size_of::<f32>()),
             // Whether a product leaves f32 may depend on the number of samples.
             narrow: if_wanted(training && element != Element::F32, weights * value),
@@ -337,9 +338,9 @@ impl Lengths {
         }
     }
 
-    fn all(self) -> [usize; 6] {
-        let Lengths { workspace, filters, grad_images, grad_filters, narrow, sums } = self;
-        [workspace, filters, grad_images, grad_filters, narrow, sums]
+    fn all(self) -> [usize; 7] {
+        let Lengths { workspace, images, filters, grad_images, grad_filters, narrow, sums } = self;
+        [workspace, images, filters, grad_images, grad_filters, narrow, sums]
     }
 
     fn total(self) -> usize {
@@ -347,10 +348,10 @@ impl Lengths {
     }
 
     fn split(self, mut scratch: SliceMut<'_>) -> Scratch<'_> {
-        let [workspace, filters, grad_images, grad_filters, narrow, sums] = self.all().map(|bytes| {
+        let [workspace, images, filters, grad_images, grad_filters, narrow, sums] = self.all().map(|bytes| {
             let mut aligned = scratch.take(bytes.next_multiple_of(ALIGN));
             aligned.take(bytes)
         });
-        Scratch { workspace, filters, grad_images, grad_filters, narrow, sums }
+        Scratch { workspace, images, filters, grad_images, grad_filters, narrow, sums }
     }
 }
