@@ -1,4 +1,5 @@
-//! Runs over NCCL whose ranks share the update, against those in which each updates all. The emulator sums in one order for both.
+//! Runs over NCCL whose ranks share the update, against those in which each updates all. The emulator sums in one order for both; of
+//! two ranks there is but one.
 
 use crate::emulator;
 use crate::runs::summary;
@@ -16,7 +17,7 @@ fn digest(summary: &Value) -> &str {
 /// updates whose gradients overflow.
 #[test]
 fn ranks_that_share_the_update_end_with_the_same_bits() {
-    let Some(runs) = Runs::new().filter(|_| emulator::is_emulated()) else { return };
+    let Some(runs) = Runs::new() else { return };
     let optimizer = |of: &str| format!("optimizer={{ {of}, lr = 0.02 }}");
     let (adam, adagrad, adadelta) =
         (optimizer("type = 'adam'"), optimizer("type = 'adagrad'"), optimizer("type = 'adadelta'"));
@@ -31,6 +32,9 @@ fn ranks_that_share_the_update_end_with_the_same_bits() {
         (4, &[&lars]),
         (2, &["run.precision=fp16", "optimizer.loss_scale=1048576"]),
     ] {
+        if ranks > 2 && !emulator::is_emulated() {
+            continue;
+        }
         let [all, shared] = [("all", REPLICATED), ("shared", SHARDED)].map(|(form, nccl)| {
             let out = format!("{form}-{ranks}-{}", settings.concat().replace(['.', '\'', ' '], ""));
             let settings = [nccl, &["run.steps=5"], settings].concat();

@@ -150,11 +150,12 @@ impl Reduction for Sharded {
     fn collect<'a>(&'a self, state: &'a Arena) -> Result<&'a Arena> {
         let (stream, whole) = (&self.sums.stream, &*self.sums.grads);
         self.health.wait_for_gpu("finishing a step", || self.gpu.compute().is_done())?;
-        for Shard { bucket, mine } in &self.shards {
+        for shard in &self.shards {
+            let Shard { bucket, mine } = shard;
             // SAFETY: between steps gradients and state are idle; both stay until the wait below is over.
             unsafe {
                 stream.copy(state.slice(bytes(&mine.held())), whole.slice_mut(bytes(&mine.elements)))?;
-                if *bucket != mine.elements {
+                if shard.is_shared() {
                     self.sums.nccl.all_gather(whole.slice_mut(bytes(bucket)), stream)?;
                 }
             }
