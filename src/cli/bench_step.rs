@@ -73,7 +73,8 @@ pub fn text(run: &str, measured: &Measured<'_>, peak_tflops: Option<f64>) -> Str
         let [memory, grown] = [gpu.memory_bytes, gpu.grown_bytes].map(mib);
         let _ = writeln!(
             text,
-            "{launch:.2} ms of the host to launch the layers of a step one by one; {exposed:.3} ms of a step the GPU waits for the host\n\
+            "{launch:.2} ms of the host to launch the layers of a step one by one; \
+             {exposed:.3} ms of a step the GPU waits for the host\n\
              {memory:.0} MiB of device memory, {grown:.0} of them taken in these steps"
         );
     }

@@ -187,9 +187,12 @@ fn traffic(config: &Config, params: &ParamTable, plan: &Plan) -> String {
 
 /// `auto` may find that it is not there.
 fn may_use_nccl(config: &Config) -> bool {
-    let transport = config.parallel.transport;
-    device::choose(config.run.device) == Place::Cuda
-        && matches!(transport, TransportChoice::Nccl | TransportChoice::Auto)
+    let chosen = match config.parallel.transport {
+        TransportChoice::Nccl => true,
+        TransportChoice::Auto => !config.parallel.allow_shared_gpu,
+        _ => false,
+    };
+    chosen && device::choose(config.run.device) == Place::Cuda
 }
 
 fn run(plan: &Plan, samples: Samples) -> String {

@@ -1,10 +1,11 @@
 //! `bench-comm`: collectives over a range of sizes, in the manner of nccl-tests.
 //!
-//! Every iteration has fresh, index-dependent data, filled and checked outside of the timing; the time of an iteration is
-//! that of the slowest rank. algbw = bytes / p50. busbw is, for an all-reduce, in one or as a reduce-scatter and an all-gather,
-//! algbw * 2 (N - 1) / N, the rate at which each link of a ring would have to run; for a reduction with an update, algbw * (N + 4) / N, what a rank's memory moves: the N
-//! gradients of its share, and parameter and momentum in and out. Through shared memory a plain loop over the same mappings
-//! runs beside each size, as the ceiling. Over NCCL the time is that from device memory to device memory.
+//! Every iteration has fresh, index-dependent data, filled and checked outside of the timing; the time of an iteration is that
+//! of the slowest rank. algbw = bytes / p50. busbw is, for an all-reduce, in one or as a reduce-scatter and an all-gather,
+//! algbw * 2 (N - 1) / N, the rate at which each link of a ring would have to run; for a reduction with an update, algbw * (N
+//! + 4) / N, what a rank's memory moves: the N gradients of its share, and parameter and momentum in and out. Through shared
+//! memory a plain loop over the same mappings runs beside each size, as the ceiling. Over NCCL the time is that from device
+//! memory to device memory.
 
 mod gpu;
 mod update;
@@ -26,7 +27,7 @@ use update::Update;
 /// Options of `bench-comm`.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
-    /// all_reduce; scatter_gather: in its two halves; reduce_update: SGD with momentum
+    /// all_reduce; scatter_gather: its two halves; reduce_update: SGD
     #[arg(long, value_enum, default_value_t = Operation::AllReduce, hide_possible_values = true)]
     pub operation: Operation,
     /// f32; bf16: reduce_update, native

@@ -34,7 +34,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Values that are sent, received and added at once: 512 KiB. In smaller ones the two ends of a fast link wake each other more
-/// often (ARCHITECTURE.md, "Over a fast network"). Tests have smaller ones, so that a few fill the window soon.
+/// often (ARCHITECTURE.md, "Over a fast network"). Unit tests have smaller ones, so that a few fill the window.
 const PIECE: usize = if cfg!(test) { 8 << 10 } else { 128 << 10 };
 /// Pieces of one peer that wait for the others'.
 const WINDOW: usize = 4;

@@ -41,8 +41,9 @@ pub struct Plan {
     /// When the ranks compare their parameters.
     pub audit: Cadence,
     pub log_every_steps: u64,
-    /// A bucket of gradients is reduced when it holds at least this much; over NCCL, this much.
+    /// A bucket of gradients is reduced when it holds at least so much.
     pub bucket_bytes: usize,
+    /// The same where NCCL reduces it.
     pub nccl_bucket_bytes: usize,
     /// Threads of this rank.
     pub threads: usize,

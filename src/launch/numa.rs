@@ -1,7 +1,7 @@
 //! The NUMA node next to a GPU, and how a rank gets there. A machine of several nodes has each GPU at one of them; what a rank
 //! on another node launches and copies crosses the link between the two. So a rank's threads are bound to the cores of its
-//! GPU's node. Memory follows them: Linux gives a page from the node of the core that first writes it, unless the launcher
-//! wants it otherwise (`numactl`, `srun --mem-bind`), and then that holds.
+//! GPU's node. Memory that is first written after that follows them: Linux gives a page from the node of the core that writes
+//! it first, unless the launcher wants it otherwise (`numactl`, `srun --mem-bind`), and then that holds.
 
 use super::cores;
 use crate::error::Result;
@@ -61,8 +61,11 @@ impl Node {
         if near.len() == allowed.len() {
             return Err(format!("all of them are of {self}, next to its GPU"));
         }
-        if allowed.len() < self.cores.len() {
-            return Err(format!("they are {}, fewer than those of {self}, next to its GPU", allowed.len()));
+        if allowed.len() <= self.cores.len() {
+            return Err(format!("they are {}, no more than those of {self}, next to its GPU", allowed.len()));
+        }
+        if 2 * near.len() < self.cores.len() {
+            return Err(format!("only {} of them are of {self}, next to its GPU", near.len()));
         }
         Ok(near)
     }
@@ -119,7 +122,9 @@ mod tests {
             (&[2, 3, 6, 7][..], "none of them is of NUMA node 0 (cores 0-1,4-5)"),
             (&[0, 1, 4, 5], "all of them are of NUMA node 0"),
             (&[1, 4], "all of them are"),
-            (&[1, 2, 3], "they are 3, fewer than those of NUMA node 0"),
+            (&[1, 2, 3], "they are 3, no more than those of NUMA node 0"),
+            (&[0, 1, 2, 3], "they are 4, no more than"),
+            (&[1, 2, 3, 6, 7], "only 1 of them are of NUMA node 0"),
         ] {
             let error = near(allowed).unwrap_err();
             assert!(error.contains(why), "{allowed:?}: {error}");

@@ -126,7 +126,19 @@ impl Learner {
         self.transport == "nccl"
     }
 
-    /// Between steps, where the loss is scaled. Waits for the GPU.
+    /// Between steps: returns when this rank's GPU has done all that it was given, or with an error where a peer for which it waits
+    /// does not come. What is read from the GPU after that keeps nobody waiting.
+    pub fn settle(&self, health: &Health) -> Result<()> {
+        match self.net.place() {
+            Place::Host => Ok(()),
+            Place::Cuda => {
+                let gpu = Gpu::of_this_rank()?;
+                health.wait_for_gpu("finishing a step", || gpu.compute().is_done())
+            }
+        }
+    }
+
+    /// Between steps, where the loss is scaled, when the GPU has settled.
     pub fn loss_scale(&self) -> Result<Option<LossScale>> {
         self.gradient.reducer().with(|_, updater| updater.loss_scale())
     }
@@ -156,7 +168,7 @@ impl Learner {
         self.gradient.reducer().with(|_, updater| updater.fits(state))
     }
 
-    /// All parameters and optimizer state for a checkpoint, on rank 0. Collective.
+    /// All parameters and optimizer state for a checkpoint, on rank 0, when the GPU has settled. Collective.
     pub fn export(&self) -> Result<Vec<Tensor>> {
         self.gradient.reducer().with(|comm, updater| updater.export(&self.net, comm))
     }

@@ -232,8 +232,12 @@ impl Session<'_> {
             return Err(self.not_finite(&sums, by_order.or(non_finite)));
         }
         self.advance();
-        let loss_scale = match self.progress.step.is_multiple_of(self.plan.log_every_steps) {
-            true => self.learner.loss_scale()?,
+        let scales_loss = self.config.run.precision == Precision::Fp16;
+        let loss_scale = match scales_loss && self.progress.step.is_multiple_of(self.plan.log_every_steps) {
+            true => {
+                self.learner.settle(&self.rank.health)?;
+                self.learner.loss_scale()?
+            }
             false => None,
         };
         if let Some(Err(error)) = loss_scale.map(|scale| scale.check()) {
@@ -271,6 +275,7 @@ impl Session<'_> {
     fn audit(&mut self) -> Result<()> {
         let step = self.progress.step;
         let Some(audit) = self.audit.as_mut().filter(|_| self.audited < step) else { return Ok(()) };
+        self.learner.settle(&self.rank.health)?;
         let Learner { net, gradient, .. } = &mut self.learner;
         self.faults.before_audit(step, net)?;
         let difference = gradient.reducer().with(|comm, _| audit.compare(net.table(), &net.params()?, comm))?;
@@ -308,6 +313,7 @@ impl Session<'_> {
         let start = Instant::now();
         let Progress { step, position, best_accuracy } = self.progress;
         self.rank.health.set(step, Phase::Checkpoint);
+        self.learner.settle(&self.rank.health)?;
         let tensors = self.learner.export()?;
         // Where a rank was lost meanwhile, they are not what they should be.
         self.rank.health.check()?;

@@ -45,8 +45,9 @@ pub fn check_order(comm: &mut dyn Communicator) {
 /// Lengths around everything that a transport treats differently: nothing, less than a value a rank, cache lines, short
 /// messages, staging pieces.
 fn lengths(size: usize) -> Vec<usize> {
-    // The longest takes three staging pieces.
+    // This one takes three staging pieces of shared memory; for two ranks another, three of a connection.
     let mut lengths = vec![0, 1, size - 1, size, size + 1, 17, 16 * size + 1, 1023, 1024, 1025, 4099, 140_001];
+    lengths.extend((size == 2).then_some(600_001));
     lengths.dedup();
     lengths
 }

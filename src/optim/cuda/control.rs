@@ -38,8 +38,8 @@ impl Control {
     }
 
     /// The halt word, a u32: while it is not 0, updates change nothing. A kernel that finds something with which the
-    /// parameters must not be updated writes it; `Update::begin` clears it. All in the order of the compute stream, and behind the last loss in that of others which
-    /// wait for it.
+    /// parameters must not be updated writes it; `Update::begin` clears it. All in the order of the compute stream, and behind
+    /// the last loss in that of others which wait for it.
     pub fn halt(&self) -> SliceMut<'_> {
         // SAFETY: used by one stream after the other, as said.
         unsafe { self.memory.slice_mut(word(offset_of!(Words, halt))) }

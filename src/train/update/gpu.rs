@@ -1,6 +1,6 @@
-//! The update where the net is on a GPU. Every rank has all parameters and, unless `nccl::Sharded` shares it, all state on its GPU, and
-//! takes the whole step by itself; only gradients travel. No stream waits for another longer than it must, and the host waits for
-//! none:
+//! The update where the net is on a GPU. Every rank has all parameters and, unless `nccl::Sharded` shares it, all state on its
+//! GPU, and takes the whole step by itself; only gradients travel. No stream waits for another longer than it must, and the
+//! host waits for none:
 //!
 //! ```text
 //! compute         ... backward of bucket 0 | of bucket 1 | of bucket 2 |               waits | forward ...
@@ -40,7 +40,7 @@ use crate::optim::cuda::Control;
 use crate::optim::loss_scale::LossScale;
 use crate::optim::{self, At};
 use crate::train::checkpoint::{State, Tensor, state_name};
-use nccl::{Sharded, Sums};
+use nccl::{NcclSums, Sharded};
 use reduction::{Alone, Staged};
 use shards::{Shard, Share};
 use stall::Stall;
@@ -107,7 +107,7 @@ impl GpuUpdater {
             None if comm.size() == 1 => Arc::new(Alone::new(&gpu, shards.len())?),
             None => Arc::new(Staged::new(&gpu, health, &grads, &buckets, comm)?),
             Some(nccl) => {
-                let sums = Sums::new((nccl, parallel.reduce_dtype), &gpu, &grads, &shards, stall.as_ref())?;
+                let sums = NcclSums::new((nccl, parallel.reduce_dtype), &gpu, &grads, &shards, stall.as_ref())?;
                 match parallel.nccl_update {
                     NcclUpdate::Replicated => Arc::new(sums),
                     NcclUpdate::Sharded => {

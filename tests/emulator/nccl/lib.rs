@@ -6,8 +6,9 @@
 //! ncclCommGetAsyncError says ncclRemoteError; or, with `LOCKSTEP_EMULATOR_NCCL=deaf`, nothing at all, as where GPUs are
 //! connected directly. Only ncclCommAbort ends them.
 //!
-//! It is strict: a call before the one before is over, after the communicator is gone, or with another GPU current is refused, and
-//! so is a collective for which the ranks give different numbers of values, or whose buffers overlap in another way than "in place". Two ranks on one GPU are refused as NCCL does.
+//! It is strict: a call before the one before is over, after the communicator is gone, or with another GPU current is refused,
+//! and so is a collective for which the ranks give different numbers of values, or whose buffers overlap in another way than
+//! "in place". Two ranks on one GPU are refused as NCCL does.
 
 mod driver;
 mod hub;

@@ -81,7 +81,7 @@ impl Matmul {
     fn no_algorithm(&self, failure: Option<Error>) -> Error {
         let last = failure.map_or(String::new(), |error| format!(" (the last one tried: {error})"));
         let (product, device) = (&self.product, self.gpu.device());
-        Error::device(format!("cuBLASLt has no algorithm for {product} on {device}{last}: install a newer one"))
+        Error::lacking(format!("cuBLASLt has no algorithm for {product} on {device}{last}: install a newer one"))
     }
 
     /// The shortest of some executions after a first one, in milliseconds.

@@ -59,7 +59,7 @@ impl Reason {
             Err(error) => return error,
         };
         let last = self.0.map_or(String::new(), |error| format!(" (the last one tried: {error})"));
-        Error::device(format!(
+        Error::lacking(format!(
             "cuDNN {} ({}) has no engine for the {graph} that keeps to {rules:?}{last}; install a newer cuDNN, or train on the CPU",
             library.version,
             library.path.display(),

@@ -1,11 +1,11 @@
-//! NCCL between the ranks' GPUs: whether it sums their gradients where they lie, so that nothing of them goes through the host. `sums`
-//! does that, `sharded` the update shared among the ranks too.
+//! NCCL between the ranks' GPUs: whether it sums their gradients where they lie, so that nothing of them goes through the
+//! host. `sums` does that, `sharded` the update shared among the ranks too.
 
 mod sharded;
 mod sums;
 
 pub use sharded::Sharded;
-pub use sums::{Sums, bytes_to_sum_in};
+pub use sums::{NcclSums, bytes_to_sum_in};
 
 use crate::comm::Communicator;
 use crate::comm::nccl::{self, Nccl};

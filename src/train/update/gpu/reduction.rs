@@ -31,8 +31,8 @@ pub trait Reduction: Send + Sync {
         Ok(())
     }
 
-    /// A tensor of the optimizer's state, with the shares of all ranks. It may lie where the gradients do. Between steps;
-    /// collective.
+    /// A tensor of the optimizer's state, with the shares of all ranks. It may lie where the gradients do. Between
+    /// steps, when the compute stream has nothing left to do; collective.
     fn collect<'a>(&'a self, state: &'a Arena) -> Result<&'a Arena> {
         Ok(state)
     }

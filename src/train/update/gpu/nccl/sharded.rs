@@ -17,7 +17,7 @@
 //! A step that is halted must be so on all ranks: what one of them updates reaches all. A loss that is not finite is known to one
 //! rank alone; so the ranks add up their words for a halt before the first update.
 
-use super::sums::Sums;
+use super::sums::NcclSums;
 use crate::comm::Communicator;
 use crate::comm::bucket::Waited;
 use crate::device::Arena;
@@ -36,8 +36,7 @@ use std::sync::Arc;
 
 pub struct Sharded {
     /// First to go, see there.
-    sums: Sums,
-    gpu: Gpu,
+    sums: NcclSums,
     health: Arc<Health>,
     shards: Vec<Shard>,
     weights: Arc<Weights>,
@@ -54,7 +53,7 @@ pub struct Sharded {
 
 impl Sharded {
     pub fn new(
-        sums: Sums,
+        sums: NcclSums,
         (gpu, health): (&Gpu, &Arc<Health>),
         shards: &[Shard],
         weights: &Arc<Weights>,
@@ -67,7 +66,6 @@ impl Sharded {
         };
         Ok(Sharded {
             sums,
-            gpu: gpu.clone(),
             health: health.clone(),
             shards: shards.to_vec(),
             weights: weights.clone(),
@@ -149,7 +147,6 @@ impl Reduction for Sharded {
 
     fn collect<'a>(&'a self, state: &'a Arena) -> Result<&'a Arena> {
         let (stream, whole) = (&self.sums.stream, &*self.sums.grads);
-        self.health.wait_for_gpu("finishing a step", || self.gpu.compute().is_done())?;
         for shard in &self.shards {
             let Shard { bucket, mine } = shard;
             // SAFETY: between steps gradients and state are idle; both stay until the wait below is over.

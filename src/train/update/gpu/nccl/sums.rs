@@ -25,7 +25,7 @@ use crate::train::update::gpu::stall::Stall;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub struct Sums {
+pub struct NcclSums {
     /// First to go: after that the GPU uses nothing of the others.
     pub nccl: Nccl,
     gpu: Gpu,
@@ -60,7 +60,7 @@ pub fn bytes_to_sum_in(of: ReduceDtype, shards: &[Shard]) -> usize {
     }
 }
 
-impl Sums {
+impl NcclSums {
     /// For the gradients in `grads`, cut like this.
     pub fn new(
         (nccl, of): (Nccl, ReduceDtype),
@@ -68,7 +68,7 @@ impl Sums {
         grads: &Arc<Arena>,
         shards: &[Shard],
         stall: Option<&Arc<Stall>>,
-    ) -> Result<Sums> {
+    ) -> Result<NcclSums> {
         let rounded = match of {
             ReduceDtype::F32 => None,
             ReduceDtype::Bf16 => {
@@ -78,7 +78,7 @@ impl Sums {
         };
         let bucket =
             |shard: &Shard| Ok(Bucket { elements: shard.bucket.clone(), written: gpu.event()?, summed: gpu.event()? });
-        Ok(Sums {
+        Ok(NcclSums {
             nccl,
             gpu: gpu.clone(),
             stream: gpu.stream()?,
@@ -143,7 +143,7 @@ impl Sums {
     }
 }
 
-impl Reduction for Sums {
+impl Reduction for NcclSums {
     fn written(&self, bucket: usize) -> Result<()> {
         let compute = self.gpu.compute();
         let last = bucket + 1 == self.buckets.len();
