@@ -52,7 +52,7 @@ def main():
 
 def parts(session, cells):
     """By their worth: is it right, how fast is the main case, do two ranks agree, then the rest. Compiling takes minutes: the first
-    of it comes before the tests that the emulator has passed too, the rest late."""
+    of it comes before the tests that the emulator has passed too, the rest late, other batches of AlexNet last."""
     compiled = speed.compiled(cells) if session.sizes.compiled_modes else []
     return (
         correctness.foremost()
@@ -64,8 +64,9 @@ def parts(session, cells):
         + compiled[:2]
         + correctness.tests_of_all()
         + speed.others(cells)
-        + compiled[2:]
+        + compiled[2:4]
         + correctness.slow()
+        + compiled[4:]
     )
 
 

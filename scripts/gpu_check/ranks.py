@@ -10,6 +10,8 @@ from session import Failed, sets
 
 SHARED = ["run.device=cuda", "parallel.allow_shared_gpu=true"]
 QUICKSTART = "configs/quickstart.toml"
+# By what `bench-comm` calls it.
+OPERATIONS = {"all_reduce": "all-reduce", "scatter_gather": "reduce-scatter and all-gather"}
 # By the file that stands in the library's place.
 PACKAGES = {"libcudnn.so.9": "nvidia-cudnn-cu13", "libnccl.so.2": "nvidia-nccl-cu13"}
 
@@ -25,7 +27,7 @@ def goals():
 
 def parts():
     return [
-        ("sums by NCCL", 20, sums),
+        ("sums by NCCL", 30, sums),
         ("two ranks on this GPU", 25, two_ranks),
         ("a killed rank", 20, killed),
         ("without cuDNN or NCCL", 10, without_libraries),
@@ -33,17 +35,18 @@ def parts():
 
 
 def sums(session):
-    """All-reduces of integers, each value checked against the sum as the CPU makes it."""
-    command = [session.trainer, "-n", "2", "bench-comm", "--transport", "nccl", "--allow-shared-gpu", "--json"]
-    command += ["--min-bytes", "4096", "--max-bytes", session.sizes.nccl_bytes, "--factor", "16"]
-    finished = session.run(command, 60)
-    found = [json.loads(line) for line in finished.out.splitlines() if line.startswith("{")]
+    """Sums of integers, in one and in two halves, each value checked against the sum as the CPU makes it."""
+    found, failures = [], []
+    for operation in OPERATIONS:
+        measured, failure = sums_by(session, operation)
+        found += measured
+        failures += [failure] if failure else []
     session.report.table(
-        "All-reduce by NCCL, two ranks on this GPU",
-        ["bytes", "p50, us", "p99, us", "algbw, GB/s", "busbw, GB/s", "wrong values"],
+        "Sums by NCCL, two ranks on this GPU",
+        ["operation", "bytes", "p50, us", "p99, us", "algbw, GB/s", "busbw, GB/s", "wrong values"],
         *(
-            [str(row["bytes"]), f"{row['p50_us']:.1f}", f"{row['p99_us']:.1f}", f"{row['algbw_gb_s']:.2f}"]
-            + [f"{row['busbw_gb_s']:.2f}", str(row["wrong"])]
+            [OPERATIONS[row["operation"]], str(row["bytes"]), f"{row['p50_us']:.1f}", f"{row['p99_us']:.1f}"]
+            + [f"{row['algbw_gb_s']:.2f}", f"{row['busbw_gb_s']:.2f}", str(row["wrong"])]
             for row in found
         ),
         note="Through one GPU's memory: this shows that sums are right, not how fast GPUs are connected.",
@@ -51,10 +54,24 @@ def sums(session):
     session.report.keep("nccl", found)
     wrong = sum(row["wrong"] for row in found)
     if found:
-        session.report.see(SUMS, f"{wrong} in {len(found)} sizes", wrong == 0)
-    if finished.code != 0 or not found:
-        raise Failed(f"bench-comm ended with code {finished.code}: {finished.last_words()}")
-    return f"{len(found)} sizes, all values exact; {found[-1]['busbw_gb_s']:.1f} GB/s at {found[-1]['bytes']} bytes"
+        session.report.see(SUMS, f"{wrong} in {len(found)} sizes", None if wrong == 0 and failures else wrong == 0)
+    if failures:
+        raise Failed("; ".join(failures))
+    last = {OPERATIONS[row["operation"]]: row for row in found}
+    rates = (f"{what} {row['busbw_gb_s']:.1f} GB/s at {row['bytes']} bytes" for what, row in last.items())
+    return f"{len(found)} sizes, all values exact; {'; '.join(rates)}"
+
+
+def sums_by(session, operation):
+    """What was measured of it, and what went wrong with it, if anything did."""
+    command = [session.trainer, "-n", "2", "bench-comm", "--transport", "nccl", "--allow-shared-gpu", "--json"]
+    command += ["--operation", operation, "--min-bytes", "4096", "--max-bytes", session.sizes.nccl_bytes, "--factor", "16"]
+    finished = session.run(command, 60)
+    found = [{"operation": operation} | json.loads(line) for line in finished.out.splitlines() if line.startswith("{")]
+    if finished.code == 0 and found:
+        return found, ""
+    ended = "was ended, its time was up" if finished.timed_out else f"ended with code {finished.code}"
+    return found, f"bench-comm of {operation} {ended}: {finished.last_words()}"
 
 
 def two_ranks(session):
@@ -136,12 +153,13 @@ def without_libraries(session):
 def words_without(session, file):
     folder = session.scratch / f"without-{file}"
     folder.mkdir()
-    # Where the user has named a folder, the others are still to be found there.
-    given = session.variables.get("LOCKSTEP_CUDA_PATH") or os.environ.get("LOCKSTEP_CUDA_PATH")
-    for other in Path(given).iterdir() if given else ():
-        (folder / other.name).symlink_to(other)
-    (folder / file).unlink(missing_ok=True)
     (folder / file).write_text("no library")
+    # Where the user has named folders, the other libraries are still to be found as the trainer finds them there.
+    given = session.variables.get("LOCKSTEP_CUDA_PATH") or os.environ.get("LOCKSTEP_CUDA_PATH", "")
+    named = [Path(name).absolute() / lib for name in given.split(":") if name for lib in ("lib64", "lib", "")]
+    for other in (other for place in named if place.is_dir() for other in place.iterdir()):
+        if other.is_file() and not (folder / other.name).exists():
+            (folder / other.name).symlink_to(other)
     settings = [*SHARED, "parallel.transport=nccl", "run.steps=1", *session.sizes.quickstart]
     command = [session.trainer, "-n", "2", "--config", QUICKSTART, "--out", session.scratch / f"run-{file}", "--resume", "none"]
     finished = session.run(command + sets(settings), 60, LOCKSTEP_CUDA_PATH=str(folder))

@@ -69,7 +69,7 @@ REHEARSAL = Sizes(
     warmup=1,
     matrix=64,
     copy_mib=1,
-    nccl_bytes=65536,
+    nccl_bytes=4096,
     quickstart=("run.steps=2", "batch.global=4", "data.train=60", "data.test=4"),
     tests=("step::", "products::"),
     layers_s=60,
