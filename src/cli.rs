@@ -10,8 +10,8 @@ use crate::comm;
 use crate::config;
 use crate::config::plan::global_batch;
 use crate::config::raw::{Algorithm, Config, Parallel, TransportChoice};
+use crate::device::Choice;
 use crate::device::cuda::probe;
-use crate::device::{self, Place};
 use crate::error::{Error, Result};
 use crate::launch::job::Job;
 use crate::launch::restart::{self, Restarts};
@@ -102,12 +102,10 @@ impl RanksHere {
     fn count(self, config: Option<&Config>) -> Result<usize> {
         match self {
             RanksHere::Number(number) => Ok(number),
-            RanksHere::Gpus if config.is_some_and(|config| device::choose(config.run.device) == Place::Host) => {
-                Err(Error::usage(
-                    "-n gpus starts a rank for each GPU, but by [run] device they compute on the CPU: add \
-                     --set run.device=cuda, or give a number of ranks",
-                ))
-            }
+            RanksHere::Gpus if config.is_some_and(|config| config.run.device == Choice::Cpu) => Err(Error::usage(
+                "-n gpus starts a rank for each GPU, but by [run] device they compute on the CPU: take that out, or \
+                     give a number of ranks",
+            )),
             RanksHere::Gpus => {
                 let found = probe::gpus().and_then(|found| found.device(0).map(|_| found.devices.len()));
                 found.map_err(|error| error.context("-n gpus"))

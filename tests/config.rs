@@ -74,7 +74,7 @@ fn mistakes_on_the_command_line_are_usage_errors() {
         (&["--config", config, "--set", "optimizer.lrr=1"], "unknown key optimizer.lrr"),
         (&["--config", config, "--set", "lr"], "expected KEY=VALUE"),
         (&["--confg", config], "--config"),
-        (&["-n", "gpus", "--config", config], "by [run] device they compute on the CPU"),
+        (&["-n", "gpus", "--config", config, "--set", "run.device=cpu"], "by [run] device they compute on the CPU"),
         (&["-n", "gpu", "--config", config], "give a number of ranks, such as 2, or `gpus`"),
         (&["-n", "0", "--config", config], "from 1 to"),
         (&["-n", "2"], "--config <FILE>"),

@@ -11,6 +11,7 @@ use crate::model::precision::Precision;
 use crate::model::spec::{NetSpec, Node};
 use crate::optim;
 use crate::train::factors::{self, Estimate};
+use crate::train::gpus;
 use crate::train::memory::{Bill, Need};
 use crate::train::setup::{Parts, checked_plan};
 use crate::train::update::needs_norms;
@@ -21,6 +22,8 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
     if hosts > ranks {
         return Err(Error::usage(format!("--hosts {hosts}: {ranks} ranks are on {ranks} hosts at most")));
     }
+    let resolved = config.resolved();
+    let config = &gpus::settle_here(config);
     let net = NetSpec::new(&config.model)?;
     let parts = Parts::open(config)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -29,7 +32,7 @@ pub fn describe(config: &Config, ranks: usize, hosts: usize) -> Result<String> {
     let params = ParamTable::new(&net);
     let memory = Memory { precision: config.run.precision, batch: plan.micro_batch };
 
-    let mut text = format!("# Configuration, defaults filled in\n\n{}", config.resolved());
+    let mut text = format!("# Configuration, defaults filled in\n\n{resolved}");
     let _ = write!(text, "\n# Layers\n\n{}\n\n{}", layers(&net, &memory), totals(&net, &params, &plan, &memory));
     let whole = needs_norms(&config.optimizer) || device::choose(config.run.device) == Place::Cuda;
     let estimates = factors::estimate(&config.parallel, &net, &plan, hosts, whole);

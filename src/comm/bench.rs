@@ -2,10 +2,10 @@
 //!
 //! Every iteration has fresh, index-dependent data, filled and checked outside of the timing; the time of an iteration is that
 //! of the slowest rank. algbw = bytes / p50. busbw is, for an all-reduce, in one or as a reduce-scatter and an all-gather,
-//! algbw * 2 (N - 1) / N, the rate at which each link of a ring would have to run; for a reduction with an update, algbw * (N
-//! + 4) / N, what a rank's memory moves: the N gradients of its share, and parameter and momentum in and out. Through shared
-//! memory a plain loop over the same mappings runs beside each size, as the ceiling. Over NCCL the time is that from device
-//! memory to device memory.
+//! algbw * 2 (N - 1) / N, the rate at which each link of a ring would have to run; for a reduction with an update,
+//! algbw * (N + 4) / N, what a rank's memory moves: the N gradients of its share, and parameter and momentum in and out.
+//! Through shared memory a plain loop over the same mappings runs beside each size, as the ceiling. Over NCCL the time is that
+//! from device memory to device memory.
 
 mod gpu;
 mod update;

@@ -44,10 +44,7 @@ pub enum Choice {
     Cuda,
 }
 
-/// Why a rank does not take a GPU by itself.
-pub const NOT_YET: &str = "this version has run on an emulator of one only; [run] device = \"cuda\" asks for it";
-
-/// Where a rank computes.
+/// Where a rank computes. `Auto` is the CPU until the ranks have settled it (`train::gpus`).
 pub fn choose(choice: Choice) -> Place {
     match choice {
         Choice::Auto | Choice::Cpu => Place::Host,

@@ -90,6 +90,7 @@ pub fn run(
     let parts = setup::Parts::open(config)?;
     let plan = setup::plan(config, &parts, &rank.world)?;
     setup::agree(config, &parts, &data::fingerprint(&*parts.train), rank, &mut *comm)?;
+    let config = &gpus::settle(config, rank, &mut *comm)?;
     gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     let gpu = match device::choose(config.run.device) {
         Place::Host => None,

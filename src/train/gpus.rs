@@ -7,16 +7,74 @@ use super::Rank;
 use super::agreement::{gather_bytes, of_all, together};
 use super::memory::Need;
 use crate::comm::Communicator;
-use crate::config::raw::{Config, Parallel};
+use crate::config::raw::{Config, FactorExchange, Parallel};
 use crate::device::cuda::probe::{self, Device};
-use crate::device::cuda::{Gpu, Memory, mib};
-use crate::device::{self, Place};
+use crate::device::cuda::{Gpu, Memory, libraries, mib};
+use crate::device::{self, Choice, Place};
 use crate::error::{Context, Error, Kind, Result};
 use crate::launch::numa;
 use crate::launch::rendezvous::{host, machine};
 use crate::report::log::SAID_ONCE;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+/// The configuration with what "auto" means for `[run] device`: GPUs, if every rank has one to itself and the libraries that it needs;
+/// else the CPU, with a warning where there is a GPU. Collective, of ranks with the same configuration.
+pub fn settle(config: &Config, rank: &Rank, comm: &mut dyn Communicator) -> Result<Config> {
+    if config.run.device != Choice::Auto {
+        return Ok(config.clone());
+    }
+    let sees_one = Sight::of_this_process().is_ok();
+    let mine = usable().map_err(|error| error.to_string());
+    let (all, see_one): (Vec<_>, Vec<bool>) = gather(comm, &(mine, sees_one))?.into_iter().unzip();
+    let why = match config.parallel.factor_exchange {
+        FactorExchange::On => Some("parallel.factor_exchange = \"on\" is for ranks that compute there".to_owned()),
+        _ => obstacle(&all, config.parallel.allow_shared_gpu),
+    };
+    match &why {
+        Some(why) if rank.world.rank == 0 && see_one.contains(&true) => {
+            tracing::warn!(
+                "computing on the CPU, though there is a GPU: {why}. run.device = \"cpu\" says that it is meant"
+            );
+        }
+        Some(why) => tracing::debug!("computing on the CPU: {why}"),
+        None => {}
+    }
+    Ok(settled(config, if why.is_none() { Choice::Cuda } else { Choice::Cpu }))
+}
+
+/// The same for one process, as if each rank had what this one has.
+pub fn settle_here(config: &Config) -> Config {
+    match config.run.device {
+        Choice::Auto => settled(config, if usable().is_ok() { Choice::Cuda } else { Choice::Cpu }),
+        _ => config.clone(),
+    }
+}
+
+fn settled(config: &Config, device: Choice) -> Config {
+    let mut config = config.clone();
+    config.run.device = device;
+    config
+}
+
+/// What this process sees, if it can compute on it.
+fn usable() -> Result<Sight> {
+    let sight = Sight::of_this_process()?;
+    libraries::cudnn()?;
+    libraries::cublas_lt()?;
+    libraries::nvrtc()?;
+    Ok(sight)
+}
+
+/// Why not every rank can compute on a GPU of its own.
+fn obstacle(ranks: &[Result<Sight, String>], may_share: bool) -> Option<String> {
+    let alike = |why: &String| ranks.iter().all(|other| other.as_ref().err() == Some(why));
+    if let Some((rank, why)) = ranks.iter().enumerate().find_map(|(rank, of)| Some((rank, of.as_ref().err()?))) {
+        return Some(if alike(why) { why.clone() } else { format!("rank {rank} has none: {why}") });
+    }
+    let sights: Vec<Sight> = ranks.iter().flatten().cloned().collect();
+    shared(&sights, &assign(&sights)).filter(|_| !may_share)
+}
 
 /// Takes this rank's GPU, where it is to compute on one. Where a rank has none, shares one that it may not share, or lacks memory
 /// for its `need`, all ranks have the same error. Collective.

@@ -9,7 +9,7 @@ mod ending;
 mod eval;
 pub(crate) mod factors;
 mod feed;
-mod gpus;
+pub mod gpus;
 mod gradient;
 mod inject;
 mod judge;
@@ -95,6 +95,7 @@ pub fn evaluate(config: &Config, checkpoint: &Path, logits: Option<&Path>, verbo
             .map_err(|e| e.context(format!("checkpoint {}", checkpoint.display())))?;
         let parts = setup::Parts::open(config)?;
         let plan = setup::plan(config, &parts, &rank.world)?;
+        let config = &gpus::settle(config, rank, &mut *comm)?;
         gpus::take(config, &Need::new(config, &plan, parts.samples(), false)?, rank, &mut *comm)?;
         let mut net = setup::net(config, &plan)?;
         let mut judge = setup::judge(config, &plan, net.spec(), &*parts.train, None)?;

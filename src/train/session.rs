@@ -80,6 +80,7 @@ pub fn train(
     let plan = setup::plan(config, &parts, &rank.world)?;
     let fingerprint = data::fingerprint(&*parts.train);
     setup::agree(config, &parts, &fingerprint, rank, &mut *comm)?;
+    let config = &gpus::settle(config, rank, &mut *comm)?;
     gpus::take(config, &Need::new(config, &plan, parts.samples(), true)?, rank, &mut *comm)?;
     inject::check_ranks(&options.inject, &job, &rank.world)?;
     let anew = resume::agree_on_anew(&options.resume, &job, &checkpoints, &mut *comm)?;

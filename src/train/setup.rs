@@ -21,7 +21,7 @@ use crate::data::queue::{DataQueue, Loader, Position};
 use crate::data::resident::{self, Resident};
 use crate::data::{self, Dataset, order};
 use crate::device::cuda::Gpu;
-use crate::device::{self, Choice, Place, SliceMut};
+use crate::device::{self, Place, SliceMut};
 use crate::error::{Error, Result};
 use crate::launch::watch::Health;
 use crate::launch::world::World;
@@ -211,9 +211,6 @@ pub fn net(config: &Config, plan: &Plan) -> Result<Net> {
 }
 
 fn net_options(config: &Config, plan: &Plan, training: bool) -> Result<net::Options> {
-    if config.run.device == Choice::Auto {
-        tracing::debug!("computing on the CPU, not on a GPU: {}", device::NOT_YET);
-    }
     Ok(net::Options {
         batch: plan.micro_batch,
         place: device::choose(config.run.device),

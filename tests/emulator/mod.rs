@@ -77,9 +77,11 @@ const OF_A_GPU: [&str; 8] = [
 
 /// With these in its environment a process finds the GPU. None as above.
 pub fn variables() -> Option<Vec<(&'static str, PathBuf)>> {
+    // As many as there are: what follows the first that there is not does not count.
+    let all = ("CUDA_VISIBLE_DEVICES", PathBuf::from("0,1,2,3,4,5,6,7"));
     if std::env::var_os("LOCKSTEP_TEST_GPU").is_some() {
         let set = |name| Some((name, PathBuf::from(std::env::var_os(name)?)));
-        return Some(OF_A_GPU.into_iter().filter_map(set).collect());
+        return Some([all].into_iter().chain(OF_A_GPU.into_iter().filter_map(set)).collect());
     }
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     if Command::new(&compiler).arg("--version").output().is_err() {
@@ -88,7 +90,7 @@ pub fn variables() -> Option<Vec<(&'static str, PathBuf)>> {
     }
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(build);
-    Some(vec![("LOCKSTEP_CUDA_PATH", folder.clone()), ("XDG_CACHE_HOME", folder.join("cache"))])
+    Some(vec![("LOCKSTEP_CUDA_PATH", folder.clone()), ("XDG_CACHE_HOME", folder.join("cache")), all])
 }
 
 /// The folder of the libraries, which is made anew when a source changes.

@@ -86,6 +86,26 @@ fn a_rank_takes_the_gpu_of_its_place_on_the_machine() {
 }
 
 #[test]
+fn auto_is_a_gpu_where_each_rank_has_one_to_itself() {
+    const AUTO: [&str; 4] = ["-n", "2", "--set", "run.device=auto"];
+    let Some(two) = Machine::with("2") else { return };
+    let (code, said) = two.run(&AUTO);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("rank 1 computes on GPU 1") && !said.contains("computing on the CPU"), "{said}");
+
+    let one = Machine::with("1").unwrap();
+    let (code, said) = one.run(&AUTO);
+    assert_eq!(code, Some(0), "{said}");
+    let why = "warning: computing on the CPU, though there is a GPU: ranks 0 and 1 on";
+    assert!(said.contains(why) && !said.contains("computes on GPU"), "{said}");
+
+    let output = one.trainer(&AUTO).env("CUDA_VISIBLE_DEVICES", "").args(["--resume", "none"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("computing on the CPU: there is no GPU 0") && !said.contains("though"), "{said}");
+}
+
+#[test]
 fn a_rank_for_each_gpu_is_started_if_that_is_asked_for() {
     let Some(machine) = Machine::with("3") else { return };
     let (code, said) = machine.run(&["-n", "gpus", "--set", "batch.global=9"]);

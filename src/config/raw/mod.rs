@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// The whole file, read by `config::load`.
+#[derive(Clone)]
 pub struct Config {
     pub run: Run,
     pub data: Data,
@@ -90,6 +91,7 @@ pub struct BatchSize {
 }
 
 /// `[model]`
+#[derive(Clone)]
 pub struct Model {
     /// [H, W, C] of one sample.
     pub input: [usize; 3],
@@ -97,6 +99,7 @@ pub struct Model {
 }
 
 /// One `[[model.layers]]`.
+#[derive(Clone)]
 pub struct LayerEntry {
     /// Default: its type and number, `conv2d_1`.
     pub name: String,

@@ -40,6 +40,7 @@ pub struct Kind {
     pub schema: fn(&mut SchemaGenerator) -> Schema,
 }
 
+#[derive(Clone)]
 pub struct Parsed {
     pub spec: Arc<dyn LayerSpec>,
     pub resolved: toml::Table,
